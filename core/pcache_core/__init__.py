@@ -1,0 +1,48 @@
+"""Prompt Cache: reuse of attention states of prompt parts, in any order (arXiv 2311.04934)."""
+
+from pcache_core.chat import Message
+from pcache_core.engine import PromptCacheEngine
+from pcache_core.errors import (
+    BudgetError,
+    ChatTemplateError,
+    ContextLengthError,
+    ModelError,
+    OptionError,
+    PromptCacheError,
+    PromptError,
+    StateMismatchError,
+    StoreError,
+)
+from pcache_core.lm import CausalLM
+from pcache_core.params import ReuseMode, SamplingParams
+from pcache_core.prompt import Prompt, Segment
+from pcache_core.report import EncodeReport, Report, SegmentReport
+from pcache_core.results import Chunk, Generation, Prefill
+from pcache_core.store import MemoryStore, ModuleStore
+
+__all__ = [
+    "BudgetError",
+    "CausalLM",
+    "ChatTemplateError",
+    "Chunk",
+    "ContextLengthError",
+    "EncodeReport",
+    "Generation",
+    "MemoryStore",
+    "Message",
+    "ModelError",
+    "ModuleStore",
+    "OptionError",
+    "Prefill",
+    "Prompt",
+    "PromptCacheEngine",
+    "PromptCacheError",
+    "PromptError",
+    "Report",
+    "ReuseMode",
+    "SamplingParams",
+    "Segment",
+    "SegmentReport",
+    "StateMismatchError",
+    "StoreError",
+]

@@ -1,0 +1,158 @@
+"""Online: which states a prompt uses, getting them, and filling a slot with them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from pcache_core.encode import Module
+from pcache_core.key import ModuleKey
+from pcache_core.library import Found, ModuleLibrary
+from pcache_core.lm import Batch, CausalLM, place
+from pcache_core.plan import Candidate, TokenisedPrompt, computed_rows
+from pcache_core.report import Report, SegmentReport, Source
+from pcache_core.slots import COMPUTED, Accepts, Lease
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A run of the prompt and the keys of the states that may fill it, best first."""
+
+    candidate: Candidate
+    module: Module
+    keys: tuple[ModuleKey, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Filling:
+    """A state and the rows it goes to."""
+
+    candidate: Candidate
+    found: Found
+
+
+def wanted(
+    tokens: TokenisedPrompt, candidates: Sequence[Candidate], library: ModuleLibrary
+) -> list[Wanted]:
+    """Name the states that a prompt's candidates may be filled from."""
+    result = []
+    for candidate in candidates:
+        token_ids = tokens.token_ids[candidate.start : candidate.stop]
+        position = library.encoding_position(tokens.opening, candidate.start)
+        anchors = [tokens.anchor_ids, tokens.bos_ids]
+        if candidate.is_opening:
+            position, anchors = 0, [()]
+        keys = [library.key(anchor, token_ids, candidate.start) for anchor in anchors]
+        module = Module(token_ids, position)
+        result.append(Wanted(candidate, module, tuple(dict.fromkeys(keys))))
+    return result
+
+
+def row_filter(wishes: Sequence[Wanted]) -> Accepts:
+    """Which rows of an earlier slot may serve: computed ones, or from a state that is wanted."""
+    digests: dict[int, set[str]] = {}
+    for wish in wishes:
+        names = {key.digest for key in wish.keys}
+        digests.update(dict.fromkeys(range(wish.candidate.start, wish.candidate.stop), names))
+    nothing: set[str] = set()
+    return lambda row, label: label == COMPUTED or label in digests.get(row, nothing)
+
+
+def keep_whole_modules(lease: Lease, wishes: Sequence[Wanted]) -> None:
+    """Shorten a slot's prefix so that it ends inside no module."""
+    end = len(lease.token_ids)
+    for wish in wishes:
+        if wish.candidate.start < end < wish.candidate.stop:
+            del lease.token_ids[wish.candidate.start :], lease.labels[wish.candidate.start :]
+            return
+
+
+def load(
+    tokens: TokenisedPrompt, wishes: Sequence[Wanted], library: ModuleLibrary
+) -> list[Filling]:
+    """Find the states, encode those that are missing (together), and say which rows they fill.
+
+    The opening is used when its state is there or has to be made as an anchor; it is not worth a
+    forward of its own.
+    """
+    fillings = []
+    missing: dict[ModuleKey, list[Wanted]] = {}
+    opening: Wanted | None = None
+    for wish in wishes:
+        if wish.candidate.is_opening:
+            opening = wish
+        elif found := library.find(wish.keys):
+            fillings.append(Filling(wish.candidate, found))
+        else:
+            missing.setdefault(wish.keys[0], []).append(wish)
+    anchor = library.anchor(tokens.anchor_ids) if missing else None
+    modules = {key: wishes[0].module for key, wishes in missing.items()}
+    for key, found in library.encode(anchor, modules):
+        fillings.extend(Filling(wish.candidate, found) for wish in missing[key])
+    if opening is not None and (found := anchor or library.find(opening.keys)):
+        fillings.append(Filling(opening.candidate, found))
+    return sorted(fillings, key=lambda filling: filling.candidate.start)
+
+
+def fill(lm: CausalLM, lease: Lease, fillings: Sequence[Filling]) -> None:
+    """Copy states into their rows, moved to their positions."""
+    rotations = lm.support.rotations or (None,) * len(lm.layers)
+    for filling in fillings:
+        place(lease.slot, filling.candidate.start, filling.found.state, rotations)
+
+
+def compute(
+    lm: CausalLM, lease: Lease, tokens: TokenisedPrompt, fillings: Sequence[Filling]
+) -> torch.Tensor:
+    """Compute every row that neither the prefix nor a state holds; logits of the last, [vocab].
+
+    Computed tokens see every token before them in the prompt's order.
+    """
+    prefix = len(lease.token_ids)
+    filled = [(f.candidate.start, f.candidate.stop) for f in fillings]
+    rows = computed_rows(len(tokens.token_ids), [(0, prefix), *filled])
+    input_ids = [tokens.token_ids[row] for row in rows]
+    logits = lm.forward(Batch.of_rows(lease.slot, input_ids, rows, rows))
+    labels = [COMPUTED] * len(tokens.token_ids)
+    labels[:prefix] = lease.labels
+    for filling in fillings:
+        start, stop = filling.candidate.start, filling.candidate.stop
+        labels[start:stop] = [filling.found.digest] * (stop - start)
+    lease.token_ids, lease.labels = list(tokens.token_ids), labels
+    return logits
+
+
+def describe(
+    tokens: TokenisedPrompt, prefix: int, fillings: Sequence[Filling], reuse: str
+) -> Report:
+    """The request's report, times still zero."""
+    sources: list[Source] = ["computed"] * len(tokens.token_ids)
+    sources[:prefix] = ["prefix"] * prefix
+    for filling in fillings:
+        start, stop = filling.candidate.start, filling.candidate.stop
+        sources[start:stop] = [filling.found.source] * (stop - start)
+    encoded, computed = sources.count("encoded"), sources.count("computed")
+    segments = tuple(
+        SegmentReport(
+            kind=piece.segment.kind,
+            name=piece.segment.name,
+            text=piece.segment.text,
+            num_tokens=piece.stop - piece.start,
+            source=_most_common(sources[piece.start : piece.stop]),
+        )
+        for piece in tokens.pieces
+    )
+    return Report(
+        segments=segments,
+        prompt_tokens=len(sources),
+        cached_tokens=len(sources) - encoded - computed,
+        encoded_tokens=encoded,
+        computed_tokens=computed,
+        reuse=reuse,
+    )
+
+
+def _most_common(sources: Sequence[Source]) -> Source:
+    return max(sources, key=sources.count) if sources else "computed"

@@ -1,0 +1,85 @@
+"""Offline encoding: module tokens to states, many in one forward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from pcache_core.kv import KVState
+from pcache_core.lm import Batch, CausalLM, RowRange, Span, place
+
+_TOKENS_PER_BATCH = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class Module:
+    """Tokens to encode behind the anchor, the first one at `position`."""
+
+    token_ids: tuple[int, ...]
+    position: int
+
+
+def encode_anchor(lm: CausalLM, token_ids: Sequence[int]) -> KVState:
+    """The state of an anchor: its tokens from position 0 on, behind nothing."""
+    slot = lm.new_slot(len(token_ids))
+    rows = range(len(token_ids))
+    lm.forward(Batch.of_rows(slot, token_ids, rows, rows))
+    return slot.state(0, token_ids, 0)
+
+
+def encode_modules(
+    lm: CausalLM, anchor: KVState | None, modules: Sequence[Module]
+) -> Iterator[tuple[Module, KVState]]:
+    """Encode modules, each seeing the anchor and itself; yields as batches finish.
+
+    Modules of similar length share a forward, laid end to end without padding. The anchor's rows
+    are attended to and dropped (anchored encoding).
+    """
+    for batch in _batches(lm, modules):
+        yield from zip(batch, _encode_batch(lm, anchor, batch), strict=True)
+
+
+def _batches(lm: CausalLM, modules: Sequence[Module]) -> Iterator[list[Module]]:
+    batch: list[Module] = []
+    tokens = 0
+    for module in sorted(modules, key=lambda module: len(module.token_ids)):
+        full = tokens + len(module.token_ids) > _TOKENS_PER_BATCH
+        if batch and (full or not lm.encodes_many):
+            yield batch
+            batch, tokens = [], 0
+        batch.append(module)
+        tokens += len(module.token_ids)
+    if batch:
+        yield batch
+
+
+def _encode_batch(
+    lm: CausalLM, anchor: KVState | None, modules: Sequence[Module]
+) -> list[KVState]:
+    """One forward: the slot holds the anchor, then the modules one after another."""
+    anchor_rows = anchor.num_tokens if anchor else 0
+    slot = lm.new_slot(anchor_rows + sum(len(module.token_ids) for module in modules))
+    if anchor:
+        place(slot, 0, anchor, (None,) * len(lm.layers))
+    input_ids: list[int] = []
+    positions: list[int] = []
+    spans = []
+    for module in modules:
+        start, stop = len(input_ids), len(input_ids) + len(module.token_ids)
+        own = (anchor_rows + start, anchor_rows + stop)
+        spans.append(Span(start, stop, _visible(anchor_rows, own)))
+        input_ids.extend(module.token_ids)
+        positions.extend(range(module.position, module.position + len(module.token_ids)))
+    rows = range(anchor_rows, anchor_rows + len(input_ids))
+    lm.forward(Batch(slot, input_ids, rows, positions, spans))
+    return [
+        slot.state(anchor_rows + span.start, module.token_ids, module.position)
+        for span, module in zip(spans, modules, strict=True)
+    ]
+
+
+def _visible(anchor_rows: int, own: RowRange) -> tuple[RowRange, ...]:
+    """The anchor's rows and the module's own, as few ranges as possible."""
+    if anchor_rows == 0:
+        return (own,)
+    return ((0, own[1]),) if own[0] == anchor_rows else ((0, anchor_rows), own)

@@ -1,0 +1,348 @@
+"""The engine: prompts in, answers out, with every reusable part of the prompt reused.
+
+A request runs through `stream`: `_read` brings the prompt's keys and values into a slot (found,
+encoded or computed), `decode_loop` continues from its logits. Everything else here is bookkeeping.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from pcache_core import assemble
+from pcache_core.chat import Message, render_chat
+from pcache_core.errors import BudgetError, ContextLengthError, OptionError, PromptError
+from pcache_core.generate import AnswerText, decode_loop
+from pcache_core.library import ModuleLibrary
+from pcache_core.lm import Batch, CausalLM
+from pcache_core.params import DEFAULT_REUSE, ReuseMode, SamplingParams, check_reuse
+from pcache_core.plan import Candidate, TokenisedPrompt, candidates, tokenise
+from pcache_core.precompute import precompute
+from pcache_core.prompt import Prompt
+from pcache_core.report import EncodeReport, Report
+from pcache_core.results import Chunk, FinishReason, Generation, Prefill
+from pcache_core.slots import COMPUTED, Lease, SlotPool
+from pcache_core.store import MemoryStore, ModuleStore
+
+_KEPT_REPORTS = 256
+_KEPT_SLOTS = 4
+_MIN_LITERAL_TOKENS = 64
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Request:
+    """A checked request: nothing in it can be wrong any more."""
+
+    tokens: TokenisedPrompt
+    params: SamplingParams
+    reuse: ReuseMode
+    fallback_reason: str | None
+    tokenise_ms: float
+
+    @property
+    def capacity(self) -> int:
+        """Rows the request may fill."""
+        return len(self.tokens.token_ids) + self.params.max_tokens
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Reading:
+    """A prompt that has been read: what to continue from.
+
+    logits: [vocab], fp32. step: appends a token, returns the next logits.
+    """
+
+    logits: torch.Tensor
+    report: Report
+    step: Callable[[int], torch.Tensor]
+    lease: Lease | None
+
+
+class PromptCacheEngine:
+    """Runs prompts over precomputed attention states of their parts.
+
+    store: where states are kept; a `MemoryStore` of the default budget if not given.
+    reuse: the mode of requests that don't name one: `off` reuses nothing, `exact` the longest
+        prefix that is still in a slot, `fast` also the state of every module, in any order.
+    namespace: part of every key; engines of different namespaces never share a state.
+    min_module_tokens: shorter documents are computed in line.
+    reports: of the last 256 requests.
+
+    May be called from several threads; forwards take turns.
+
+    Raises: OptionError: unknown mode, bad namespace. BudgetError: the store can't hold one token.
+    """
+
+    def __init__(
+        self,
+        lm: CausalLM,
+        store: ModuleStore | None = None,
+        reuse: ReuseMode = DEFAULT_REUSE,
+        namespace: str = "default",
+        *,
+        min_module_tokens: int = 8,
+    ) -> None:
+        if not isinstance(lm, CausalLM):
+            raise OptionError(
+                f"lm must be a CausalLM, got {type(lm).__name__}; "
+                "load one with CausalLM.from_pretrained(...)"
+            )
+        if min_module_tokens < 1:
+            raise OptionError(f"min_module_tokens={min_module_tokens!r} must be 1 or more")
+        self.lm = lm
+        self.store: ModuleStore = MemoryStore() if store is None else store
+        self.reuse = check_reuse(reuse)
+        self.namespace = namespace
+        self.min_module_tokens = min_module_tokens
+        self.reports: deque[Report] = deque(maxlen=_KEPT_REPORTS)
+        self._check_budget()
+        self._library = ModuleLibrary(lm, self.store, namespace)
+        self._pool = SlotPool(lm.new_slot, _KEPT_SLOTS)
+
+    def encode(
+        self, texts: Sequence[str], anchor: str | None = None, *, progress: bool = True
+    ) -> EncodeReport:
+        """Precompute the states of documents, many in one forward.
+
+        anchor: the template's constant opening if it is known; the default, the beginning-of-
+            sequence token alone, fits every template.
+        Raises: PromptError: `texts` is one string or holds something else. ContextLengthError: a
+            text is longer than the context. BudgetError: a state is larger than the store's
+            budget. All before any work.
+        """
+        return precompute(
+            self._library,
+            texts,
+            anchor=anchor or "",
+            min_module_tokens=self.min_module_tokens,
+            progress=progress,
+        )
+
+    def prefill(self, prompt: Prompt, reuse: ReuseMode | None = None) -> Prefill:
+        """Read a prompt and return the logits of the token after it.
+
+        Raises: ContextLengthError, OptionError, PromptError: before any work.
+        """
+        started = time.perf_counter()
+        request = self._check(prompt, SamplingParams(max_tokens=1), reuse)
+        reading = self._read(request)
+        self._finish(request, reading)
+        reading.report.ttft_ms = _ms_since(started)
+        self.reports.append(reading.report)
+        return Prefill(reading.logits, reading.report)
+
+    def generate(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        reuse: ReuseMode | None = None,
+    ) -> Generation:
+        """The whole answer at once; arguments and errors as for `stream`."""
+        return _join(list(self.stream(prompt, params, reuse)))
+
+    def stream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        reuse: ReuseMode | None = None,
+    ) -> Iterator[Chunk]:
+        """The answer piece by piece. The last chunk has `finish_reason` and `report`.
+
+        The prompt is checked at once and read when the first chunk is asked for; a stream that
+        is given up frees its slot.
+
+        Raises: ContextLengthError, OptionError, PromptError: before any work.
+        """
+        return self._run(self._check(prompt, params or SamplingParams(), reuse))
+
+    async def agenerate(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        reuse: ReuseMode | None = None,
+    ) -> Generation:
+        """`generate` without blocking the event loop."""
+        return _join([chunk async for chunk in self.astream(prompt, params, reuse)])
+
+    async def astream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        reuse: ReuseMode | None = None,
+    ) -> AsyncIterator[Chunk]:
+        """`stream` without blocking the event loop; each piece is made in a worker thread."""
+        chunks = await asyncio.to_thread(self.stream, prompt, params, reuse)
+        try:
+            while (chunk := await asyncio.to_thread(next, chunks, None)) is not None:
+                yield chunk
+        finally:
+            close = getattr(chunks, "close", None)
+            if close is not None:
+                close()
+
+    def prompt_from_chat(self, messages: Sequence[Message]) -> Prompt:
+        """Render chat messages by the model's own template, markup as `literal` segments.
+
+        Raises: ChatTemplateError: the model has no template, or it refuses the messages.
+        """
+        return render_chat(messages, self.lm.text.apply_chat_template)
+
+    def tokenise(self, prompt: Prompt) -> TokenisedPrompt:
+        """The prompt's token ids, the same for every reuse mode."""
+        return tokenise(prompt, self.lm.text.ids, self.lm.text.bos_ids)
+
+    def _check(
+        self, prompt: Prompt, params: SamplingParams, reuse: ReuseMode | None
+    ) -> _Request:
+        started = time.perf_counter()
+        if not isinstance(prompt, Prompt):
+            raise PromptError(
+                f"prompt must be a Prompt, got {type(prompt).__name__}; "
+                "for a flat string use Prompt.from_text(...)"
+            )
+        mode = self.reuse if reuse is None else check_reuse(reuse)
+        tokens = self.tokenise(prompt)
+        length, limit = len(tokens.token_ids), self.lm.context_length
+        if not length:
+            raise PromptError("the prompt has no tokens; give at least one character of text")
+        if limit is not None:
+            if length > limit:
+                raise ContextLengthError(
+                    f"the prompt has {length} tokens, {self.lm.name} holds {limit}; "
+                    "use fewer or shorter documents"
+                )
+            params = replace(params, max_tokens=min(params.max_tokens, limit - length + 1))
+        mode, reason = self._effective(mode, length)
+        return _Request(tokens, params, mode, reason, _ms_since(started))
+
+    def _effective(self, mode: ReuseMode, length: int) -> tuple[ReuseMode, str | None]:
+        """The mode that can run, and why not the one asked for (invariant 7)."""
+        support = self.lm.support
+        if mode == "off":
+            return mode, None
+        if support.kind == "no-cache":
+            return "off", support.reason
+        if support.stable_length is not None and length > support.stable_length:
+            return "off", (
+                f"beyond {support.stable_length} tokens the model's rotary frequencies depend on "
+                "the prompt's length"
+            )
+        if mode == "fast" and not support.reuses_modules:
+            return "exact", support.reason
+        return mode, None
+
+    def _run(self, request: _Request) -> Iterator[Chunk]:
+        started = time.perf_counter()
+        reading = self._read(request)
+        try:
+            count = 0
+            for chunk in decode_loop(
+                request.tokens.token_ids,
+                reading.logits,
+                step=reading.step,
+                choose=self.lm.sampler(request.params),
+                text=AnswerText(self.lm.text.decode, request.params.stop),
+                end_ids=self.lm.end_ids | set(request.params.stop_token_ids),
+                max_tokens=request.params.max_tokens,
+            ):
+                if count == 0:
+                    reading.report.ttft_ms = request.tokenise_ms + _ms_since(started)
+                count += len(chunk.token_ids)
+                if chunk.finish_reason is not None:
+                    reading.report.generated_tokens = count
+                    self.reports.append(reading.report)
+                    chunk = replace(chunk, report=reading.report)
+                yield chunk
+        finally:
+            self._finish(request, reading)
+
+    def _read(self, request: _Request) -> _Reading:
+        """Bring the prompt into a slot and compute what no state holds."""
+        if self.lm.support.kind == "no-cache":
+            return self._read_stock(request)
+        tokens = request.tokens
+        clock = time.perf_counter()
+        wishes = assemble.wanted(tokens, self._candidates(request), self._library)
+        accepts = assemble.row_filter(wishes) if request.reuse != "off" else _accept_nothing
+        lease = self._pool.acquire(tokens.token_ids, accepts, request.capacity)
+        assemble.keep_whole_modules(lease, wishes)
+        prefix = len(lease.token_ids)
+        beyond = [wish for wish in wishes if wish.candidate.start >= prefix]
+        fillings = assemble.load(tokens, beyond, self._library)
+        report = assemble.describe(tokens, prefix, fillings, request.reuse)
+        report.fallback_reason = request.fallback_reason
+        report.load_ms, clock = _ms_since(clock), time.perf_counter()
+        assemble.fill(self.lm, lease, fillings)
+        report.assemble_ms, clock = _ms_since(clock), time.perf_counter()
+        logits = assemble.compute(self.lm, lease, tokens, fillings)
+        report.prefill_ms = _ms_since(clock)
+        return _Reading(logits, report, lambda token: self._step(lease, token), lease)
+
+    def _candidates(self, request: _Request) -> list[Candidate]:
+        if request.reuse != "fast":
+            return []
+        return candidates(
+            request.tokens,
+            min_module_tokens=self.min_module_tokens,
+            min_literal_tokens=_MIN_LITERAL_TOKENS,
+        )
+
+    def _read_stock(self, request: _Request) -> _Reading:
+        """For models whose cache is not rows per token."""
+        clock = time.perf_counter()
+        run = self.lm.stock_run()
+        report = assemble.describe(request.tokens, 0, [], request.reuse)
+        report.fallback_reason = request.fallback_reason
+        logits = run(request.tokens.token_ids)
+        report.prefill_ms = _ms_since(clock)
+        return _Reading(logits, report, lambda token: run([token]), None)
+
+    def _step(self, lease: Lease, token_id: int) -> torch.Tensor:
+        row = [len(lease.token_ids)]
+        logits = self.lm.forward(Batch.of_rows(lease.slot, [token_id], row, row))
+        lease.append([token_id], COMPUTED)
+        return logits
+
+    def _finish(self, request: _Request, reading: _Reading) -> None:
+        """Give the slot back; a request without reuse leaves nothing behind in it."""
+        if reading.lease is None:
+            return
+        if request.reuse == "off":
+            reading.lease.token_ids.clear()
+            reading.lease.labels.clear()
+        self._pool.release(reading.lease)
+
+    def _check_budget(self) -> None:
+        budget = self.store.stats().budget_bytes
+        needed = self.lm.bytes_per_token
+        if budget is not None and self.lm.support.reuses_modules and budget < needed:
+            raise BudgetError(
+                f"the store's budget of {budget:,} bytes can't hold a state of even one token, "
+                f"which takes {needed:,} bytes with {self.lm.name}; raise budget_bytes"
+            )
+
+
+def _accept_nothing(row: int, label: str) -> bool:
+    return False
+
+
+def _join(chunks: Sequence[Chunk]) -> Generation:
+    last = chunks[-1]
+    assert last.finish_reason is not None
+    assert last.report is not None
+    reason: FinishReason = last.finish_reason
+    return Generation(
+        text="".join(chunk.text for chunk in chunks),
+        token_ids=tuple(token for chunk in chunks for token in chunk.token_ids),
+        finish_reason=reason,
+        report=last.report,
+    )
+
+
+def _ms_since(started: float) -> float:
+    return (time.perf_counter() - started) * 1000

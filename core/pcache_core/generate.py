@@ -1,0 +1,107 @@
+"""The decode loop: one token at a time, text that is safe to show, stops that don't leak."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+
+import torch
+
+from pcache_core.results import Chunk, FinishReason
+
+Step = Callable[[int], torch.Tensor]
+"""Appends one token; logits of the next, [vocab]."""
+
+Choose = Callable[[Sequence[int], torch.Tensor], int]
+"""Picks a token from the text so far and the logits."""
+
+
+class AnswerText:
+    """Turns tokens into text piece by piece.
+
+    A piece never ends inside a character and never holds a part of a stop string: what may still
+    become one waits until it can't.
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str], stop: Sequence[str]) -> None:
+        self._decode = decode
+        self._stop = tuple(stop)
+        self._token_ids: list[int] = []
+        self._context = 0  # first token that is decoded again, for spaces between words
+        self._shown = 0  # first token whose text is not out yet
+        self._waiting = ""
+        self.stopped = False
+
+    def add(self, token_id: int) -> str:
+        """The text that is certain now that this token has come; often empty."""
+        self._token_ids.append(token_id)
+        new = self._new_text()
+        if new.endswith("\ufffd"):
+            return ""
+        return self._release(new)
+
+    def finish(self) -> str:
+        """The rest, when no token will follow."""
+        text = self._release(self._new_text())
+        if self.stopped:
+            return text
+        text, self._waiting = text + self._waiting, ""
+        return text
+
+    def _new_text(self) -> str:
+        before = self._decode(self._token_ids[self._context : self._shown])
+        return self._decode(self._token_ids[self._context :])[len(before) :]
+
+    def _release(self, new: str) -> str:
+        if new:
+            self._context, self._shown = self._shown, len(self._token_ids)
+        text = self._waiting + new
+        found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
+        if found:
+            self.stopped = True
+            self._waiting = ""
+            return text[: min(found)]
+        held = max((_overlap(text, stop) for stop in self._stop), default=0)
+        self._waiting = text[len(text) - held :]
+        return text[: len(text) - held]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`, shorter than `stop`."""
+    for length in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:length]):
+            return length
+    return 0
+
+
+def decode_loop(  # noqa: PLR0913 (each is one collaborator)
+    prompt_ids: Sequence[int],
+    logits: torch.Tensor,
+    *,
+    step: Step,
+    choose: Choose,
+    text: AnswerText,
+    end_ids: Collection[int],
+    max_tokens: int,
+) -> Iterator[Chunk]:
+    """Generate until an end id, a stop string or `max_tokens`; a chunk a token.
+
+    logits: [vocab], of the first token after the prompt. The last chunk has a `finish_reason`.
+    """
+    token_ids = list(prompt_ids)
+    for count in range(1, max_tokens + 1):
+        token = choose(token_ids, logits)
+        if token in end_ids:
+            yield Chunk(text.finish(), (), "stop")
+            return
+        token_ids.append(token)
+        new = text.add(token)
+        if text.stopped:
+            yield Chunk(new, (token,), "stop")
+            return
+        if count == max_tokens:
+            tail = text.finish()
+            reason: FinishReason = "stop" if text.stopped else "length"
+            yield Chunk(new + tail, (token,), reason)
+            return
+        yield Chunk(new, (token,))
+        logits = step(token)

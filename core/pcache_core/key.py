@@ -1,0 +1,79 @@
+"""Identity of a state: a digest of everything it is a function of."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from pcache_core.errors import OptionError
+
+FORMAT_VERSION = 1
+_NAMESPACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def digest(fields: Iterable[bytes]) -> str:
+    """SHA-256 over length-prefixed fields, as hex: no two field lists share an input."""
+    sha = hashlib.sha256()
+    for field in fields:
+        sha.update(struct.pack("<Q", len(field)))
+        sha.update(field)
+    return sha.hexdigest()
+
+
+def pack_ids(token_ids: Sequence[int]) -> bytes:
+    """Token ids as little-endian int64."""
+    return struct.pack(f"<{len(token_ids)}q", *token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleKey:
+    """Names a state in a store.
+
+    digest: 64 hex digits over format version, model, dtype, namespace, anchor, tokens and, where
+        the model can't relocate, the position.
+    token_ids: compared with the stored ones on every hit.
+    """
+
+    digest: str
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class KeySpace:
+    """Makes the keys of one model in one namespace.
+
+    model: fingerprint of configuration and weights. dtype: of the states.
+    Raises: OptionError: the namespace has other characters than letters, digits and `._-`.
+    """
+
+    model: str
+    dtype: str
+    namespace: str
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.namespace, str) or not _NAMESPACE.fullmatch(self.namespace):
+            raise OptionError(
+                f"namespace {self.namespace!r} is not valid; use 1 to 64 letters, digits, "
+                "'.', '_' or '-', starting with a letter or digit"
+            )
+
+    def key(
+        self, anchor_ids: Sequence[int], token_ids: Sequence[int], position: int | None
+    ) -> ModuleKey:
+        """Key of `token_ids` encoded behind `anchor_ids`.
+
+        position: of the first token, for models that can't relocate; None where it does not matter.
+        """
+        fields = (
+            str(FORMAT_VERSION).encode(),
+            self.model.encode(),
+            self.dtype.encode(),
+            self.namespace.encode(),
+            pack_ids(anchor_ids),
+            pack_ids(token_ids),
+            b"any" if position is None else str(position).encode(),
+        )
+        return ModuleKey(digest(fields), tuple(token_ids))

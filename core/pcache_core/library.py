@@ -1,0 +1,106 @@
+"""The model's states: found in the store, checked, or encoded and put there."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from pcache_core.encode import Module, encode_anchor, encode_modules
+from pcache_core.errors import StateMismatchError
+from pcache_core.key import KeySpace, ModuleKey
+from pcache_core.kv import KVState
+from pcache_core.lm import CausalLM
+from pcache_core.report import Source
+from pcache_core.store import ModuleStore
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Found:
+    """A state, where it came from, and the digest that names it."""
+
+    state: KVState
+    source: Source
+    digest: str
+
+
+class ModuleLibrary:
+    """States of one model in one namespace.
+
+    A state is looked up behind the prompt's own anchor first, then behind the beginning-of-sequence
+    token alone, so that what was encoded before any template was known is found as well.
+    """
+
+    def __init__(self, lm: CausalLM, store: ModuleStore, namespace: str) -> None:
+        self.lm = lm
+        self._store = store
+        self._keys = KeySpace(lm.fingerprint, str(lm.dtype), namespace)
+
+    @property
+    def budget_bytes(self) -> int | None:
+        """The store's budget; None without one."""
+        return self._store.stats().budget_bytes
+
+    @property
+    def _is_fixed(self) -> bool:
+        return self.lm.support.kind == "fixed-positions"
+
+    def key(
+        self, anchor_ids: Sequence[int], token_ids: Sequence[int], start: int
+    ) -> ModuleKey:
+        """The key of a module that is to stand at row `start`."""
+        return self._keys.key(anchor_ids, token_ids, start if self._is_fixed else None)
+
+    def encoding_position(self, anchor_tokens: int, start: int) -> int:
+        """Where to encode a module that is to stand at `start`: there if it can't move later."""
+        return start if self._is_fixed else anchor_tokens
+
+    def contains(self, key: ModuleKey) -> bool:
+        """Whether the store has it."""
+        return self._store.contains(key)
+
+    def find(self, keys: Sequence[ModuleKey]) -> Found | None:
+        """The first state that is there and whole; a state that does not fit is dropped."""
+        for key in keys:
+            hit = self._store.get(key)
+            if hit is None:
+                continue
+            try:
+                hit.state.check(self.lm.layers, self.lm.dtype)
+            except StateMismatchError as error:
+                logger.warning("dropped a stored state: %s", error)
+                self._store.delete(key)
+                continue
+            return Found(hit.state, hit.tier, key.digest)
+        return None
+
+    def anchor(self, anchor_ids: Sequence[int]) -> Found | None:
+        """The state of an anchor, encoded if it is new; None for an empty one."""
+        if not anchor_ids:
+            return None
+        key = self.key((), anchor_ids, 0)
+        found = self.find([key])
+        if found is None:
+            found = self._keep(key, encode_anchor(self.lm, anchor_ids))
+        return found
+
+    def encode(
+        self,
+        anchor: Found | None,
+        modules: Mapping[ModuleKey, Module],
+    ) -> Iterator[tuple[ModuleKey, Found]]:
+        """Encode modules behind the anchor and put them in the store; yields as they are made.
+
+        A state that the store can't keep is still returned.
+        """
+        keys = {module: key for key, module in modules.items()}
+        state = anchor.state if anchor else None
+        for module, encoded in encode_modules(self.lm, state, list(keys)):
+            yield keys[module], self._keep(keys[module], encoded)
+
+    def _keep(self, key: ModuleKey, state: KVState) -> Found:
+        if not self._store.put(key, state):
+            logger.info("a state of %d bytes does not fit the store", state.nbytes)
+        return Found(state, "encoded", key.digest)

@@ -1,0 +1,9 @@
+"""The model: unmodified transformers, run over slots. The only package that imports it."""
+
+from pcache_core.lm.batch import Batch, RowRange, Span
+from pcache_core.lm.causal_lm import CausalLM
+from pcache_core.lm.probe import Support, SupportKind
+from pcache_core.lm.relocation import place
+from pcache_core.lm.sampling import Sampler
+
+__all__ = ["Batch", "CausalLM", "RowRange", "Sampler", "Span", "Support", "SupportKind", "place"]

@@ -1,0 +1,136 @@
+"""Attention over a slot: our function behind transformers' `AttentionInterface`.
+
+Queries of a ragged batch attend span by span. Grouped-query heads are folded into query rows, so
+keys and values are never copied per head.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface
+
+from pcache_core.lm.batch import Batch, Span
+
+IMPLEMENTATION = "pcache"
+
+
+class UnsupportedAttentionError(Exception):
+    """The model's attention needs something this function does not do."""
+
+
+def slot_attention(  # noqa: PLR0913 (transformers' signature)
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    pcache_batch: Batch | None = None,
+    pcache_windows: dict[int, int | None] | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    position_bias: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attend the batch's tokens to the slot's rows.
+
+    query: [1, heads, tokens, dim]. key, value: [1, kv heads, rows, dim], the slot's rows.
+    s_aux: [heads], attention sinks: a logit per head that takes part in the softmax alone.
+    Returns: [1, tokens, heads, value dim].
+    """
+    if pcache_batch is None or pcache_windows is None:
+        raise UnsupportedAttentionError("the model does not pass our arguments to its attention")
+    if position_bias is not None or dropout:
+        raise UnsupportedAttentionError("position bias and dropout are not supported")
+    if query.shape[0] != 1 or key.shape[2] != pcache_batch.num_rows:
+        raise UnsupportedAttentionError("keys are not the slot's rows")
+    window = pcache_windows[_layer_index(module)]
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    outputs = []
+    for span in pcache_batch.spans:
+        queries = query[:, :, span.start : span.stop]
+        keys, values = _visible(key, span), _visible(value, span)
+        group = query.shape[1] // key.shape[1]
+        if softcap is not None or s_aux is not None:
+            bias = pcache_batch.bias(span, window, group, torch.float32)
+            outputs.append(_attend_by_matmul(queries, keys, values, bias, scale, softcap, s_aux))
+        elif pcache_batch.is_plain_causal(span, window):
+            outputs.append(_attend_causal(queries, keys, values, scale))
+        else:
+            bias = pcache_batch.bias(span, window, group, query.dtype)
+            outputs.append(_attend(queries, keys, values, bias, scale))
+    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+    return output.transpose(1, 2), None  # [1, tokens, heads, value dim]
+
+
+AttentionInterface.register(IMPLEMENTATION, slot_attention)
+
+
+def _layer_index(module: torch.nn.Module) -> int:
+    index = getattr(module, "layer_idx", None)
+    if not isinstance(index, int):
+        raise UnsupportedAttentionError("attention modules don't know their layer index")
+    return index
+
+
+def _visible(rows: torch.Tensor, span: Span) -> torch.Tensor:
+    """The rows a span sees: a view where they are contiguous."""
+    parts = [rows[:, :, start:stop] for start, stop in span.visible]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def _fold(query: torch.Tensor, kv_heads: int) -> torch.Tensor:
+    """Fold each group of query heads into query rows: [1, kv heads, group * tokens, dim]."""
+    _, heads, tokens, dim = query.shape
+    return query.reshape(1, kv_heads, heads // kv_heads * tokens, dim)
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: float,
+) -> torch.Tensor:
+    output = F.scaled_dot_product_attention(
+        _fold(query, key.shape[1]), key, value, attn_mask=bias, scale=scale
+    )
+    return output.reshape(*query.shape[:3], value.shape[-1])
+
+
+def _attend_causal(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Square and contiguous: the one case where a causal flag says the same as the rows do."""
+    return F.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+    )
+
+
+def _attend_by_matmul(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attention with logit soft-capping (Gemma 2) or sinks (GPT-OSS), softmax in fp32."""
+    group = query.shape[1] // key.shape[1]
+    scores = torch.matmul(_fold(query, key.shape[1]), key.transpose(-1, -2)).float() * scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if bias is not None:
+        scores = scores + bias
+    if sinks is not None:
+        tokens = query.shape[2]
+        column = sinks.float().reshape(1, key.shape[1], group, 1, 1)
+        column = column.expand(-1, -1, -1, tokens, -1).reshape(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, column], dim=-1)  # the sink takes weight and gives nothing
+    weights = torch.softmax(scores, dim=-1)[..., : key.shape[2]].to(value.dtype)
+    return torch.matmul(weights, value).reshape(*query.shape[:3], value.shape[-1])

@@ -1,0 +1,106 @@
+"""A ragged batch: new tokens laid end to end, each with its row in a slot and its position."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from pcache_core.kv import Slot
+
+RowRange = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Consecutive tokens of a batch that see the same rows, each only those up to its own.
+
+    start, stop: the tokens, as indices into the batch. visible: row ranges, ascending; the last
+    one holds the span's own rows.
+    """
+
+    start: int
+    stop: int
+    visible: tuple[RowRange, ...]
+
+
+class Batch:
+    """What one forward computes.
+
+    input_ids, positions, rows: [tokens]; `rows[i]` is where token i's keys and values go and,
+        being the token's place in the prompt's order, what it may see: rows up to its own.
+    num_rows: rows of the slot that take part, written before or by this forward.
+    """
+
+    __slots__ = ("_biases", "_last_row", "_newest", "input_ids", "num_rows", "positions", "rows", "slot", "spans")
+
+    def __init__(
+        self,
+        slot: Slot,
+        input_ids: Sequence[int],
+        rows: Sequence[int],
+        positions: Sequence[int],
+        spans: Sequence[Span],
+    ) -> None:
+        device = slot.positions.device
+        self.slot = slot
+        self.input_ids = torch.tensor(input_ids, dtype=torch.long, device=device)
+        self.rows = torch.tensor(rows, dtype=torch.long, device=device)
+        self.positions = torch.tensor(positions, dtype=torch.long, device=device)
+        self.spans = tuple(spans)
+        self.num_rows = max(span.visible[-1][1] for span in self.spans)
+        self._newest = max(positions)
+        self._last_row = rows[-1]
+        self._biases: dict[tuple[Span, int | None, int, torch.dtype], torch.Tensor] = {}
+        slot.positions.index_copy_(0, self.rows, self.positions)
+
+    @classmethod
+    def of_rows(
+        cls,
+        slot: Slot,
+        input_ids: Sequence[int],
+        rows: Sequence[int],
+        positions: Sequence[int],
+    ) -> Batch:
+        """One request's tokens, which see every row up to their own; `rows` ascend."""
+        return cls(slot, input_ids, rows, positions, [Span(0, len(rows), ((0, rows[-1] + 1),))])
+
+    def bias(
+        self, span: Span, window: int | None, group: int, dtype: torch.dtype
+    ) -> torch.Tensor | None:
+        """What is added to attention scores: 0 where a row may be seen, the minimum elsewhere.
+
+        window: a row further back than this many positions is hidden; None for no limit.
+        group: query heads folded into query rows, see `attention.py`.
+        Returns: [group * tokens, visible rows] of `dtype`; None if every token sees every row.
+        """
+        if window is not None and self._newest < window:
+            window = None
+        if window is None and self._sees_all(span):
+            return None
+        name = (span, window, group, dtype)
+        if name not in self._biases:
+            hidden = ~self._allowed(span, window)
+            bias = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+            bias.masked_fill_(hidden, torch.finfo(dtype).min)
+            self._biases[name] = bias.repeat(group, 1)
+        return self._biases[name]
+
+    def is_plain_causal(self, span: Span, window: int | None) -> bool:
+        """Whether the span's tokens are exactly the rows it sees, and no window hides any."""
+        rows = sum(stop - start for start, stop in span.visible)
+        return rows == span.stop - span.start > 1 and (window is None or self._newest < window)
+
+    def _sees_all(self, span: Span) -> bool:
+        return span.stop - span.start == 1 and self._last_row == span.visible[-1][1] - 1
+
+    def _allowed(self, span: Span, window: int | None) -> torch.Tensor:
+        device = self.rows.device
+        key_rows = torch.cat([torch.arange(*visible, device=device) for visible in span.visible])
+        query_rows = self.rows[span.start : span.stop]
+        allowed = key_rows[None, :] <= query_rows[:, None]  # [tokens, visible rows]
+        if window is not None:
+            oldest = self.positions[span.start : span.stop] - window
+            allowed &= self.slot.positions[key_rows][None, :] > oldest[:, None]
+        return allowed

@@ -1,0 +1,154 @@
+"""A loaded model and its tokenizer, and what the engine may do with them."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pcache_core.errors import ModelError
+from pcache_core.kv import LayerShape, Slot
+from pcache_core.lm.batch import Batch
+from pcache_core.lm.fingerprint import fingerprint
+from pcache_core.lm.loading import load
+from pcache_core.lm.probe import Support, probe
+from pcache_core.lm.sampling import Sampler
+from pcache_core.lm.stock import StockRun, own_cache_works
+from pcache_core.lm.structure import context_length
+from pcache_core.lm.tokenizer import SegmentTokenizer
+from pcache_core.params import SamplingParams
+from pcache_core.prompt import Segment
+
+
+class CausalLM:
+    """An unmodified transformers model, tested when it is loaded.
+
+    support: what the self-test found. context_length: most positions, None without a limit.
+    A model that can't reuse modules still runs, with one warning that says why.
+
+    Raises: ModelError: the objects given are not a causal language model and a tokenizer.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str | None = None
+    ) -> None:
+        if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
+            raise ModelError(
+                f"CausalLM takes a transformers causal language model, got {type(model).__name__}"
+            )
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise ModelError(
+                f"model {type(model).__name__} needs its tokenizer, got "
+                f"{type(tokenizer).__name__}; load it with AutoTokenizer.from_pretrained"
+            )
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.text = SegmentTokenizer(tokenizer)
+        self.name = name or getattr(model.config, "_name_or_path", "") or type(model).__name__
+        self.context_length = context_length(model)
+        self.support: Support = probe(model)
+        self._lock = threading.RLock()
+        if not self.support.reuses_modules:
+            warnings.warn(
+                f"{self.name}: documents can't be reused, only "
+                f"{'nothing' if self.support.kind == 'no-cache' else 'exact prefixes'} will be: "
+                f"{self.support.reason}",
+                stacklevel=2,
+            )
+
+    @classmethod
+    def from_pretrained(cls, name: str, dtype: str = "auto", device: str = "auto") -> CausalLM:
+        """Load `builtin:tiny-rag`, a directory or a hub id.
+
+        dtype: auto (as saved), float32, float16 or bfloat16. device: auto, cpu, cuda, cuda:1 …
+        Raises: ModelError: it can't be loaded. OptionError: unknown dtype or device.
+        """
+        return cls(*load(name, dtype, device), name=name)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's embeddings are."""
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and states."""
+        return self.model.dtype
+
+    @property
+    def layers(self) -> tuple[LayerShape, ...]:
+        """Shapes of what each caching layer keeps."""
+        return self.support.layers
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes a state holds for one token."""
+        return sum(layer.elements_per_token for layer in self.layers) * self.dtype.itemsize
+
+    @property
+    def encodes_many(self) -> bool:
+        """Whether one forward may hold several spans that don't see each other."""
+        return self.support.forward is not None and self.support.forward.takes_many_spans
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Digest of configuration and weights; reads every weight once."""
+        return fingerprint(self.model)
+
+    @cached_property
+    def end_ids(self) -> frozenset[int]:
+        """Token ids that end an answer."""
+        config = getattr(self.model, "generation_config", None)
+        found = [getattr(config, "eos_token_id", None), self.tokenizer.eos_token_id]
+        ids: set[int] = set()
+        for value in found:
+            ids.update(value if isinstance(value, list) else [] if value is None else [value])
+        return frozenset(ids)
+
+    def token_ids(self, text: str) -> list[int]:
+        """Ids of a text alone, without special tokens added."""
+        return list(self.text.ids(Segment(text, "text")))
+
+    def count_tokens(self, text: str) -> int:
+        """Tokens of a text alone, without special tokens added."""
+        return len(self.token_ids(text))
+
+    def new_slot(self, capacity: int) -> Slot:
+        """Fresh buffers for `capacity` tokens."""
+        return Slot(self.layers, capacity, dtype=self.dtype, device=self.device)
+
+    def sampler(self, params: SamplingParams) -> Sampler:
+        """A token chooser for one request."""
+        return Sampler(params, self.device)
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Compute a batch's tokens, filling their rows; logits of the last one, [vocab] fp32."""
+        assert self.support.forward is not None, "a model without a cache has no slots"
+        with self._lock:
+            return self.support.forward(batch)
+
+    @cached_property
+    def _own_cache_works(self) -> bool:
+        with self._lock:
+            return own_cache_works(self.model, self.token_ids("a b c d e f")[:6])
+
+    def stock_run(self) -> LockedStockRun:
+        """A request through the model's own forward, for models without rows per token."""
+        return LockedStockRun(StockRun(self.model, use_cache=self._own_cache_works), self._lock)
+
+
+class LockedStockRun:
+    """A stock run whose steps take turns with the model's other forwards."""
+
+    def __init__(self, run: StockRun, lock: threading.RLock) -> None:
+        self._run = run
+        self._lock = lock
+
+    def __call__(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """Append tokens; logits of the last, [vocab]."""
+        with self._lock:
+            return self._run(token_ids)

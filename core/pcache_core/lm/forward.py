@@ -1,0 +1,140 @@
+"""Running an unmodified transformers model over a slot, in one of two ways.
+
+`RaggedForward` is the main path: our attention function sees a whole ragged batch at once.
+`SequentialForward` is for models whose attention can't be replaced: each contiguous run of new
+tokens is one ordinary forward with the model's own attention and masks, in the prompt's order.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from transformers import PreTrainedModel
+
+from pcache_core.kv import Slot
+from pcache_core.lm.attention import IMPLEMENTATION
+from pcache_core.lm.batch import Batch
+from pcache_core.lm.cache import slot_cache
+from pcache_core.lm.structure import CacheStructure, text_config
+
+
+class Forward(Protocol):
+    """Runs a batch, filling its rows."""
+
+    takes_many_spans: bool
+
+    def __call__(self, batch: Batch) -> torch.Tensor:
+        """Logits of the batch's last token, [vocab]."""
+
+
+class RaggedForward:
+    """One forward for the whole batch, through our attention function."""
+
+    takes_many_spans = True
+
+    def __init__(self, model: PreTrainedModel, structure: CacheStructure) -> None:
+        self._call = ModelCall(model)
+        self._caching = structure.caching
+        self._windows = structure.windows
+        self._config = text_config(model)
+
+    def __call__(self, batch: Batch) -> torch.Tensor:
+        """Logits of the batch's last token, [vocab]."""
+        with _attention(self._config):
+            output = self._call(
+                input_ids=batch.input_ids[None],
+                position_ids=batch.positions[None],
+                past_key_values=slot_cache(batch, self._caching),
+                pcache_batch=batch,
+                pcache_windows=self._windows,
+            )
+        return last_logits(output)
+
+
+class SequentialForward:
+    """One forward for each contiguous run of the batch, through the model's own attention."""
+
+    takes_many_spans = False
+
+    def __init__(self, model: PreTrainedModel, structure: CacheStructure) -> None:
+        self._call = ModelCall(model)
+        self._caching = structure.caching
+
+    def __call__(self, batch: Batch) -> torch.Tensor:
+        """Logits of the batch's last token, [vocab]."""
+        logits: torch.Tensor | None = None
+        for run in _contiguous_runs(batch):
+            output = self._call(
+                input_ids=run.input_ids[None],
+                position_ids=run.positions[None],
+                past_key_values=slot_cache(run, self._caching),
+            )
+            logits = last_logits(output)
+        assert logits is not None
+        return logits
+
+
+class ModelCall:
+    """Calls a model's forward, leaving out the optional arguments it does not take."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        parameters = inspect.signature(model.forward).parameters
+        self._model = model
+        self._takes_positions = "position_ids" in parameters
+        self._options: dict[str, Any] = {"use_cache": True}
+        if "logits_to_keep" in parameters:
+            self._options["logits_to_keep"] = 1
+
+    @torch.no_grad()
+    def __call__(self, **arguments: Any) -> Any:
+        """The model's output; logits of at least the last token."""
+        if not self._takes_positions:
+            arguments.pop("position_ids", None)
+        return self._model(**arguments, **self._options)
+
+
+def last_logits(output: Any) -> torch.Tensor:
+    """[vocab], fp32, of the last token of a batch of one."""
+    logits: torch.Tensor = output.logits[0, -1]
+    return logits.float()
+
+
+def runs_of(rows: Sequence[int]) -> list[tuple[int, int]]:
+    """Ascending rows as contiguous ranges (start, stop)."""
+    runs: list[tuple[int, int]] = []
+    for row in rows:
+        if runs and runs[-1][1] == row:
+            runs[-1] = (runs[-1][0], row + 1)
+        else:
+            runs.append((row, row + 1))
+    return runs
+
+
+def _contiguous_runs(batch: Batch) -> Iterator[Batch]:
+    ids, rows, positions = batch.input_ids.tolist(), batch.rows.tolist(), batch.positions.tolist()
+    first = 0
+    for start, stop in runs_of(rows):
+        part = slice(first, first + stop - start)
+        yield Batch.of_rows(batch.slot, ids[part], rows[part], positions[part])
+        first = part.stop
+
+
+@contextmanager
+def _attention(config: Any) -> Iterator[None]:
+    """Our attention function inside, the user's choice before and after."""
+    before = config._attn_implementation
+    config._attn_implementation = IMPLEMENTATION
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+def fill(forward: Forward, slot: Slot, token_ids: Sequence[int], start: int) -> torch.Tensor:
+    """Compute a contiguous run of tokens at rows and positions `start …`; logits of the last."""
+    rows = range(start, start + len(token_ids))
+    return forward(Batch.of_rows(slot, token_ids, rows, rows))

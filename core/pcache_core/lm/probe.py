@@ -1,0 +1,229 @@
+"""What can this loaded model do? Found out by running it, never guessed from its class.
+
+The checks, each against the model's own plain forward or against encoding elsewhere:
+1. rows per token: every layer caches keys and values (structure), and their shapes;
+2. native: a prompt run through a slot, with the middle filled last, gives the model's own logits;
+3. position: layer 0, which knows no context, sees a token's position and nothing else;
+4. fit: one rotation a layer explains encoding at another position, near and at the far end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from pcache_core.kv import KVState, LayerShape, Slot
+from pcache_core.lm.batch import Batch
+from pcache_core.lm.forward import Forward, ModelCall, RaggedForward, SequentialForward, fill
+from pcache_core.lm.relocation import (
+    Rotations,
+    fit,
+    misfit,
+    place,
+    relative_error,
+    rotary_frequencies,
+)
+from pcache_core.lm.structure import (
+    CacheStructure,
+    cache_structure,
+    context_length,
+    stable_length,
+    text_config,
+)
+
+SupportKind = Literal[
+    "relocatable", "position-free", "fixed-positions", "exact-only", "no-cache"
+]
+
+_TOKENS = 12
+_SHIFT = 29
+_LOGITS_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Support:
+    """What the load-time self-test found.
+
+    kind: `relocatable`: states move anywhere (rotary embeddings). `position-free`: states don't
+        depend on positions (ALiBi). `fixed-positions`: states are good at the position they were
+        encoded at (learned embeddings). `exact-only`: only prefixes are reused. `no-cache`:
+        nothing is reused.
+    reason: why not more, in words for the user; empty for `relocatable` and `position-free`.
+    layers: shapes of what each caching layer keeps; empty for `no-cache`.
+    rotations: one for each caching layer; None unless states can be moved.
+    forward: how the model is run over a slot; None for `no-cache`.
+    stable_length: a longer prompt reuses nothing; None where any length may.
+    """
+
+    kind: SupportKind
+    reason: str = ""
+    layers: tuple[LayerShape, ...] = ()
+    rotations: Rotations | None = None
+    forward: Forward | None = None
+    stable_length: int | None = None
+
+    @property
+    def reuses_modules(self) -> bool:
+        """Whether states of modules can be used, not only prefixes."""
+        return self.kind in ("relocatable", "position-free", "fixed-positions")
+
+
+def probe(model: PreTrainedModel) -> Support:
+    """Test the model: about ten forwards of at most 36 tokens."""
+    structure = cache_structure(model)
+    if structure.refusal is not None:
+        return Support("no-cache", structure.refusal)
+    ids = _token_ids(model, 3 * _TOKENS)
+    try:
+        layers, native = _native(model, ids)
+    except Exception as error:
+        return Support("no-cache", f"the model's own cache could not be read ({_brief(error)})")
+    forward, reason = _find_forward(model, structure, layers, (ids, native))
+    if forward is None:
+        return Support("no-cache", reason, layers)
+    limit = stable_length(model)
+    if structure.is_chunked:
+        reason = "attention within fixed chunks of the context ties states to their place"
+        return Support("exact-only", reason, layers, None, forward, limit)
+    return _positions(model, _Encoder(model, layers, forward), limit)
+
+
+def _positions(model: PreTrainedModel, encoder: _Encoder, limit: int | None) -> Support:
+    """Checks 3 and 4."""
+    ids = _token_ids(model, _TOKENS)
+    layers, forward = encoder.layers, encoder.forward
+    end = (limit or context_length(model) or 2048) - _TOKENS
+    try:
+        here, behind = encoder(ids, 0), encoder.behind(ids, ids[:5])
+        there = encoder(ids, min(_SHIFT, end))
+        far = encoder(ids, end)
+    except Exception as error:
+        reason = f"encoding at another position failed ({_brief(error)})"
+        return Support("exact-only", reason, layers, None, forward, limit)
+    rotations = fit(rotary_frequencies(model), here, there)
+    reason = misfit(rotations, here, there)
+    if reason:
+        if _same_first_layer(encoder(ids, 5), behind):
+            return Support("fixed-positions", reason, layers, None, forward, limit)
+        return Support("exact-only", reason, layers, None, forward, limit)
+    if not _same_first_layer(encoder.moved(here, 5, rotations), behind):
+        reason = "the model takes positions from the cache's length, not from position_ids"
+        return Support("exact-only", reason, layers, None, forward, limit)
+    reason = misfit(rotations, here, far)
+    if reason:
+        return Support("exact-only", reason, layers, None, forward, limit)
+    free = all(rotation is None for rotation in rotations)
+    kind: SupportKind = "position-free" if free else "relocatable"
+    return Support(kind, "", layers, rotations, forward, limit)
+
+
+class _Encoder:
+    """Encodes tokens alone, or behind others, at a chosen position."""
+
+    def __init__(
+        self, model: PreTrainedModel, layers: tuple[LayerShape, ...], forward: Forward
+    ) -> None:
+        self.layers = layers
+        self.forward = forward
+        self._slot = _new_slot(model, layers, 2 * _TOKENS)
+
+    def __call__(self, ids: list[int], position: int) -> KVState:
+        """The state of `ids` alone, first token at `position`."""
+        rows = range(len(ids))
+        positions = range(position, position + len(ids))
+        self.forward(Batch.of_rows(self._slot, ids, rows, positions))
+        return self._slot.state(0, ids, position)
+
+    def behind(self, ids: list[int], others: list[int]) -> KVState:
+        """The state of `ids` directly behind `others`, which start at position 0."""
+        fill(self.forward, self._slot, others, 0)
+        fill(self.forward, self._slot, ids, len(others))
+        return self._slot.state(len(others), ids, len(others))
+
+    def moved(self, state: KVState, position: int, rotations: Rotations) -> KVState:
+        """The state relocated to `position`."""
+        place(self._slot, position, state, rotations)
+        return self._slot.state(position, state.token_ids, position)
+
+
+def _same_first_layer(actual: KVState, expected: KVState) -> bool:
+    tolerance = _LOGITS_TOLERANCE.get(actual.keys[0].dtype, 1e-4)
+    return (
+        relative_error(actual.keys[0], expected.keys[0]) <= tolerance
+        and relative_error(actual.values[0], expected.values[0]) <= tolerance
+    )
+
+
+def _find_forward(
+    model: PreTrainedModel,
+    structure: CacheStructure,
+    layers: tuple[LayerShape, ...],
+    sample: tuple[list[int], torch.Tensor],
+) -> tuple[Forward | None, str]:
+    """The first way of running the model over a slot that gives its own logits (check 2)."""
+    makers: list[Callable[[PreTrainedModel, CacheStructure], Forward]] = [SequentialForward]
+    if not structure.is_chunked:
+        makers.insert(0, RaggedForward)
+    reason = ""
+    ids, native = sample
+    for maker in makers:
+        try:
+            forward = maker(model, structure)
+            slot = _new_slot(model, layers, len(ids))
+            error = _native_error(forward, slot, ids, native)
+        except Exception as failure:
+            reason = f"the model can't run over a slot ({_brief(failure)})"
+            continue
+        if error <= _LOGITS_TOLERANCE.get(native.dtype, 1e-4):
+            return forward, ""
+        reason = f"a run over a slot differs from the model's own forward (by {error:.1e})"
+    return None, reason
+
+
+def _native_error(
+    forward: Forward, slot: Slot, ids: list[int], native: torch.Tensor
+) -> float:
+    """Relative error of the last logits: all at once, then with a hole that is filled later."""
+    third = len(ids) // 3
+    at_once = fill(forward, slot, ids, 0)
+    # The middle third keeps its rows; the first and last are computed again around it.
+    rows = [*range(third), *range(2 * third, len(ids))]
+    with_hole = forward(Batch.of_rows(slot, [ids[row] for row in rows], rows, rows))
+    by_token = fill(forward, slot, ids[-1:], len(ids) - 1)
+    expected = native.float()
+    return max(relative_error(logits, expected) for logits in (at_once, with_hole, by_token))
+
+
+def _native(
+    model: PreTrainedModel, ids: list[int]
+) -> tuple[tuple[LayerShape, ...], torch.Tensor]:
+    """Shapes of the model's own cache after a plain forward, and its last logits, [vocab]."""
+    input_ids = torch.tensor([ids], device=model.device)
+    output = ModelCall(model)(input_ids=input_ids)
+    shapes = []
+    for layer in output.past_key_values.layers:
+        if layer.keys is not None:
+            _, key_heads, _, key_dim = layer.keys.shape
+            _, value_heads, _, value_dim = layer.values.shape
+            shapes.append(LayerShape(key_heads, key_dim, value_heads, value_dim))
+    return tuple(shapes), output.logits[0, -1]
+
+
+def _new_slot(model: PreTrainedModel, layers: tuple[LayerShape, ...], rows: int) -> Slot:
+    return Slot(layers, rows, dtype=model.dtype, device=model.device)
+
+
+def _token_ids(model: PreTrainedModel, count: int) -> list[int]:
+    vocabulary = text_config(model).vocab_size
+    generator = torch.Generator().manual_seed(7)
+    low = min(3, vocabulary - 1)
+    return torch.randint(low, vocabulary, (count,), generator=generator).tolist()
+
+
+def _brief(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:120]}" if lines else type(error).__name__

@@ -1,0 +1,204 @@
+"""Moving a state to another position by the model's own rotary angles.
+
+A rotary embedding multiplies each pair of dimensions by a rotation whose angle is position times
+frequency. Moving a stored row is one more rotation, by the difference of the two angles the model
+itself would form, so nothing about the embedding has to be known but its frequencies and which
+dimensions they turn; `fit` finds those out by encoding the same tokens at two places.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from pcache_core.kv import KVState, Slot
+
+# Largest relative error of a right rotation beyond twice the layer's own drift, by dtype.
+_FLOOR = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+_LARGEST_DRIFT = 0.1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rotation:
+    """How one layer's states turn when they move.
+
+    part: what turns; multi-head latent attention keeps its rotary part in `values`.
+    frequencies: [pairs], fp32, radians per position.
+    layout: pairs are (i, i + pairs) or (2i, 2i + 1), both from dimension `offset` on.
+    sign: -1 for models that rotate backwards.
+    """
+
+    part: Literal["keys", "values"]
+    frequencies: torch.Tensor
+    layout: Literal["half", "interleaved"]
+    offset: int
+    sign: int
+
+    def angles(self, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        """[tokens, pairs], fp64: the angle the model forms at `new` less the one at `old`.
+
+        Each product is rounded to fp32 as the model does; a single product with the difference
+        drifts by 2e-2 at 120,000 positions.
+        """
+        frequencies = self.frequencies.to(old.device)
+        at_new = (new.float()[:, None] * frequencies).double()
+        at_old = (old.float()[:, None] * frequencies).double()
+        return (at_new - at_old) * self.sign
+
+    def turn(
+        self, rows: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        """Write `rows`, rotated, to `out`; both [heads, tokens, dim]; fp32 inside, one rounding."""
+        pairs = cos.shape[-1]
+        start, stop = self.offset, self.offset + 2 * pairs
+        if stop - start < rows.shape[-1]:
+            out.copy_(rows)
+        if self.layout == "half":
+            first, second = slice(start, start + pairs), slice(start + pairs, stop)
+        else:
+            first, second = slice(start, stop, 2), slice(start + 1, stop, 2)
+        a, b = rows[..., first].float(), rows[..., second].float()
+        out[..., first] = torch.addcmul(a * cos, b, sin, value=-1)
+        out[..., second] = torch.addcmul(b * cos, a, sin)
+
+
+Rotations = tuple[Rotation | None, ...]
+"""One for each caching layer; None where states don't depend on positions."""
+
+
+def place(
+    slot: Slot, start: int, state: KVState, rotations: Rotations, position: int | None = None
+) -> None:
+    """Copy a state into rows `start …` of a slot, moved to `position` (default: `start`)."""
+    position = start if position is None else position
+    stop = start + state.num_tokens
+    old = _positions(state, state.position).to(slot.positions.device)
+    new = _positions(state, position).to(slot.positions.device)
+    slot.positions[start:stop] = new
+    turns: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    for index, rotation in enumerate(rotations):
+        for part, rows, target in (
+            ("keys", state.keys[index], slot.keys[index]),
+            ("values", state.values[index], slot.values[index]),
+        ):
+            out = target[0, :, start:stop]
+            if rotation is None or rotation.part != part or position == state.position:
+                out.copy_(rows)
+                continue
+            name = id(rotation.frequencies)
+            if name not in turns:
+                angles = rotation.angles(old, new)
+                turns[name] = (angles.cos().float(), angles.sin().float())
+            rotation.turn(rows.to(out.device), *turns[name], out=out)
+
+
+def fit(
+    frequencies: Sequence[torch.Tensor], here: KVState, there: KVState
+) -> Rotations:
+    """Each layer's likeliest rotation, from the same tokens encoded alone at two places.
+
+    The best is not always good: `misfit` says whether the rotations explain a move.
+    """
+    return tuple(_best(frequencies, here, there, layer) for layer in range(len(here.keys)))
+
+
+def misfit(rotations: Rotations, here: KVState, there: KVState) -> str:
+    """Why the rotations don't turn `here` into `there`; empty if they do.
+
+    A layer's drift, how much its states moved that no rotation touches, is its own noise; an error
+    within twice of it, beside the dtype's rounding, is no misfit.
+    """
+    for layer, rotation in enumerate(rotations):
+        key_error, value_error = _errors(rotation, here, there, layer)
+        unturned = _errors(None, here, there, layer)
+        drift = min(unturned)
+        limit = 2 * drift + _FLOOR.get(here.keys[layer].dtype, 1e-5)
+        error = max(key_error, value_error)
+        if drift >= _LARGEST_DRIFT or error > limit:
+            return (
+                f"no rotation moves the states of layer {layer} from position {here.position} "
+                f"to {there.position} (relative error {error:.1e})"
+            )
+    return ""
+
+
+def _best(
+    frequencies: Sequence[torch.Tensor], here: KVState, there: KVState, layer: int
+) -> Rotation | None:
+    candidates = [None, *_candidates(frequencies, here.keys[layer], here.values[layer])]
+    return min(candidates, key=lambda rotation: max(_errors(rotation, here, there, layer)))
+
+
+def _errors(
+    rotation: Rotation | None, here: KVState, there: KVState, layer: int
+) -> tuple[float, float]:
+    """Relative errors of keys and values after turning one layer of `here`."""
+    keys, values = here.keys[layer], here.values[layer]
+    if rotation is not None:
+        angles = rotation.angles(
+            _positions(here, here.position).to(keys.device),
+            _positions(here, there.position).to(keys.device),
+        )
+        turned = torch.empty_like(keys if rotation.part == "keys" else values)
+        rotation.turn(
+            keys if rotation.part == "keys" else values,
+            angles.cos().float(),
+            angles.sin().float(),
+            out=turned,
+        )
+        keys, values = (turned, values) if rotation.part == "keys" else (keys, turned)
+    return (
+        relative_error(keys, there.keys[layer]),
+        relative_error(values, there.values[layer]),
+    )
+
+
+def _positions(state: KVState, first: int) -> torch.Tensor:
+    return torch.arange(first, first + state.num_tokens)
+
+
+def _candidates(
+    frequencies: Sequence[torch.Tensor], keys: torch.Tensor, values: torch.Tensor
+) -> Iterator[Rotation]:
+    parts: tuple[tuple[Literal["keys", "values"], int], ...] = (
+        ("keys", keys.shape[-1]),
+        ("values", values.shape[-1]),
+    )
+    layouts: tuple[Literal["half", "interleaved"], ...] = ("half", "interleaved")
+    for part, dim in parts:
+        for vector in frequencies:
+            turned = 2 * len(vector)
+            if turned > dim:
+                continue
+            for offset in {0, dim - turned}:
+                for layout in layouts:
+                    for sign in (1, -1):
+                        yield Rotation(part, vector, layout, offset, sign)
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Root mean square of the difference, relative to that of `expected`."""
+    difference = (actual.float() - expected.float()).pow(2).mean().sqrt()
+    return float(difference / expected.float().pow(2).mean().sqrt().clamp_min(1e-12))
+
+
+def rotary_frequencies(model: torch.nn.Module) -> list[torch.Tensor]:
+    """Every rotary frequency vector the model owns, [pairs] fp32, without duplicates."""
+    found: list[torch.Tensor] = []
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name.endswith("inv_freq") and "original" not in name and buffer.ndim == 1:
+                found.append(buffer.detach().float().clone())
+        table = getattr(module, "embed_positions", None)
+        if isinstance(table, torch.Tensor) and table.ndim == 2 and len(table) > 1:
+            pairs = table.shape[1] // 2  # GPT-J: a table of sin and cos; row 1 holds the angles
+            sin, cos = table[1, :pairs].double(), table[1, pairs:].double()
+            found.append(torch.atan2(sin, cos).float())
+    unique: list[torch.Tensor] = []
+    for vector in found:
+        if not any(vector.shape == u.shape and torch.equal(vector, u) for u in unique):
+            unique.append(vector)
+    return unique

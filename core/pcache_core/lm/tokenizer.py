@@ -1,0 +1,88 @@
+"""Text to token ids and back, segment by segment."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from pcache_core.errors import ChatTemplateError
+from pcache_core.prompt import Segment
+
+_MEMORY = 4096
+
+
+class SegmentTokenizer:
+    """Tokenises each segment alone, without special tokens added; remembers recent ones.
+
+    A lock guards the underlying tokenizer, whose settings change during a call.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._lock = threading.Lock()
+        self._memory: OrderedDict[tuple[str, bool], tuple[int, ...]] = OrderedDict()
+        self.bos_ids = self._find_bos()
+
+    def ids(self, segment: Segment) -> tuple[int, ...]:
+        """The segment's token ids; special tokens written out in data stay plain text."""
+        name = (segment.text, segment.is_markup)
+        with self._lock:
+            ids = self._memory.get(name)
+            if ids is None:
+                ids = tuple(
+                    self._tokenizer(
+                        segment.text,
+                        add_special_tokens=False,
+                        split_special_tokens=not segment.is_markup,
+                        verbose=False,
+                    )["input_ids"]
+                )
+                self._memory[name] = ids
+            self._memory.move_to_end(name)
+            if len(self._memory) > _MEMORY:
+                self._memory.popitem(last=False)
+        return ids
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of the ids, special tokens left out."""
+        with self._lock:
+            text = self._tokenizer.decode(
+                list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+        return str(text)
+
+    def apply_chat_template(self, messages: list[dict[str, str]]) -> str:
+        """Render messages with the model's own template, ready for the assistant's answer.
+
+        A beginning-of-sequence token that the tokenizer adds by itself is left out.
+        Raises: ChatTemplateError: there is no template, or it refuses the messages.
+        """
+        if not self._tokenizer.chat_template:
+            raise ChatTemplateError(
+                "the tokenizer has no chat template; use a completion-style LLM class, or set "
+                "tokenizer.chat_template"
+            )
+        try:
+            text = self._tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:
+            roles = [message["role"] for message in messages]
+            raise ChatTemplateError(
+                f"the model's chat template refuses these messages (roles {roles}): {error}"
+            ) from error
+        bos = self._tokenizer.bos_token
+        return str(text).removeprefix(bos) if self.bos_ids and bos else str(text)
+
+    def _find_bos(self) -> tuple[int, ...]:
+        """The one token the tokenizer puts before every text, if it does."""
+        bos = self._tokenizer.bos_token_id
+        if bos is None:
+            return ()
+        plain = self._tokenizer("a", add_special_tokens=False)["input_ids"]
+        full = self._tokenizer("a")["input_ids"]
+        added = full[: len(full) - len(plain)] if full[-len(plain) :] == plain else full[:1]
+        return (bos,) if bos in added and full[:1] == [bos] else ()

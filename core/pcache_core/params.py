@@ -1,0 +1,90 @@
+"""How to generate: sampling parameters and reuse modes, validated when they are made."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from pcache_core.errors import OptionError
+
+ReuseMode = Literal["off", "exact", "fast"]
+REUSE_MODES: tuple[ReuseMode, ...] = get_args(ReuseMode)
+DEFAULT_REUSE: ReuseMode = "fast"
+
+
+def check_reuse(mode: str) -> ReuseMode:
+    """Return `mode` if it is a reuse mode. Raises: OptionError."""
+    for known in REUSE_MODES:
+        if mode == known:
+            return known
+    raise OptionError(f"unknown reuse mode {mode!r}; use one of {', '.join(REUSE_MODES)}")
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are chosen and when to stop.
+
+    max_tokens: most tokens to generate; the model's context may end generation before.
+    temperature: 0 takes the likeliest token; above 0 samples.
+    top_p, top_k, min_p: keep the smallest set of tokens with this much probability; the k
+        likeliest; those at least this likely relative to the likeliest. Defaults keep all.
+    repetition_penalty: above 1 makes tokens of the prompt and of the answer less likely.
+    stop: strings that end generation; neither they nor a part of them is returned.
+    stop_token_ids: ids that end generation, beside the model's own end-of-sequence ids.
+    seed: makes sampling repeatable.
+
+    Raises: OptionError: a value out of range; an empty stop string.
+    """
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    stop: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        _check_range("max_tokens", self.max_tokens, 1, None, "1 or more")
+        _check_range("temperature", self.temperature, 0, None, "0 (greedy) or more")
+        _check_range("top_p", self.top_p, 0, 1, "above 0, at most 1")
+        if self.top_p == 0:
+            raise OptionError("top_p=0 keeps no token; for greedy decoding use temperature=0")
+        _check_range("top_k", self.top_k, 0, None, "0 (off) or more")
+        _check_range("min_p", self.min_p, 0, 1, "from 0 to 1")
+        _check_range("repetition_penalty", self.repetition_penalty, 0, None, "above 0")
+        if self.repetition_penalty == 0:
+            raise OptionError("repetition_penalty=0 divides by zero; 1.0 switches it off")
+        for text in stop:
+            if not isinstance(text, str) or not text:
+                raise OptionError(
+                    f"stop strings must be non-empty, got {text!r} in stop={list(stop)!r}; "
+                    "leave it out to generate to the end"
+                )
+        for token in self.stop_token_ids:
+            _check_integer("stop_token_ids", token)
+        _check_integer("max_tokens", self.max_tokens)
+        _check_integer("top_k", self.top_k)
+        if self.seed is not None:
+            _check_integer("seed", self.seed)
+
+
+def _check_range(
+    name: str, value: float, low: float, high: float | None, allowed: str
+) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise OptionError(f"{name} must be a number, got {value!r}; use {allowed}")
+    if math.isnan(value) or math.isinf(value) or value < low or (high is not None and value > high):
+        raise OptionError(f"{name}={value!r} is out of range; use {allowed}")
+
+
+def _check_integer(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise OptionError(f"{name} must be an integer, got {value!r}")

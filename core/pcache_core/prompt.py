@@ -1,0 +1,96 @@
+"""Prompts as sequences of segments: the words every other part speaks in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from pcache_core.errors import PromptError
+
+SegmentKind = Literal["literal", "document", "argument", "text"]
+SEGMENT_KINDS: tuple[SegmentKind, ...] = get_args(SegmentKind)
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A span of the prompt's text.
+
+    kind: `literal` is template text, `document` a retrieved document, `argument` a filled variable,
+        `text` anything else. Special tokens written out in a `literal` or `text` count as special
+        tokens; in a `document` or `argument` they are plain characters, so that data can't forge a
+        role mark.
+    name: what reports call the segment, for example a document's id.
+    """
+
+    text: str
+    kind: SegmentKind = "text"
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.text, str):
+            raise PromptError(f"a segment's text must be str, got {type(self.text).__name__}")
+        if self.kind not in SEGMENT_KINDS:
+            raise PromptError(
+                f"unknown segment kind {self.kind!r}; use one of {', '.join(SEGMENT_KINDS)}"
+            )
+
+    @property
+    def is_markup(self) -> bool:
+        """Whether special tokens written out in the text are special tokens."""
+        return self.kind in ("literal", "text")
+
+
+class Prompt:
+    """An immutable sequence of segments. Its text is the plain concatenation of theirs.
+
+    Raises: PromptError: no segment holds any text.
+    """
+
+    __slots__ = ("segments",)
+    segments: tuple[Segment, ...]
+
+    def __init__(self, segments: Iterable[Segment]) -> None:
+        if isinstance(segments, str):
+            raise PromptError("Prompt takes segments; for a flat string use Prompt.from_text(...)")
+        kept = tuple(segments)
+        for segment in kept:
+            if not isinstance(segment, Segment):
+                raise PromptError(
+                    f"Prompt takes Segment objects, got {type(segment).__name__}; "
+                    "for a flat string use Prompt.from_text(...)"
+                )
+        kept = tuple(segment for segment in kept if segment.text)
+        if not kept:
+            raise PromptError("the prompt is empty; give at least one character of text")
+        object.__setattr__(self, "segments", kept)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"Prompt is immutable; can't set {name!r}")
+
+    @classmethod
+    def from_text(cls, text: str) -> Prompt:
+        """A prompt without known structure: one `text` segment."""
+        return cls([Segment(text, "text")])
+
+    @property
+    def text(self) -> str:
+        """What the model reads, without a beginning-of-sequence token."""
+        return "".join(segment.text for segment in self.segments)
+
+    @property
+    def opening(self) -> tuple[Segment, ...]:
+        """The constant opening: the `literal` segments before the first one of another kind."""
+        length = 0
+        while length < len(self.segments) and self.segments[length].kind == "literal":
+            length += 1
+        return self.segments[:length]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Prompt) and self.segments == other.segments
+
+    def __hash__(self) -> int:
+        return hash(self.segments)
+
+    def __repr__(self) -> str:
+        return f"Prompt({list(self.segments)!r})"

@@ -1,0 +1,48 @@
+"""What a request returns, beside its report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import torch
+
+    from pcache_core.report import Report
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A piece of a streamed answer. Only the last one has `finish_reason` and `report`.
+
+    text: never ends inside a character, never holds a part of a stop string; may be empty.
+    token_ids: the tokens generated since the chunk before.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None = None
+    report: Report | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """A whole answer."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    report: Report
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prefill:
+    """The state after reading a prompt.
+
+    logits: [vocab], fp32, of the token after the prompt.
+    """
+
+    logits: torch.Tensor
+    report: Report

@@ -1,0 +1,104 @@
+"""Slots of finished requests, kept so that a prompt that starts alike continues them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from pcache_core.kv import Slot
+
+COMPUTED = ""
+"""Label of a row that was computed with full sight of every row before it."""
+
+_ROUND_UP = 256
+
+
+@dataclass(slots=True, eq=False)
+class Lease:
+    """A slot in use by one request.
+
+    token_ids, labels: what its filled rows hold and came from: `COMPUTED`, or the digest of the
+    state they were filled from.
+    """
+
+    slot: Slot
+    token_ids: list[int]
+    labels: list[str]
+
+    def append(self, token_ids: Sequence[int], label: str) -> None:
+        """Note that the next rows hold these tokens."""
+        self.token_ids.extend(token_ids)
+        self.labels.extend([label] * len(token_ids))
+
+
+Accepts = Callable[[int, str], bool]
+"""Whether a row of the new prompt may be served by a row with this label."""
+
+
+class SlotPool:
+    """Keeps the slots of the last requests.
+
+    A row can be taken over when every row up to it holds the same token, and either was computed
+    with full sight or came from a state that the new prompt uses in the same place.
+    """
+
+    def __init__(self, make_slot: Callable[[int], Slot], max_idle: int) -> None:
+        self._make_slot = make_slot
+        self._max_idle = max_idle
+        self._idle: list[Lease] = []  # least recently used first
+        self._lock = threading.Lock()
+
+    def acquire(self, token_ids: Sequence[int], accepts: Accepts, capacity: int) -> Lease:
+        """A slot for `capacity` rows that holds as long a start of the prompt as possible.
+
+        The last token is never taken over: it has to be computed for its logits.
+        """
+        with self._lock:
+            best, rows = self._best_match(token_ids, accepts)
+            if best is not None and self._may_continue(best, rows, capacity):
+                self._idle.remove(best)
+                del best.token_ids[rows:], best.labels[rows:]
+                return best
+            lease = Lease(self._buffer(capacity, keep=best), [], [])
+            if best is not None:
+                lease.slot.copy_rows(best.slot, rows)
+                lease.token_ids, lease.labels = best.token_ids[:rows], best.labels[:rows]
+            return lease
+
+    def release(self, lease: Lease) -> None:
+        """Give a slot back; its rows may serve a later request."""
+        with self._lock:
+            self._idle.append(lease)
+            if len(self._idle) > self._max_idle:
+                del self._idle[0]
+
+    def _best_match(self, token_ids: Sequence[int], accepts: Accepts) -> tuple[Lease | None, int]:
+        best, rows = None, 0
+        for lease in self._idle:
+            matching = _matching_rows(lease, token_ids, accepts)
+            if matching > rows:
+                best, rows = lease, matching
+        return best, rows
+
+    @staticmethod
+    def _may_continue(lease: Lease, rows: int, capacity: int) -> bool:
+        """Continuing in place forgets the rows beyond, so those have to be the fewer."""
+        return lease.slot.capacity >= capacity and 2 * rows >= len(lease.token_ids)
+
+    def _buffer(self, capacity: int, keep: Lease | None) -> Slot:
+        """Fresh memory is slow to touch, so a full pool gives its oldest buffer that is enough."""
+        if len(self._idle) >= self._max_idle:
+            for lease in self._idle:
+                if lease is not keep and lease.slot.capacity >= capacity:
+                    self._idle.remove(lease)
+                    return lease.slot
+        return self._make_slot(-(-capacity // _ROUND_UP) * _ROUND_UP)
+
+
+def _matching_rows(lease: Lease, token_ids: Sequence[int], accepts: Accepts) -> int:
+    most = min(len(lease.token_ids), len(token_ids) - 1)
+    for row in range(most):
+        if lease.token_ids[row] != token_ids[row] or not accepts(row, lease.labels[row]):
+            return row
+    return most

@@ -1,0 +1,93 @@
+"""States in memory, least recently used out first."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+
+from pcache_core.errors import BudgetError
+from pcache_core.key import ModuleKey
+from pcache_core.kv import KVState
+from pcache_core.store.base import Hit, StoreStats
+
+DEFAULT_BUDGET_BYTES = 2 * 2**30
+
+
+def check_budget(budget_bytes: object) -> int:
+    """Return the budget. Raises: BudgetError: it is not a positive integer."""
+    if isinstance(budget_bytes, bool) or not isinstance(budget_bytes, int) or budget_bytes <= 0:
+        raise BudgetError(
+            f"budget_bytes={budget_bytes!r} must be a positive number of bytes; "
+            f"the default is {DEFAULT_BUDGET_BYTES:,}"
+        )
+    return budget_bytes
+
+
+class MemoryStore:
+    """A byte-bounded store in this process's memory, on the device the states were made on.
+
+    A state larger than the whole budget is not kept; nothing is evicted for it.
+
+    Raises: BudgetError: `budget_bytes` is not a positive integer.
+    """
+
+    def __init__(self, budget_bytes: int = DEFAULT_BUDGET_BYTES) -> None:
+        self._budget_bytes = check_budget(budget_bytes)
+        self._states: OrderedDict[str, KVState] = OrderedDict()
+        self._nbytes = 0
+        self._hits = 0
+        self._misses = 0
+        self._evictions = 0
+        self._lock = threading.Lock()
+
+    def get(self, key: ModuleKey) -> Hit | None:
+        """The state if it is there and holds the key's tokens; it becomes the most recent."""
+        with self._lock:
+            state = self._states.get(key.digest)
+            if state is None or state.token_ids != key.token_ids:
+                self._misses += 1
+                return None
+            self._states.move_to_end(key.digest)
+            self._hits += 1
+            return Hit(state, "memory")
+
+    def put(self, key: ModuleKey, state: KVState) -> bool:
+        """Keep the state, evicting the least recently used ones; False if it can't ever fit."""
+        if state.nbytes > self._budget_bytes:
+            return False
+        with self._lock:
+            self._remove(key.digest)
+            while self._nbytes + state.nbytes > self._budget_bytes:
+                self._remove(next(iter(self._states)))
+                self._evictions += 1
+            self._states[key.digest] = state
+            self._nbytes += state.nbytes
+        return True
+
+    def contains(self, key: ModuleKey) -> bool:
+        """Whether the state is there."""
+        with self._lock:
+            return key.digest in self._states
+
+    def delete(self, key: ModuleKey) -> None:
+        """Forget the state if it is there."""
+        with self._lock:
+            self._remove(key.digest)
+
+    def stats(self) -> StoreStats:
+        """Counts so far."""
+        with self._lock:
+            return StoreStats(
+                tier="memory",
+                states=len(self._states),
+                nbytes=self._nbytes,
+                budget_bytes=self._budget_bytes,
+                hits=self._hits,
+                misses=self._misses,
+                evictions=self._evictions,
+            )
+
+    def _remove(self, digest: str) -> None:
+        state = self._states.pop(digest, None)
+        if state is not None:
+            self._nbytes -= state.nbytes

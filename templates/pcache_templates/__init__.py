@@ -1,0 +1,1 @@
+"""Templates that describe families of prompts, and their translation into schemas."""
