@@ -53,9 +53,7 @@ def _batches(lm: CausalLM, modules: Sequence[Module]) -> Iterator[list[Module]]:
         yield batch
 
 
-def _encode_batch(
-    lm: CausalLM, anchor: KVState | None, modules: Sequence[Module]
-) -> list[KVState]:
+def _encode_batch(lm: CausalLM, anchor: KVState | None, modules: Sequence[Module]) -> list[KVState]:
     """One forward: the slot holds the anchor, then the modules one after another."""
     anchor_rows = anchor.num_tokens if anchor else 0
     slot = lm.new_slot(anchor_rows + sum(len(module.token_ids) for module in modules))

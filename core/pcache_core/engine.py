@@ -196,9 +196,7 @@ class PromptCacheEngine:
         """The prompt's token ids, the same for every reuse mode."""
         return tokenise(prompt, self.lm.text.ids, self.lm.text.bos_ids)
 
-    def _check(
-        self, prompt: Prompt, params: SamplingParams, reuse: ReuseMode | None
-    ) -> _Request:
+    def _check(self, prompt: Prompt, params: SamplingParams, reuse: ReuseMode | None) -> _Request:
         started = time.perf_counter()
         if not isinstance(prompt, Prompt):
             raise PromptError(

@@ -47,9 +47,7 @@ class ModuleLibrary:
     def _is_fixed(self) -> bool:
         return self.lm.support.kind == "fixed-positions"
 
-    def key(
-        self, anchor_ids: Sequence[int], token_ids: Sequence[int], start: int
-    ) -> ModuleKey:
+    def key(self, anchor_ids: Sequence[int], token_ids: Sequence[int], start: int) -> ModuleKey:
         """The key of a module that is to stand at row `start`."""
         return self._keys.key(anchor_ids, token_ids, start if self._is_fixed else None)
 

@@ -76,9 +76,7 @@ class SamplingParams:
             _check_integer("seed", self.seed)
 
 
-def _check_range(
-    name: str, value: float, low: float, high: float | None, allowed: str
-) -> None:
+def _check_range(name: str, value: float, low: float, high: float | None, allowed: str) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise OptionError(f"{name} must be a number, got {value!r}; use {allowed}")
     if math.isnan(value) or math.isinf(value) or value < low or (high is not None and value > high):

@@ -57,7 +57,7 @@ def slot_attention(  # noqa: PLR0913 (transformers' signature)
         group = query.shape[1] // key.shape[1]
         if softcap is not None or s_aux is not None:
             bias = pcache_batch.bias(span, window, group, torch.float32)
-            outputs.append(_attend_by_matmul(queries, keys, values, bias, scale, softcap, s_aux))
+            outputs.append(_attend_by_matmul(queries * scale, keys, values, bias, softcap, s_aux))
         elif pcache_batch.is_plain_causal(span, window):
             outputs.append(_attend_causal(queries, keys, values, scale))
         else:
@@ -116,13 +116,15 @@ def _attend_by_matmul(
     key: torch.Tensor,
     value: torch.Tensor,
     bias: torch.Tensor | None,
-    scale: float,
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Attention with logit soft-capping (Gemma 2) or sinks (GPT-OSS), softmax in fp32."""
+    """Attention with logit soft-capping (Gemma 2) or sinks (GPT-OSS), softmax in fp32.
+
+    query is scaled already.
+    """
     group = query.shape[1] // key.shape[1]
-    scores = torch.matmul(_fold(query, key.shape[1]), key.transpose(-1, -2)).float() * scale
+    scores = torch.matmul(_fold(query, key.shape[1]), key.transpose(-1, -2)).float()
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     if bias is not None:

@@ -33,7 +33,17 @@ class Batch:
     num_rows: rows of the slot that take part, written before or by this forward.
     """
 
-    __slots__ = ("_biases", "_last_row", "_newest", "input_ids", "num_rows", "positions", "rows", "slot", "spans")
+    __slots__ = (
+        "_biases",
+        "_last_row",
+        "_newest",
+        "input_ids",
+        "num_rows",
+        "positions",
+        "rows",
+        "slot",
+        "spans",
+    )
 
     def __init__(
         self,

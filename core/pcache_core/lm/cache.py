@@ -6,21 +6,26 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DummyLayer,
+    LinearAttentionCacheLayerMixin,
+)
 
 from pcache_core.lm.batch import Batch
 
 
-class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]
+class _SlotLayer(CacheLayerMixin):
     """Writes one layer's new rows into the slot and returns a view of the rows that take part."""
 
     is_sliding = False  # full length everywhere: the attention masks by position
 
     def __init__(self, batch: Batch, index: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.is_initialized = True
-        self.keys = batch.slot.keys[index]
-        self.values = batch.slot.values[index]
+        self._slot_keys = batch.slot.keys[index]
+        self._slot_values = batch.slot.values[index]
         self._rows = batch.rows
         self._length = batch.num_rows - len(batch.rows)
         self._num_rows = batch.num_rows
@@ -32,10 +37,11 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write [1, heads, tokens, dim] at the batch's rows."""
-        self.keys.index_copy_(2, self._rows, key_states)
-        self.values.index_copy_(2, self._rows, value_states)
+        self._slot_keys.index_copy_(2, self._rows, key_states)
+        self._slot_values.index_copy_(2, self._rows, value_states)
         self._length = self._num_rows
-        return self.keys[:, :, : self._num_rows], self.values[:, :, : self._num_rows]
+        visible = slice(self._num_rows)
+        return self._slot_keys[:, :, visible], self._slot_values[:, :, visible]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self._num_rows, 0
@@ -49,7 +55,7 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]
 
 def slot_cache(batch: Batch, caching_layers: Sequence[bool]) -> Cache:
     """A cache over the batch's slot; layers that share another layer's states hold nothing."""
-    layers: list[CacheLayerMixin] = []
+    layers: list[CacheLayerMixin | LinearAttentionCacheLayerMixin | DummyLayer] = []
     index = 0
     for caches in caching_layers:
         layers.append(_SlotLayer(batch, index) if caches else DummyLayer())

@@ -72,12 +72,14 @@ class CausalLM:
     @property
     def device(self) -> torch.device:
         """Where the model's embeddings are."""
-        return self.model.device
+        device: torch.device = self.model.device
+        return device
 
     @property
     def dtype(self) -> torch.dtype:
         """Of weights and states."""
-        return self.model.dtype
+        dtype: torch.dtype = self.model.dtype
+        return dtype
 
     @property
     def layers(self) -> tuple[LayerShape, ...]:

@@ -24,9 +24,7 @@ _DTYPES = {
 }
 
 
-def load(
-    name: str, dtype: str, device: str
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load(name: str, dtype: str, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model and its tokenizer. Raises: ModelError, OptionError."""
     source = resolve(name)
     torch_dtype = _dtype(dtype)
@@ -48,7 +46,9 @@ def resolve(name: str) -> str:
     Raises: ModelError: no such built-in model; a directory without configuration or weights.
     """
     if not isinstance(name, str) or not name.strip():
-        raise ModelError(f"model {name!r} is not a name; give a path, a hub id or {_builtin_names()}")
+        raise ModelError(
+            f"model {name!r} is not a name; give a path, a hub id or {_builtin_names()}"
+        )
     if name.startswith(BUILTIN_PREFIX):
         folder = _BUILTIN_ROOT / name.removeprefix(BUILTIN_PREFIX)
         if folder.parent != _BUILTIN_ROOT or not (folder / "config.json").is_file():
@@ -82,8 +82,8 @@ def _load_tokenizer(name: str, source: str) -> PreTrainedTokenizerBase:
     except Exception as error:
         if Path(source).is_dir():
             raise ModelError(
-                f"model {name!r} has no tokenizer that can be loaded: {_first_line(error)}. Save it "
-                "there with tokenizer.save_pretrained, or pass both to CausalLM(model, tokenizer)"
+                f"model {name!r} has no tokenizer that can be loaded: {_first_line(error)}. Save "
+                "it there with tokenizer.save_pretrained, or use CausalLM(model, tokenizer)"
             ) from error
         raise ModelError(
             f"model {name!r} is neither a directory here nor a model that the hub gives: "

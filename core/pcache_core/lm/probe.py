@@ -35,9 +35,7 @@ from pcache_core.lm.structure import (
     text_config,
 )
 
-SupportKind = Literal[
-    "relocatable", "position-free", "fixed-positions", "exact-only", "no-cache"
-]
+SupportKind = Literal["relocatable", "position-free", "fixed-positions", "exact-only", "no-cache"]
 
 _TOKENS = 12
 _SHIFT = 29
@@ -184,9 +182,7 @@ def _find_forward(
     return None, reason
 
 
-def _native_error(
-    forward: Forward, slot: Slot, ids: list[int], native: torch.Tensor
-) -> float:
+def _native_error(forward: Forward, slot: Slot, ids: list[int], native: torch.Tensor) -> float:
     """Relative error of the last logits: all at once, then with a hole that is filled later."""
     third = len(ids) // 3
     at_once = fill(forward, slot, ids, 0)
@@ -198,9 +194,7 @@ def _native_error(
     return max(relative_error(logits, expected) for logits in (at_once, with_hole, by_token))
 
 
-def _native(
-    model: PreTrainedModel, ids: list[int]
-) -> tuple[tuple[LayerShape, ...], torch.Tensor]:
+def _native(model: PreTrainedModel, ids: list[int]) -> tuple[tuple[LayerShape, ...], torch.Tensor]:
     """Shapes of the model's own cache after a plain forward, and its last logits, [vocab]."""
     input_ids = torch.tensor([ids], device=model.device)
     output = ModelCall(model)(input_ids=input_ids)

@@ -95,9 +95,7 @@ def place(
             rotation.turn(rows.to(out.device), *turns[name], out=out)
 
 
-def fit(
-    frequencies: Sequence[torch.Tensor], here: KVState, there: KVState
-) -> Rotations:
+def fit(frequencies: Sequence[torch.Tensor], here: KVState, there: KVState) -> Rotations:
     """Each layer's likeliest rotation, from the same tokens encoded alone at two places.
 
     The best is not always good: `misfit` says whether the rotations explain a move.

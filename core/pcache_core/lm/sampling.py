@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from transformers import (
@@ -42,8 +43,10 @@ class Sampler:
         """The next token. token_ids: prompt and answer so far. logits: [vocab], fp32."""
         scores = logits[None]
         if self._processors:
-            ids = torch.tensor([list(token_ids)], device=logits.device)
-            scores = self._processors(ids, scores.clone())
+            ids = torch.tensor([list(token_ids)], device=logits.device).long()
+            scores = self._processors(
+                cast("torch.LongTensor", ids), cast("torch.FloatTensor", scores.clone())
+            )
         if self._greedy:
             return int(scores.argmax(dim=-1))
         weights = torch.softmax(scores, dim=-1)
