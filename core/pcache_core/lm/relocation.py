@@ -192,11 +192,23 @@ def rotary_frequencies(model: torch.nn.Module) -> list[torch.Tensor]:
                 found.append(buffer.detach().float().clone())
         table = getattr(module, "embed_positions", None)
         if isinstance(table, torch.Tensor) and table.ndim == 2 and len(table) > 1:
-            pairs = table.shape[1] // 2  # GPT-J: a table of sin and cos; row 1 holds the angles
-            sin, cos = table[1, :pairs].double(), table[1, pairs:].double()
-            found.append(torch.atan2(sin, cos).float())
+            found.append(_frequencies_of_table(table.detach().double().cpu()).to(table.device))
     unique: list[torch.Tensor] = []
     for vector in found:
         if not any(vector.shape == u.shape and torch.equal(vector, u) for u in unique):
             unique.append(vector)
     return unique
+
+
+def _frequencies_of_table(table: torch.Tensor) -> torch.Tensor:
+    """Frequencies behind a table of sines and cosines by position, [positions, 2 * pairs] (GPT-J).
+
+    Row 1 says roughly, the row of the largest power of two exactly: there the model's own product
+    with the position was not rounded.
+    """
+    pairs = table.shape[1] // 2
+    row = 1 << ((len(table) - 1).bit_length() - 1)
+    rough = torch.atan2(table[1, :pairs], table[1, pairs:])
+    angle = torch.atan2(table[row, :pairs], table[row, pairs:])
+    turns = torch.round((rough * row - angle) / (2 * torch.pi))
+    return ((angle + 2 * torch.pi * turns) / row).float()

@@ -1,0 +1,69 @@
+"""Streamed text: whole characters, no part of a stop string, the same as decoding at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pcache_core.generate import AnswerText
+
+
+def decode(token_ids: Sequence[int]) -> str:
+    """One token a byte, as a byte-level tokenizer would decode."""
+    return bytes(token_ids).decode("utf-8", errors="replace")
+
+
+def stream(text: str, stop: Sequence[str]) -> tuple[list[str], bool]:
+    """Pieces as they come, and whether a stop string ended them."""
+    answer = AnswerText(decode, stop)
+    pieces = []
+    for byte in text.encode():
+        pieces.append(answer.add(byte))
+        if answer.stopped:
+            return pieces, True
+    pieces.append(answer.finish())
+    return pieces, answer.stopped
+
+
+words = st.text(alphabet="ab é€😀", max_size=30)
+stops = st.lists(st.text(alphabet="ab€", min_size=1, max_size=4), max_size=3)
+
+
+@given(words, stops)
+def test_the_pieces_are_the_text_before_the_first_stop(text: str, stop: list[str]) -> None:
+    pieces, stopped = stream(text, stop)
+    ends = [text.find(s) + len(s) for s in stop if s in text]
+    # The first stop to be complete wins; of those that end together, the one that starts first.
+    first_end = min(ends, default=None)
+    if first_end is None:
+        assert not stopped
+        assert "".join(pieces) == text
+    else:
+        starts = [text.find(s) for s in stop if text[:first_end].find(s) >= 0]
+        assert stopped
+        assert "".join(pieces) == text[: min(starts)]
+
+
+@given(words, stops)
+def test_no_piece_breaks_a_character_or_leaks_a_part_of_a_stop(text: str, stop: list[str]) -> None:
+    pieces, _ = stream(text, stop)
+    shown = ""
+    for piece in pieces:
+        assert "\ufffd" not in piece
+        shown += piece
+        assert not any(s in shown for s in stop)
+
+
+def test_an_unfinished_character_at_the_end_is_shown_as_a_replacement() -> None:
+    answer = AnswerText(decode, ())
+    assert answer.add("é".encode()[0]) == ""
+    assert answer.finish() == "\ufffd"
+
+
+def test_a_waiting_part_of_a_stop_comes_out_when_nothing_follows() -> None:
+    answer = AnswerText(decode, ["END"])
+    assert [answer.add(byte) for byte in b"xEN"] == ["x", "", ""]
+    assert answer.finish() == "EN"
+    assert not answer.stopped
