@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -150,7 +150,7 @@ class PromptCacheEngine:
         prompt: Prompt,
         params: SamplingParams | None = None,
         reuse: ReuseMode | None = None,
-    ) -> Iterator[Chunk]:
+    ) -> Generator[Chunk, None, None]:
         """The answer piece by piece. The last chunk has `finish_reason` and `report`.
 
         The prompt is checked at once and read when the first chunk is asked for; a stream that
@@ -174,16 +174,23 @@ class PromptCacheEngine:
         prompt: Prompt,
         params: SamplingParams | None = None,
         reuse: ReuseMode | None = None,
-    ) -> AsyncIterator[Chunk]:
+    ) -> AsyncGenerator[Chunk, None]:
         """`stream` without blocking the event loop; each piece is made in a worker thread."""
         chunks = await asyncio.to_thread(self.stream, prompt, params, reuse)
+        step: asyncio.Future[Chunk | None] | None = None
         try:
-            while (chunk := await asyncio.to_thread(next, chunks, None)) is not None:
+            while True:
+                step = asyncio.ensure_future(asyncio.to_thread(next, chunks, None))
+                chunk = await asyncio.shield(step)
+                if chunk is None:
+                    return
                 yield chunk
         finally:
-            close = getattr(chunks, "close", None)
-            if close is not None:
-                close()
+            # A cancelled request may still be inside a step, and ends when that step does.
+            if step is None or step.done():
+                chunks.close()
+            else:
+                step.add_done_callback(lambda _: chunks.close())
 
     def prompt_from_chat(self, messages: Sequence[Message]) -> Prompt:
         """Render chat messages by the model's own template, markup as `literal` segments.
@@ -234,7 +241,7 @@ class PromptCacheEngine:
             return "exact", support.reason
         return mode, None
 
-    def _run(self, request: _Request) -> Iterator[Chunk]:
+    def _run(self, request: _Request) -> Generator[Chunk, None, None]:
         started = time.perf_counter()
         reading = self._read(request)
         try:

@@ -29,15 +29,35 @@ class LayerShape:
         return self.key_heads * self.key_dim + self.value_heads * self.value_dim
 
 
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """Layers of one shape, kept in one tensor.
+
+    layers: which of the caching layers, ascending. Most models need a single stack.
+    """
+
+    shape: LayerShape
+    layers: tuple[int, ...]
+
+
+def stack_layers(shapes: Sequence[LayerShape]) -> tuple[Stack, ...]:
+    """Group caching layers by shape."""
+    groups: dict[LayerShape, list[int]] = {}
+    for index, shape in enumerate(shapes):
+        groups.setdefault(shape, []).append(index)
+    return tuple(Stack(shape, tuple(layers)) for shape, layers in groups.items())
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class KVState:
     """Keys and values of a module's tokens, every layer; treated as immutable.
 
-    keys, values: one tensor a layer that caches, [heads, tokens, head_dim].
+    keys, values: one tensor for each of `stacks`, [layers, heads, tokens, head_dim].
     token_ids: the module's tokens, without its anchor.
     position: of the first token when it was encoded; the others follow without a gap.
     """
 
+    stacks: tuple[Stack, ...]
     keys: tuple[torch.Tensor, ...]
     values: tuple[torch.Tensor, ...]
     token_ids: tuple[int, ...]
@@ -53,52 +73,57 @@ class KVState:
         """Bytes held by the tensors."""
         return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
 
-    def check(self, layers: Sequence[LayerShape], dtype: torch.dtype) -> None:
+    def layers(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values of each caching layer, [heads, tokens, head_dim], in layer order."""
+        return _by_layer(self.stacks, self.keys, self.values)
+
+    def check(self, stacks: tuple[Stack, ...], dtype: torch.dtype) -> None:
         """Raises: StateMismatchError: shapes or dtype are not this model's, or tensors disagree."""
-        if len(self.keys) != len(layers) or len(self.values) != len(layers):
-            raise StateMismatchError(
-                f"state has {len(self.keys)} key and {len(self.values)} value layers, "
-                f"the model caches {len(layers)}"
-            )
-        tokens = self.num_tokens
-        for index, shape in enumerate(layers):
+        if self.stacks != stacks or not len(self.keys) == len(self.values) == len(stacks):
+            raise StateMismatchError("the state's layers are not those of this model")
+        for stack, keys, values in zip(stacks, self.keys, self.values, strict=True):
+            shape, layers = stack.shape, len(stack.layers)
             for name, tensor, heads, dim in (
-                ("keys", self.keys[index], shape.key_heads, shape.key_dim),
-                ("values", self.values[index], shape.value_heads, shape.value_dim),
+                ("keys", keys, shape.key_heads, shape.key_dim),
+                ("values", values, shape.value_heads, shape.value_dim),
             ):
-                expected = (heads, tokens, dim)
+                expected = (layers, heads, self.num_tokens, dim)
                 if tuple(tensor.shape) != expected or tensor.dtype != dtype:
                     raise StateMismatchError(
-                        f"{name} of layer {index} are {tuple(tensor.shape)} {tensor.dtype}, "
-                        f"this model and module need {expected} {dtype}"
+                        f"{name} are {tuple(tensor.shape)} {tensor.dtype}, this model and module "
+                        f"need {expected} {dtype}"
                     )
 
 
 class Slot:
     """One request's preallocated buffers; row i holds the prompt's i-th token.
 
-    keys, values: one tensor a layer that caches, [1, heads, capacity, head_dim].
+    keys, values: one tensor for each of `stacks`, [layers, heads, capacity, head_dim].
+    layers: views of them in layer order, keys and values [1, heads, capacity, head_dim].
     positions: [capacity], the position each row was encoded or computed at.
     """
 
-    __slots__ = ("capacity", "keys", "positions", "values")
+    __slots__ = ("capacity", "keys", "layers", "positions", "stacks", "values")
 
     def __init__(
         self,
-        layers: Sequence[LayerShape],
+        stacks: tuple[Stack, ...],
         capacity: int,
         *,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
+        def buffer(layers: int, heads: int, dim: int) -> torch.Tensor:
+            return torch.empty(layers, heads, capacity, dim, dtype=dtype, device=device)
+
+        self.stacks = stacks
         self.capacity = capacity
-        self.keys = [
-            torch.empty(1, s.key_heads, capacity, s.key_dim, dtype=dtype, device=device)
-            for s in layers
-        ]
-        self.values = [
-            torch.empty(1, s.value_heads, capacity, s.value_dim, dtype=dtype, device=device)
-            for s in layers
+        self.keys = tuple(buffer(len(s.layers), s.shape.key_heads, s.shape.key_dim) for s in stacks)
+        self.values = tuple(
+            buffer(len(s.layers), s.shape.value_heads, s.shape.value_dim) for s in stacks
+        )
+        self.layers = [
+            (keys[None], values[None]) for keys, values in _by_layer(stacks, self.keys, self.values)
         ]
         self.positions = torch.zeros(capacity, dtype=torch.long, device=device)
 
@@ -109,10 +134,11 @@ class Slot:
 
     def state(self, start: int, token_ids: Sequence[int], position: int) -> KVState:
         """Copy rows `start …` out as the state of `token_ids`, encoded at `position`."""
-        stop = start + len(token_ids)
+        rows = slice(start, start + len(token_ids))
         return KVState(
-            keys=tuple(keys[0, :, start:stop].clone() for keys in self.keys),
-            values=tuple(values[0, :, start:stop].clone() for values in self.values),
+            stacks=self.stacks,
+            keys=tuple(keys[:, :, rows].clone() for keys in self.keys),
+            values=tuple(values[:, :, rows].clone() for values in self.values),
             token_ids=tuple(token_ids),
             position=position,
         )
@@ -124,3 +150,14 @@ class Slot:
         ):
             mine[:, :, :stop].copy_(theirs[:, :, :stop])
         self.positions[:stop].copy_(source.positions[:stop])
+
+
+def _by_layer(
+    stacks: Sequence[Stack], keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Views of stacked tensors, one pair for each caching layer."""
+    views: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    for stack, stacked_keys, stacked_values in zip(stacks, keys, values, strict=True):
+        for index, layer in enumerate(stack.layers):
+            views[layer] = (stacked_keys[index], stacked_values[index])
+    return [views[layer] for layer in sorted(views)]

@@ -66,7 +66,7 @@ class ModuleLibrary:
             if hit is None:
                 continue
             try:
-                hit.state.check(self.lm.layers, self.lm.dtype)
+                hit.state.check(self.lm.stacks, self.lm.dtype)
             except StateMismatchError as error:
                 logger.warning("dropped a stored state: %s", error)
                 self._store.delete(key)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -177,10 +178,7 @@ def test_a_damaged_state_is_dropped_and_encoded_again(engine: PromptCacheEngine)
     store = engine.store
     assert isinstance(store, MemoryStore)
     for digest, state in list(store._states.items()):
-        shorter = type(state)(
-            tuple(k[:, :-1] for k in state.keys), state.values, state.token_ids, state.position
-        )
-        store._states[digest] = shorter
+        store._states[digest] = replace(state, keys=tuple(k[:, :, :-1] for k in state.keys))
     fresh = PromptCacheEngine(engine.lm, store, "fast")
     prefill = fresh.prefill(prompt)
     assert set(sources(prefill.report).values()) == {"encoded"}
@@ -348,3 +346,15 @@ def test_the_users_model_keeps_its_own_attention(llama: CausalLM) -> None:
     ids = torch.tensor([[1, 5, 6, 7]])
     expected = tiny_models.build("llama")(ids).logits
     torch.testing.assert_close(llama.model(ids).logits, expected, rtol=0, atol=1e-4)
+
+
+async def test_a_cancelled_request_ends_quietly_and_blocks_nobody(
+    engine: PromptCacheEngine,
+) -> None:
+    prompt = make_prompt("bees", "mill")
+    expected = engine.generate(prompt, SamplingParams(max_tokens=5)).text
+    endless = SamplingParams(max_tokens=400, temperature=1.0, seed=2)
+    for _ in range(10):
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(engine.agenerate(prompt, endless), timeout=0.02)
+    assert (await engine.agenerate(prompt, SamplingParams(max_tokens=5))).text == expected

@@ -7,7 +7,7 @@ import torch
 
 from pcache_core import BudgetError, MemoryStore
 from pcache_core.key import KeySpace, ModuleKey
-from pcache_core.kv import KVState
+from pcache_core.kv import KVState, LayerShape, stack_layers
 
 SPACE = KeySpace("model", "torch.float32", "default")
 
@@ -15,7 +15,9 @@ SPACE = KeySpace("model", "torch.float32", "default")
 def make(*token_ids: int) -> tuple[ModuleKey, KVState]:
     """A key and a state of 32 bytes a token."""
     tensor = torch.ones(1, len(token_ids), 4)
-    return SPACE.key((), token_ids, None), KVState((tensor,), (tensor,), token_ids, 0)
+    stacks = stack_layers([LayerShape(1, 4, 1, 4)])
+    state = KVState(stacks, (tensor[None],), (tensor[None],), token_ids, 0)
+    return SPACE.key((), token_ids, None), state
 
 
 @pytest.mark.parametrize("budget", [-1, 0, 1.5, True, "1GB", None])

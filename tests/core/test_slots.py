@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from pcache_core.kv import LayerShape, Slot
+from pcache_core.kv import LayerShape, Slot, stack_layers
 from pcache_core.slots import COMPUTED, Lease, SlotPool
 
 LAYERS = (LayerShape(1, 2, 1, 2),)
@@ -14,7 +14,7 @@ LAYERS = (LayerShape(1, 2, 1, 2),)
 
 def make_pool(max_idle: int = 2) -> SlotPool:
     def make(capacity: int) -> Slot:
-        return Slot(LAYERS, capacity, dtype=torch.float32, device=torch.device("cpu"))
+        return Slot(stack_layers(LAYERS), capacity, dtype=torch.float32, device=torch.device("cpu"))
 
     return SlotPool(make, max_idle)
 

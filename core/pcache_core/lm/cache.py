@@ -24,8 +24,7 @@ class _SlotLayer(CacheLayerMixin):
     def __init__(self, batch: Batch, index: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.is_initialized = True
-        self._slot_keys = batch.slot.keys[index]
-        self._slot_values = batch.slot.values[index]
+        self._slot_keys, self._slot_values = batch.slot.layers[index]
         self._rows = batch.rows
         self._length = batch.num_rows - len(batch.rows)
         self._num_rows = batch.num_rows

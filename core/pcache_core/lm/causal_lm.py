@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pcache_core.errors import ModelError
-from pcache_core.kv import LayerShape, Slot
+from pcache_core.kv import LayerShape, Slot, Stack, stack_layers
 from pcache_core.lm.batch import Batch
 from pcache_core.lm.fingerprint import fingerprint
 from pcache_core.lm.loading import load
@@ -86,6 +86,11 @@ class CausalLM:
         """Shapes of what each caching layer keeps."""
         return self.support.layers
 
+    @cached_property
+    def stacks(self) -> tuple[Stack, ...]:
+        """How states hold the caching layers."""
+        return stack_layers(self.layers)
+
     @property
     def bytes_per_token(self) -> int:
         """Bytes a state holds for one token."""
@@ -121,7 +126,7 @@ class CausalLM:
 
     def new_slot(self, capacity: int) -> Slot:
         """Fresh buffers for `capacity` tokens."""
-        return Slot(self.layers, capacity, dtype=self.dtype, device=self.device)
+        return Slot(self.stacks, capacity, dtype=self.dtype, device=self.device)
 
     def sampler(self, params: SamplingParams) -> Sampler:
         """A token chooser for one request."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -11,6 +14,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
 from pcache_core.errors import ModelError, OptionError
 
@@ -31,13 +35,27 @@ def load(name: str, dtype: str, device: str) -> tuple[PreTrainedModel, PreTraine
     torch_device = _device(device)
     tokenizer = _load_tokenizer(name, source)
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch_dtype)
+        with _bar_on_terminals_only():
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=torch_dtype)
         return model.eval().to(torch_device), tokenizer
     except Exception as error:
         raise ModelError(
             f"model {name!r} can't be loaded: {_first_line(error)}. Give a causal language model: "
             f"a directory written by save_pretrained, a hub id, or {_builtin_names()}"
         ) from error
+
+
+@contextmanager
+def _bar_on_terminals_only() -> Iterator[None]:
+    """Silence transformers' loading bar where it would end up in a log."""
+    if sys.stderr.isatty() or not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
 
 
 def resolve(name: str) -> str:

@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from transformers import PreTrainedModel
 
-from pcache_core.kv import KVState, LayerShape, Slot
+from pcache_core.kv import KVState, LayerShape, Slot, stack_layers
 from pcache_core.lm.batch import Batch
 from pcache_core.lm.forward import Forward, ModelCall, RaggedForward, SequentialForward, fill
 from pcache_core.lm.relocation import (
@@ -149,11 +149,8 @@ class _Encoder:
 
 
 def _same_first_layer(actual: KVState, expected: KVState) -> bool:
-    tolerance = _LOGITS_TOLERANCE.get(actual.keys[0].dtype, 1e-4)
-    return (
-        relative_error(actual.keys[0], expected.keys[0]) <= tolerance
-        and relative_error(actual.values[0], expected.values[0]) <= tolerance
-    )
+    pairs = zip(actual.layers()[0], expected.layers()[0], strict=True)
+    return all(relative_error(a, e) <= _LOGITS_TOLERANCE.get(a.dtype, 1e-4) for a, e in pairs)
 
 
 def _find_forward(
@@ -208,7 +205,7 @@ def _native(model: PreTrainedModel, ids: list[int]) -> tuple[tuple[LayerShape, .
 
 
 def _new_slot(model: PreTrainedModel, layers: tuple[LayerShape, ...], rows: int) -> Slot:
-    return Slot(layers, rows, dtype=model.dtype, device=model.device)
+    return Slot(stack_layers(layers), rows, dtype=model.dtype, device=model.device)
 
 
 def _token_ids(model: PreTrainedModel, count: int) -> list[int]:

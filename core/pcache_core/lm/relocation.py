@@ -37,6 +37,11 @@ class Rotation:
     offset: int
     sign: int
 
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """Equal for rotations that turn alike."""
+        return (self.part, id(self.frequencies), self.layout, self.offset, self.sign)
+
     def angles(self, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         """[tokens, pairs], fp64: the angle the model forms at `new` less the one at `old`.
 
@@ -51,7 +56,7 @@ class Rotation:
     def turn(
         self, rows: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor
     ) -> None:
-        """Write `rows`, rotated, to `out`; both [heads, tokens, dim]; fp32 inside, one rounding."""
+        """Write `rows`, rotated, to `out`; both [..., tokens, dim]; fp32 inside, one rounding."""
         pairs = cos.shape[-1]
         start, stop = self.offset, self.offset + 2 * pairs
         if stop - start < rows.shape[-1]:
@@ -65,6 +70,9 @@ class Rotation:
         out[..., second] = torch.addcmul(b * cos, a, sin)
 
 
+Layer = tuple[torch.Tensor, torch.Tensor]
+"""Keys and values of one layer, [heads, tokens, dim]."""
+
 Rotations = tuple[Rotation | None, ...]
 """One for each caching layer; None where states don't depend on positions."""
 
@@ -74,25 +82,37 @@ def place(
 ) -> None:
     """Copy a state into rows `start …` of a slot, moved to `position` (default: `start`)."""
     position = start if position is None else position
-    stop = start + state.num_tokens
-    old = _positions(state, state.position).to(slot.positions.device)
+    rows = slice(start, start + state.num_tokens)
     new = _positions(state, position).to(slot.positions.device)
-    slot.positions[start:stop] = new
+    slot.positions[rows] = new
+    old = _positions(state, state.position).to(new.device)
     turns: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    for index, stack in enumerate(slot.stacks):
+        for layers, rotation in _runs([rotations[layer] for layer in stack.layers]):
+            for part, source, target in (
+                ("keys", state.keys[index], slot.keys[index]),
+                ("values", state.values[index], slot.values[index]),
+            ):
+                out = target[layers, :, rows]
+                if rotation is None or rotation.part != part or position == state.position:
+                    out.copy_(source[layers])
+                    continue
+                name = id(rotation.frequencies)
+                if name not in turns:
+                    angles = rotation.angles(old, new)
+                    turns[name] = (angles.cos().float(), angles.sin().float())
+                rotation.turn(source[layers].to(out.device), *turns[name], out=out)
+
+
+def _runs(rotations: Sequence[Rotation | None]) -> list[tuple[slice, Rotation | None]]:
+    """Neighbouring layers that turn alike: few large operations instead of many small ones."""
+    runs: list[tuple[slice, Rotation | None]] = []
     for index, rotation in enumerate(rotations):
-        for part, rows, target in (
-            ("keys", state.keys[index], slot.keys[index]),
-            ("values", state.values[index], slot.values[index]),
-        ):
-            out = target[0, :, start:stop]
-            if rotation is None or rotation.part != part or position == state.position:
-                out.copy_(rows)
-                continue
-            name = id(rotation.frequencies)
-            if name not in turns:
-                angles = rotation.angles(old, new)
-                turns[name] = (angles.cos().float(), angles.sin().float())
-            rotation.turn(rows.to(out.device), *turns[name], out=out)
+        if runs and runs[-1][1] is rotation:
+            runs[-1] = (slice(runs[-1][0].start, index + 1), rotation)
+        else:
+            runs.append((slice(index, index + 1), rotation))
+    return runs
 
 
 def fit(frequencies: Sequence[torch.Tensor], here: KVState, there: KVState) -> Rotations:
@@ -100,7 +120,11 @@ def fit(frequencies: Sequence[torch.Tensor], here: KVState, there: KVState) -> R
 
     The best is not always good: `misfit` says whether the rotations explain a move.
     """
-    return tuple(_best(frequencies, here, there, layer) for layer in range(len(here.keys)))
+    pairs = zip(here.layers(), there.layers(), strict=True)
+    places = (here.position, there.position)
+    best = [_best(frequencies, old, new, places) for old, new in pairs]
+    known: dict[tuple[object, ...], Rotation] = {}  # equal rotations become one object
+    return tuple(r if r is None else known.setdefault(r.identity, r) for r in best)
 
 
 def misfit(rotations: Rotations, here: KVState, there: KVState) -> str:
@@ -109,12 +133,12 @@ def misfit(rotations: Rotations, here: KVState, there: KVState) -> str:
     A layer's drift, how much its states moved that no rotation touches, is its own noise; an error
     within twice of it, beside the dtype's rounding, is no misfit.
     """
-    for layer, rotation in enumerate(rotations):
-        key_error, value_error = _errors(rotation, here, there, layer)
-        unturned = _errors(None, here, there, layer)
-        drift = min(unturned)
-        limit = 2 * drift + _FLOOR.get(here.keys[layer].dtype, 1e-5)
-        error = max(key_error, value_error)
+    pairs = zip(here.layers(), there.layers(), strict=True)
+    places = (here.position, there.position)
+    for layer, (rotation, (old, new)) in enumerate(zip(rotations, pairs, strict=True)):
+        error = max(_errors(rotation, old, new, places))
+        drift = min(_errors(None, old, new, places))
+        limit = 2 * drift + _FLOOR.get(old[0].dtype, 1e-5)
         if drift >= _LARGEST_DRIFT or error > limit:
             return (
                 f"no rotation moves the states of layer {layer} from position {here.position} "
@@ -124,34 +148,25 @@ def misfit(rotations: Rotations, here: KVState, there: KVState) -> str:
 
 
 def _best(
-    frequencies: Sequence[torch.Tensor], here: KVState, there: KVState, layer: int
+    frequencies: Sequence[torch.Tensor], old: Layer, new: Layer, places: tuple[int, int]
 ) -> Rotation | None:
-    candidates = [None, *_candidates(frequencies, here.keys[layer], here.values[layer])]
-    return min(candidates, key=lambda rotation: max(_errors(rotation, here, there, layer)))
+    candidates = [None, *_candidates(frequencies, *old)]
+    return min(candidates, key=lambda rotation: max(_errors(rotation, old, new, places)))
 
 
 def _errors(
-    rotation: Rotation | None, here: KVState, there: KVState, layer: int
+    rotation: Rotation | None, old: Layer, new: Layer, places: tuple[int, int]
 ) -> tuple[float, float]:
-    """Relative errors of keys and values after turning one layer of `here`."""
-    keys, values = here.keys[layer], here.values[layer]
+    """Relative errors of keys and values after turning one layer from one place to another."""
+    keys, values = old
     if rotation is not None:
-        angles = rotation.angles(
-            _positions(here, here.position).to(keys.device),
-            _positions(here, there.position).to(keys.device),
-        )
-        turned = torch.empty_like(keys if rotation.part == "keys" else values)
-        rotation.turn(
-            keys if rotation.part == "keys" else values,
-            angles.cos().float(),
-            angles.sin().float(),
-            out=turned,
-        )
+        steps = torch.arange(keys.shape[1], device=keys.device)
+        angles = rotation.angles(places[0] + steps, places[1] + steps)
+        rows = keys if rotation.part == "keys" else values
+        turned = torch.empty_like(rows)
+        rotation.turn(rows, angles.cos().float(), angles.sin().float(), out=turned)
         keys, values = (turned, values) if rotation.part == "keys" else (keys, turned)
-    return (
-        relative_error(keys, there.keys[layer]),
-        relative_error(values, there.values[layer]),
-    )
+    return relative_error(keys, new[0]), relative_error(values, new[1])
 
 
 def _positions(state: KVState, first: int) -> torch.Tensor:
