@@ -232,7 +232,7 @@ class PromptCacheEngine:
             return mode, None
         if support.kind == "no-cache":
             return "off", support.reason
-        if support.stable_length is not None and length > support.stable_length:
+        if self._is_beyond_stable(length):
             return "off", (
                 f"beyond {support.stable_length} tokens the model's rotary frequencies depend on "
                 "the prompt's length"
@@ -240,6 +240,10 @@ class PromptCacheEngine:
         if mode == "fast" and not support.reuses_modules:
             return "exact", support.reason
         return mode, None
+
+    def _is_beyond_stable(self, length: int) -> bool:
+        limit = self.lm.support.stable_length
+        return limit is not None and length > limit
 
     def _run(self, request: _Request) -> Generator[Chunk, None, None]:
         started = time.perf_counter()
@@ -272,6 +276,8 @@ class PromptCacheEngine:
             return self._read_stock(request)
         tokens = request.tokens
         clock = time.perf_counter()
+        if self._is_beyond_stable(len(tokens.token_ids)):
+            self.lm.forget_long_prompts()
         wishes = assemble.wanted(tokens, self._candidates(request), self._library)
         accepts = assemble.row_filter(wishes) if request.reuse != "off" else _accept_nothing
         lease = self._pool.acquire(tokens.token_ids, accepts, request.capacity)

@@ -138,6 +138,15 @@ class CausalLM:
         with self._lock:
             return self.support.forward(batch)
 
+    def forget_long_prompts(self) -> None:
+        """Bring length-dependent rotary frequencies back to those of a short prompt.
+
+        Dynamic NTK keeps the frequencies of the longest prompt so far until a short one comes, so
+        without this an answer would depend on what was asked before.
+        """
+        slot = self.new_slot(1)
+        self.forward(Batch.of_rows(slot, [0], [0], [0]))
+
     @cached_property
     def _own_cache_works(self) -> bool:
         with self._lock:

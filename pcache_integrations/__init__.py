@@ -1,0 +1,1 @@
+"""Prompt Cache for LangChain and LlamaIndex. Import the submodule of the framework you use."""

@@ -1,0 +1,104 @@
+"""Engines from the options that both integrations take."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakValueDictionary
+
+from pcache_core import CausalLM, MemoryStore, PromptCacheEngine
+from pcache_core.errors import OptionError
+from pcache_core.params import check_reuse
+from pcache_core.store import ModuleStore
+
+_loaded: WeakValueDictionary[tuple[str, str, str], CausalLM] = WeakValueDictionary()
+_loading = threading.Lock()
+
+
+def load_lm(model: str, dtype: str = "auto", device: str = "auto") -> CausalLM:
+    """Load a model, or share the one that is loaded: its weights are in memory once.
+
+    Thread-safe. The weights go when nobody uses them any more.
+
+    Raises: ModelError: the model can't be loaded.
+    """
+    with _loading:
+        lm = _loaded.get((model, dtype, device))
+        if lm is None:
+            lm = CausalLM.from_pretrained(model, dtype=dtype, device=device)
+            _loaded[model, dtype, device] = lm
+        return lm
+
+
+def check_store(spec: str) -> None:
+    """Whether `build_store` takes `spec`. Raises: OptionError: it does not."""
+    if spec == "memory":
+        return
+    kind = "a store at a URL" if "://" in spec else "a store on disk"
+    raise OptionError(
+        f"store={spec!r}: {kind} is not supported by this version; use store='memory', "
+        "or pass engine=PromptCacheEngine(lm, store=...) with a store of your own"
+    )
+
+
+def build_store(spec: str) -> ModuleStore:
+    """The store that `spec` names. Raises: OptionError: this version has no such store."""
+    check_store(spec)
+    return MemoryStore()
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """What an engine is built from; checked when made.
+
+    Equal options make equal engines: `reuse` is only its default, and may differ by call.
+
+    Raises: OptionError: unknown reuse mode or store.
+    """
+
+    model: str
+    store: str
+    dtype: str
+    device: str
+    namespace: str
+    reuse: str = field(compare=False)
+
+    def __post_init__(self) -> None:
+        check_reuse(self.reuse)
+        check_store(self.store)
+
+
+class EngineHandle:
+    """An engine that is built when it is first needed. Thread-safe."""
+
+    def __init__(self, options: EngineOptions, engine: PromptCacheEngine | None = None) -> None:
+        self.options = options
+        self._engine = engine
+        self._lock = threading.Lock()
+
+    @property
+    def is_built(self) -> bool:
+        """Whether `get` returns at once."""
+        return self._engine is not None
+
+    def get(self) -> PromptCacheEngine:
+        """The engine, always the same. Raises: ModelError: the model can't be loaded."""
+        with self._lock:
+            if self._engine is None:
+                options = self.options
+                self._engine = PromptCacheEngine(
+                    load_lm(options.model, options.dtype, options.device),
+                    store=build_store(options.store),
+                    reuse=check_reuse(options.reuse),
+                    namespace=options.namespace,
+                )
+            return self._engine
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EngineHandle:
+        """Itself: copies of a language model share weights and states."""
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A pickle holds how to build the engine, not its weights and states."""
+        return type(self), (self.options,)

@@ -1,0 +1,1 @@
+"""The demonstration behind `pcache demo`: the same questions through both frameworks."""

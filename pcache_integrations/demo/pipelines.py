@@ -1,0 +1,84 @@
+"""The question-answering pipelines a user would write, one for each framework."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from langchain_core.callbacks import CallbackManagerForRetrieverRun
+from langchain_core.documents import Document
+from langchain_core.prompts import PromptTemplate
+from langchain_core.retrievers import BaseRetriever as LangChainRetriever
+from langchain_core.runnables import RunnablePassthrough
+from llama_index.core import PromptTemplate as LlamaIndexTemplate
+from llama_index.core.query_engine import RetrieverQueryEngine
+from llama_index.core.retrievers import BaseRetriever as LlamaIndexRetriever
+from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode
+
+from pcache_core import PromptCacheEngine
+from pcache_core.params import ReuseMode
+from pcache_integrations.demo.corpus import Corpus
+from pcache_integrations.langchain import PromptCacheLLM as LangChainLLM
+from pcache_integrations.llama_index import PromptCacheLLM as LlamaIndexLLM
+
+OPENING = "Answer the question from the documents.\n\n"
+MAX_TOKENS = 24
+STOP = ["\n"]
+
+
+@dataclass(frozen=True, slots=True)
+class Pipeline:
+    """A framework's way from a question to an answer.
+
+    ask: question and reuse mode to the answer's text. cache: encodes the whole corpus.
+    """
+
+    name: str
+    engine: PromptCacheEngine
+    cache: Callable[[], object]
+    ask: Callable[[str, ReuseMode], str]
+
+
+def langchain_pipeline(engine: PromptCacheEngine, corpus: Corpus, top_k: int) -> Pipeline:
+    """`retriever | template | llm`, as in LangChain's own tutorials."""
+
+    class Retriever(LangChainRetriever):
+        def _get_relevant_documents(
+            self, query: str, *, run_manager: CallbackManagerForRetrieverRun
+        ) -> list[Document]:
+            return [Document(d.text, id=d.name) for d in corpus.search(query, top_k)]
+
+    template = PromptTemplate.from_template(OPENING + "{context}\n\nQuestion: {question}\nAnswer:")
+    retriever = Retriever()
+
+    def ask(question: str, reuse: ReuseMode) -> str:
+        llm = LangChainLLM(engine=engine, reuse=reuse, max_tokens=MAX_TOKENS, stop=STOP)
+        context = retriever | (lambda found: "\n\n".join(d.page_content for d in found))
+        chain = {"context": context, "question": RunnablePassthrough()} | template | llm
+        return str(chain.invoke(question)).strip()
+
+    documents = [Document(document.text, id=document.name) for document in corpus.documents]
+    llm = LangChainLLM(engine=engine)
+    return Pipeline("LangChain", engine, lambda: llm.cache_documents(documents), ask)
+
+
+def llama_index_pipeline(engine: PromptCacheEngine, corpus: Corpus, top_k: int) -> Pipeline:
+    """A query engine over a retriever, as `index.as_query_engine()` builds one."""
+    nodes = {d.name: TextNode(text=d.text, id_=d.name) for d in corpus.documents}
+
+    class Retriever(LlamaIndexRetriever):
+        def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
+            found = corpus.search(query_bundle.query_str, top_k)
+            return [NodeWithScore(node=nodes[document.name], score=1.0) for document in found]
+
+    template = LlamaIndexTemplate(OPENING + "{context_str}\n\nQuestion: {query_str}\nAnswer:")
+
+    def ask(question: str, reuse: ReuseMode) -> str:
+        llm = LlamaIndexLLM(engine=engine, reuse=reuse, max_tokens=MAX_TOKENS, stop=STOP)
+        query_engine = RetrieverQueryEngine.from_args(
+            Retriever(), llm=llm, text_qa_template=template
+        )
+        return str(query_engine.query(question)).strip()
+
+    llm = LlamaIndexLLM(engine=engine)
+    return Pipeline("LlamaIndex", engine, lambda: llm.cache_documents(nodes.values()), ask)

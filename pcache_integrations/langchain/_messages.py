@@ -1,0 +1,83 @@
+"""LangChain's messages → chat messages in segments."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+
+from langchain_core.messages import (
+    AIMessage,
+    BaseMessage,
+    ChatMessage,
+    HumanMessage,
+    SystemMessage,
+)
+
+from pcache_core import Message, Prompt, PromptCacheEngine, Segment
+from pcache_core.errors import ChatTemplateError, PromptError
+from pcache_integrations.langchain._provenance import PROVENANCE
+
+_ROLES = ((SystemMessage, "system"), (HumanMessage, "user"), (AIMessage, "assistant"))
+
+
+def chat_prompt(engine: PromptCacheEngine, messages: Sequence[BaseMessage]) -> Prompt:
+    """Render messages with the model's own chat template.
+
+    Templates that insist on alternating roles get neighbours of the same role as one message.
+
+    Raises: PromptError: a message holds something else than text. ChatTemplateError: the model has
+        no chat template, or it refuses the messages.
+    """
+    chat = [
+        Message(role=_role(message), segments=list(_segments(message, place)))
+        for place, message in enumerate(messages, start=1)
+    ]
+    try:
+        return engine.prompt_from_chat(chat)
+    except ChatTemplateError:
+        merged = _merge_neighbours(chat)
+        if len(merged) == len(chat):
+            raise
+        return engine.prompt_from_chat(merged)
+
+
+def _role(message: BaseMessage) -> str:
+    if isinstance(message, ChatMessage):
+        return message.role
+    for kind, role in _ROLES:
+        if isinstance(message, kind):
+            return role
+    raise PromptError(
+        f"a {type(message).__name__} can't be part of a chat with this model; it takes system, "
+        "human and AI messages, and tool calls are not supported by this version"
+    )
+
+
+def _segments(message: BaseMessage, place: int) -> Iterator[Segment]:
+    """A message's content: plain data, apart from what a template is known to have written."""
+    if isinstance(message, AIMessage) and message.tool_calls:
+        raise PromptError(
+            f"message {place} has tool calls, which are not supported by this version; "
+            "leave it out of the history"
+        )
+    content = [message.content] if isinstance(message.content, str) else message.content
+    for block in content:
+        if isinstance(block, dict) and block.get("type") != "text":
+            raise PromptError(
+                f"message {place} has a content block of type {block.get('type')!r}; this model "
+                "reads only text"
+            )
+        text = block if isinstance(block, str) else str(block.get("text", ""))
+        yield from PROVENANCE.segments(text, "argument")
+
+
+def _merge_neighbours(chat: Sequence[Message]) -> list[Message]:
+    merged = []
+    for role, group in groupby(chat, key=lambda message: message.role):
+        segments: list[Segment] = []
+        for message in group:
+            if segments:
+                segments.append(Segment("\n\n", "literal"))
+            segments += message.segments
+        merged.append(Message(role=role, segments=segments))
+    return merged

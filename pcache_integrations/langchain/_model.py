@@ -1,0 +1,157 @@
+"""What the completion model and the chat model have in common: options, engine, documents."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from langchain_core.documents import Document
+from langchain_core.language_models.base import BaseLanguageModel, LangSmithParams
+from pydantic import Field, ValidationError
+
+from pcache_core import EncodeReport, PromptCacheEngine
+from pcache_core.errors import OptionError
+from pcache_core.params import DEFAULT_REUSE, ReuseMode, SamplingParams
+from pcache_integrations._engines import EngineHandle, EngineOptions
+from pcache_integrations._options import call_options, check_names
+from pcache_integrations.langchain._provenance import PROVENANCE, document_name, watch_chains
+
+# Code written for any model passes these; here is no server to apply them to.
+_OF_HOSTED_MODELS = ("api_key", "base_url", "max_retries", "timeout")
+_OF_THE_ENGINE = ("model", "store", "dtype", "device", "namespace")
+_OF_A_CALL = (
+    "reuse", "max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed",
+)  # fmt: skip
+
+
+class CachedModel(BaseLanguageModel[Any]):
+    """Options and engine of a LangChain model that runs on a `PromptCacheEngine`.
+
+    model: a built-in model, a path or a hub id. reuse: a reuse mode. store: where states are kept.
+    dtype, device: of the model. namespace: states are shared within one only.
+    engine_handle: how copies of this object share its engine.
+    The others are those of `SamplingParams`. What only hosted models need (`api_key`, `base_url`,
+    `max_retries`, `timeout`) is accepted and has no effect.
+
+    Raises: OptionError: an unknown option, or a value out of range.
+    """
+
+    model: str = "builtin:tiny-rag"
+    reuse: str = DEFAULT_REUSE
+    store: str = "memory"
+    dtype: str = "auto"
+    device: str = "auto"
+    namespace: str = "default"
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: list[str] | None = None
+    engine_handle: EngineHandle | None = Field(default=None, exclude=True, repr=False)
+
+    def __init__(self, *, engine: PromptCacheEngine | None = None, **options: Any) -> None:
+        """Check the options; the model is loaded when it is first needed.
+
+        engine: an engine to share, instead of one made from `model`, `store`, `dtype`, `device`
+            and `namespace`.
+        """
+        place = type(self).__name__
+        check_names(options, (*type(self).model_fields, *_OF_HOSTED_MODELS), place)
+        if engine is not None:
+            options = {**_describe(engine, options), **options}
+        try:
+            super().__init__(**options)
+        except ValidationError as error:
+            raise OptionError(f"{place}: {error}") from error
+        wanted = EngineOptions(
+            **{name: getattr(self, name) for name in _OF_THE_ENGINE}, reuse=self.reuse
+        )
+        if engine is not None or self.engine_handle is None or self.engine_handle.options != wanted:
+            self.engine_handle = EngineHandle(wanted, engine)
+        self._call_options(None, {})
+        watch_chains()
+
+    @property
+    def engine(self) -> PromptCacheEngine:
+        """The engine. Raises: ModelError: the model can't be loaded."""
+        assert self.engine_handle is not None
+        return self.engine_handle.get()
+
+    async def _aengine(self) -> PromptCacheEngine:
+        """The engine; loading it does not block the event loop."""
+        return await asyncio.to_thread(lambda: self.engine)
+
+    def cache_documents(
+        self, documents: Iterable[Document | str], *, progress: bool = True
+    ) -> EncodeReport:
+        """Precompute documents' states, and recognise the documents in any prompt from now on.
+
+        Raises: OptionError: something else than documents or strings was given.
+        """
+        if isinstance(documents, (str, Document)):
+            raise OptionError(
+                f"cache_documents takes several documents, got one {type(documents).__name__}; "
+                "put it in a list"
+            )
+        found = [_as_document(document) for document in documents]
+        for document in found:
+            PROVENANCE.documents.add(document.page_content, document_name(document))
+        return self.engine.encode(
+            [document.page_content.strip() for document in found], progress=progress
+        )
+
+    def get_token_ids(self, text: str) -> list[int]:
+        """The ids of `text` for this model, without special tokens added."""
+        if self.custom_get_token_ids is not None:
+            return self.custom_get_token_ids(text)
+        return list(self.engine.lm.token_ids(text))
+
+    def _call_options(
+        self, stop: list[str] | None, given: Mapping[str, Any]
+    ) -> tuple[SamplingParams, ReuseMode]:
+        """One call's options. `stop` takes the place of the model's own."""
+        defaults = {name: getattr(self, name) for name in _OF_A_CALL}
+        defaults["stop"] = self.stop if stop is None else stop
+        return call_options(defaults, given, f"a call of {type(self).__name__}")
+
+    @property
+    def _identifying_params(self) -> dict[str, Any]:
+        """Everything that answers depend on: the key of LangChain's response caches."""
+        options = {name: getattr(self, name) for name in ("model", "dtype", *_OF_A_CALL)}
+        # LangChain keeps the stop strings of the call under "stop".
+        return {**options, "default_stop": self.stop}
+
+    def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
+        params = super()._get_ls_params(stop=self.stop if stop is None else stop, **kwargs)
+        params["ls_provider"] = "pcache"
+        return params
+
+
+def _as_document(value: Document | str) -> Document:
+    if isinstance(value, str):
+        return Document(page_content=value)
+    if isinstance(value, Document):
+        return value
+    raise OptionError(
+        f"cache_documents takes LangChain documents or strings, got {type(value).__name__}"
+    )
+
+
+def _describe(engine: PromptCacheEngine, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What an existing engine runs on, as options. Raises: OptionError: `options` say it too."""
+    twice = [name for name in _OF_THE_ENGINE if name in options]
+    if twice:
+        raise OptionError(
+            f"engine= brings its own {', '.join(twice)}; leave {'them' if twice[1:] else 'it'} out"
+        )
+    return {
+        "model": engine.lm.name,
+        "dtype": str(engine.lm.dtype).removeprefix("torch."),
+        "device": str(engine.lm.device),
+        "namespace": engine.namespace,
+        "reuse": engine.reuse,
+    }

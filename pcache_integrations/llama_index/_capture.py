@@ -1,0 +1,171 @@
+"""What is known about prompts before they reach the model: plans of them, and retrieved nodes.
+
+Everything is found again by content. A stream may be consumed long after its query returned, in
+another thread, between other queries: what is looked up is the very text the model was handed.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore
+
+from pcache_core import Segment
+from pcache_core.errors import OptionError
+from pcache_core.prompt import SegmentKind
+from pcache_integrations._mapping import ANCHOR_CHARS, DocumentIndex
+
+# Response synthesizers join the stripped texts of the nodes with this.
+_SEPARATOR = "\n\n"
+
+_V = TypeVar("_V")
+
+
+def node_text(node: BaseNode) -> str:
+    """The node's text as prompts hold it: with the metadata that is meant for the model."""
+    return str(node.get_content(metadata_mode=MetadataMode.LLM)).strip()
+
+
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """Where a node's text stands in a joined context."""
+
+    start: int
+    end: int
+    node_id: str
+
+
+class Capture:
+    """Plans and nodes, each at most as many as the limits say; the oldest are forgotten first.
+
+    Thread-safe.
+    """
+
+    def __init__(self, max_plans: int = 512, max_contexts: int = 64) -> None:
+        self.documents = DocumentIndex()
+        self._plans: OrderedDict[str, Sequence[Segment]] = OrderedDict()
+        self._contexts: OrderedDict[str, Sequence[_Span]] = OrderedDict()
+        self._max_plans = max_plans
+        self._max_contexts = max_contexts
+        self._lock = threading.Lock()
+
+    def add_plan(self, segments: Iterable[Segment]) -> None:
+        """Remember how a text, soon to be handed to a model, is made up.
+
+        An argument may be a whole prompt that was planned before: a wrapper formats a template,
+        then hands the text to ours as a message, to be formatted again.
+        """
+        plan = [part for segment in segments for part in self._unfold(segment)]
+        text = "".join(segment.text for segment in plan)
+        with self._lock:
+            _put(self._plans, text, tuple(plan), self._max_plans)
+
+    def add_nodes(self, nodes: Iterable[BaseNode]) -> None:
+        """Remember nodes: as a synthesizer writes them, and their bare text."""
+        for node in nodes:
+            self.documents.add(str(node.get_content(metadata_mode=MetadataMode.NONE)), node.node_id)
+            self.documents.add(node_text(node), node.node_id)
+
+    def add_document(self, document: object) -> str:
+        """Remember a node, with or without its score, or a text; return what prompts hold of it.
+
+        Raises: OptionError: it is something else.
+        """
+        node = document.node if isinstance(document, NodeWithScore) else document
+        if isinstance(node, str):
+            self.documents.add(node)
+            return node.strip()
+        if isinstance(node, BaseNode):
+            self.add_nodes([node])
+            return node_text(node)
+        raise OptionError(
+            f"a document must be a LlamaIndex node or document or a string, got "
+            f"{type(document).__name__}"
+        )
+
+    def add_context(self, nodes: Iterable[BaseNode]) -> None:
+        """Remember the nodes of one answer, in their order.
+
+        A context too long for the model is cut anywhere, but each chunk is a stretch of the joined
+        texts, and so shows which parts of which nodes it holds.
+        """
+        spans: list[_Span] = []
+        texts: list[str] = []
+        start = 0
+        for node in nodes:
+            if text := node_text(node):
+                spans.append(_Span(start, start + len(text), node.node_id))
+                texts.append(text)
+                start += len(text) + len(_SEPARATOR)
+        with self._lock:
+            _put(self._contexts, _SEPARATOR.join(texts), tuple(spans), self._max_contexts)
+
+    def segments(self, text: str, kind: SegmentKind) -> list[Segment]:
+        """Cut a text that the model is handed, by its plan if there is one, then at its nodes.
+
+        kind: of a text without a plan.
+        Returns: segments whose texts join to `text`.
+        """
+        pieces = self._plan(text) or [Segment(text, kind)]
+        return [segment for piece in pieces for segment in self._find_nodes(piece)]
+
+    def _plan(self, text: str) -> Sequence[Segment]:
+        with self._lock:
+            return self._plans.get(text, ())
+
+    def _unfold(self, segment: Segment) -> Sequence[Segment]:
+        plan = self._plan(segment.text) if segment.kind == "argument" else ()
+        return plan if len(plan) > 1 else (segment,)
+
+    def _find_nodes(self, piece: Segment) -> list[Segment]:
+        located = self._locate(piece.text) if piece.kind == "argument" else None
+        if located is None:
+            return self.documents.split(piece.text, piece.kind, piece.name)
+        return _cut(piece, *located)
+
+    def _locate(self, text: str) -> tuple[Sequence[_Span], int] | None:
+        """The context that `text` is a stretch of, and where it starts there; newest first."""
+        if len(text) < ANCHOR_CHARS:
+            return None
+        with self._lock:
+            contexts = list(reversed(self._contexts.items()))
+        for joined, spans in contexts:
+            at = joined.find(text)
+            if at >= 0:
+                return spans, at
+        return None
+
+
+def _cut(piece: Segment, spans: Sequence[_Span], at: int) -> list[Segment]:
+    """Cut a stretch, which starts at `at`, along the spans.
+
+    A node cut off at its end is still a document: its beginning. The rest of a node whose beginning
+    is elsewhere is not, for its state would depend on what it lacks.
+    """
+    segments: list[Segment] = []
+    position = 0
+    for span in spans:
+        start, end = span.start - at, min(span.end - at, len(piece.text))
+        cut_off = span.end - at > len(piece.text)
+        if start < 0 or end <= start or (cut_off and end - start < ANCHOR_CHARS):
+            continue
+        segments.append(Segment(piece.text[position:start], piece.kind, piece.name))
+        segments.append(Segment(piece.text[start:end], "document", span.node_id))
+        position = end
+    segments.append(Segment(piece.text[position:], piece.kind, piece.name))
+    return [segment for segment in segments if segment.text]
+
+
+def _put(entries: OrderedDict[str, _V], key: str, value: _V, limit: int) -> None:
+    entries[key] = value
+    entries.move_to_end(key)
+    while len(entries) > limit:
+        entries.popitem(last=False)
+
+
+# One for the process, because LlamaIndex's event handlers are the process's too.
+CAPTURE = Capture()

@@ -1,0 +1,45 @@
+"""The engine behind an LLM, and what LlamaIndex needs to know of its model."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+from pcache_core import CausalLM, ChatTemplateError
+from pcache_integrations._engines import EngineHandle
+
+
+class LazyEngine(EngineHandle):
+    """An engine that is built when it is first needed."""
+
+    @cached_property
+    def marks_roles(self) -> bool:
+        """Whether the model's chat template writes a user's turn and an assistant's differently.
+
+        One that doesn't is no dialogue format: it only joins the contents, and a completion
+        prompt says the same.
+        """
+        return _marks_roles(self.get().lm)
+
+    @cached_property
+    def special_tokens(self) -> tuple[str, ...]:
+        """Texts that the model's tokenizer reads as special tokens."""
+        tokens = self.get().lm.tokenizer.added_tokens_decoder.values()
+        return tuple(token.content for token in tokens if token.special)
+
+
+def has_chat_template(lm: CausalLM) -> bool:
+    """Whether the model brings a chat template."""
+    return bool(lm.tokenizer.chat_template)
+
+
+def _marks_roles(lm: CausalLM) -> bool:
+    if not has_chat_template(lm):
+        return False
+    try:
+        user, assistant = (
+            lm.text.apply_chat_template([{"role": role, "content": "Hello"}])
+            for role in ("user", "assistant")
+        )
+    except ChatTemplateError:  # It knows roles, or it could not refuse one.
+        return True
+    return user != assistant

@@ -1,0 +1,268 @@
+"""Reused states give the logits of one masked forward, on every architecture or with a reason."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+import oracle
+import tiny_models
+from pcache_core import CausalLM, Prefill, Prompt, PromptCacheEngine, SamplingParams, Segment
+
+TOLERANCE = 1e-4
+VISIBLE_DIFFERENCE = 1e-2
+
+POSITION_FREE = ["falcon/alibi", "mpt", "bloom"]
+FIXED = ["gpt2", "gpt_bigcode", "gpt_neo", "opt", "biogpt"]
+TOO_LONG = ["llama/dynamic-beyond", "phi3/longrope-beyond"]  # relocatable in shorter prompts
+EXACT_ONLY = ["ministral3", "llama4"]
+NO_CACHE = ["deepseek_v32", "mamba", "mamba2", "jamba", "qwen3_next", "lfm2", "bamba"]
+VERDICTS = {
+    **dict.fromkeys(tiny_models.ARCHITECTURES, "relocatable"),
+    **dict.fromkeys(POSITION_FREE, "position-free"),
+    **dict.fromkeys(FIXED, "fixed-positions"),
+    **dict.fromkeys(EXACT_ONLY, "exact-only"),
+    **dict.fromkeys(NO_CACHE, "no-cache"),
+}
+REUSING = [name for name in VERDICTS if name not in (*TOO_LONG, *EXACT_ONLY, *NO_CACHE)]
+DIVERSE = ["llama", "gemma3", "deepseek_v3", "gpt_oss", "mixtral", "gpt_neox", "mpt", "gpt2"]
+WEIGHTS = [(name, seed) for name in REUSING for seed in (0, 1)]
+
+OPENING = Segment("Answer from the notes.\n", "literal")
+BEES = Segment("Ann keeps bees in Oslo.", "document", name="bees")
+BOAT = Segment("Ben sold a red boat.", "document", name="boat")
+MILL = Segment("The mill by the lake burned.", "document", name="mill")
+SHORT = Segment("Yes.", "document", name="short")  # fewer tokens than a module needs
+MODULES = ("bees", "boat", "mill")
+FIRST = Prompt([OPENING, BEES, Segment("\n\n"), MILL, SHORT, BOAT, Segment("\nWho? A:")])
+SECOND = Prompt(
+    [
+        OPENING,
+        Segment("Old: ", "text"),
+        BOAT,
+        Segment("\nbut ", "argument"),
+        MILL,
+        SHORT,
+        Segment("\n--\n", "literal"),
+        BEES,
+        Segment("\nQ? A:", "text"),
+    ]
+)
+LONGER = Prompt([*FIRST.segments, Segment(" Ann.\nWhere? A:")])
+# No opening, documents side by side, one of them twice, and one that ends the prompt: the last
+# token is always computed, so that one is too.
+LAST = Segment("Di left it.", "document", name="last")
+CROWDED = Prompt([BOAT, BEES, BOAT, Segment("; "), LAST])
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model under test; `twin` is a fresh unmodified copy, which only the oracle runs."""
+
+    name: str
+    seed: int
+    lm: CausalLM
+
+    def engine(self) -> PromptCacheEngine:
+        """A new one for every test, so that none continues another's slots."""
+        return PromptCacheEngine(self.lm, reuse="fast")
+
+    def twin(self) -> PreTrainedModel:
+        return tiny_models.build(self.name, seed=self.seed)
+
+    def rows(self, prompt: Prompt) -> oracle.Rows:
+        encoded = "in place" if self.name in FIXED else "anywhere"
+        return oracle.lay_out(self.lm.tokenizer, prompt, encoded=encoded)
+
+    def expected(self, prompt: Prompt) -> torch.Tensor:
+        """Logits of one masked forward."""
+        return oracle.next_logits(self.twin(), self.rows(prompt))
+
+
+def make_subject(name: str, seed: int, tiny_lm: Callable[..., CausalLM]) -> Subject:
+    if name in EXACT_ONLY or name in NO_CACHE:
+        warned = pytest.warns(UserWarning, match="documents can't be reused")
+    else:
+        warned = contextlib.nullcontext()
+    with warned:
+        return Subject(name, seed, tiny_lm(name, seed=seed))
+
+
+@pytest.fixture(scope="module", params=tiny_models.ARCHITECTURES)
+def subject(request: pytest.FixtureRequest, tiny_lm: Callable[..., CausalLM]) -> Subject:
+    """Every architecture."""
+    return make_subject(request.param, 0, tiny_lm)
+
+
+@pytest.fixture(scope="module", params=WEIGHTS, ids=lambda param: f"{param[0]}-{param[1]}")
+def reusing(request: pytest.FixtureRequest, tiny_lm: Callable[..., CausalLM]) -> Subject:
+    """Every architecture whose documents can be reused, with several weights."""
+    return make_subject(*request.param, tiny_lm)
+
+
+def error(prefill: Prefill, expected: torch.Tensor) -> float:
+    return float((prefill.logits - expected).abs().max())
+
+
+def starts(rows: oracle.Rows) -> list[int]:
+    """Position of each module's first token, by the module's ids."""
+    modules: dict[int, list[oracle.Row]] = {}
+    for row in rows:
+        if row.role == "module":
+            modules.setdefault(row.group, []).append(row)
+    by_ids = {tuple(row.token_id for row in part): part[0].position for part in modules.values()}
+    return [by_ids[ids] for ids in sorted(by_ids)]
+
+
+def module_sources(prefill: Prefill) -> set[str]:
+    return {part.source for part in prefill.report.segments if part.name in MODULES}
+
+
+def module_tokens(subject: Subject) -> int:
+    return sum(subject.lm.count_tokens(document.text) for document in (BEES, BOAT, MILL))
+
+
+def test_self_test_finds_what_the_model_can_do(subject: Subject) -> None:
+    support = subject.lm.support
+    assert support.kind == VERDICTS[subject.name], support.reason
+    assert bool(support.reason) == (support.kind not in ("relocatable", "position-free"))
+
+
+def test_new_states_give_the_logits_of_one_masked_forward(reusing: Subject) -> None:
+    prefill = reusing.engine().prefill(FIRST)
+    assert prefill.report.fallback_reason is None
+    assert module_sources(prefill) == {"encoded"}
+    assert error(prefill, reusing.expected(FIRST)) < TOLERANCE
+
+
+def test_states_in_another_order_give_the_logits_of_one_masked_forward(reusing: Subject) -> None:
+    before, after = starts(reusing.rows(FIRST)), starts(reusing.rows(SECOND))
+    assert len(before) == len(MODULES)
+    assert all(old != new for old, new in zip(before, after, strict=True))
+    engine = reusing.engine()
+    engine.prefill(FIRST)
+    prefill = engine.prefill(SECOND)
+    assert prefill.report.fallback_reason is None
+    assert error(prefill, reusing.expected(SECOND)) < TOLERANCE
+    if reusing.name in FIXED:
+        assert module_sources(prefill) == {"encoded"}
+        assert prefill.report.cached_tokens > 0  # the opening
+    else:
+        assert module_sources(prefill) == {"memory"}
+        assert prefill.report.encoded_tokens == 0
+        assert prefill.report.cached_tokens > module_tokens(reusing)
+
+
+def test_a_crowded_prompt_gives_the_logits_of_one_masked_forward(reusing: Subject) -> None:
+    engine = reusing.engine()
+    engine.prefill(FIRST)
+    prefill = engine.prefill(CROWDED)
+    sources = [part.source for part in prefill.report.segments]
+    assert sources == ["encoded", "encoded", "encoded", "computed", "computed"]
+    assert reusing.lm.count_tokens(LAST.text) >= engine.min_module_tokens
+    assert error(prefill, reusing.expected(CROWDED)) < TOLERANCE
+
+
+def test_a_prefix_that_holds_states_is_continued(reusing: Subject) -> None:
+    engine = reusing.engine()
+    engine.prefill(FIRST)
+    prefill = engine.prefill(LONGER)
+    assert module_sources(prefill) == {"prefix"}
+    assert error(prefill, reusing.expected(LONGER)) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_a_state_at_fixed_positions_serves_in_its_place_only(
+    name: str, tiny_lm: Callable[..., CausalLM]
+) -> None:
+    subject = make_subject(name, 0, tiny_lm)
+    engine = subject.engine()
+    engine.prefill(FIRST)
+    # Another first document of as many tokens: what follows it stands where it stood.
+    other = Segment(BEES.text.replace("k", "z"), "document", name="other")
+    same_places = Prompt([OPENING, other, *FIRST.segments[2:]])
+    prefill = engine.prefill(same_places)
+    sources = {part.name: part.source for part in prefill.report.segments}
+    assert sources["other"] == "encoded"
+    assert sources["mill"] == sources["boat"] == "memory"
+    assert error(prefill, subject.expected(same_places)) < TOLERANCE
+
+
+def test_the_masked_forward_is_not_the_plain_one(reusing: Subject) -> None:
+    for prompt in (FIRST, SECOND, CROWDED):
+        plain = oracle.next_logits(reusing.twin(), oracle.without_modules(reusing.rows(prompt)))
+        assert (reusing.expected(prompt) - plain).abs().max() > VISIBLE_DIFFERENCE
+
+
+def test_the_oracle_without_modules_is_the_models_own_forward(reusing: Subject) -> None:
+    rows = oracle.without_modules(reusing.rows(SECOND))
+    own = oracle.stock_logits(reusing.twin(), oracle.token_ids(rows))
+    assert (oracle.next_logits(reusing.twin(), rows) - own).abs().max() < TOLERANCE / 10
+
+
+def test_off_is_the_models_own_forward(subject: Subject) -> None:
+    engine = subject.engine()
+    for prompt in (SECOND, FIRST):  # the longer one first: nothing may remember its length
+        prefill = engine.prefill(prompt, reuse="off")
+        ids = oracle.token_ids(subject.rows(prompt))
+        assert prefill.report.computed_tokens == prefill.report.prompt_tokens == len(ids)
+        assert error(prefill, oracle.stock_logits(subject.twin(), ids)) < TOLERANCE
+
+
+def test_exact_continues_a_prefix_with_the_logits_of_off(subject: Subject) -> None:
+    engine = subject.engine()
+    engine.prefill(FIRST, reuse="exact")
+    prefill = engine.prefill(LONGER, reuse="exact")
+    can_continue = subject.name not in (*NO_CACHE, *TOO_LONG)
+    assert (prefill.report.cached_tokens > module_tokens(subject)) == can_continue
+    assert (prefill.report.fallback_reason is None) == can_continue
+    expected = oracle.stock_logits(subject.twin(), oracle.token_ids(subject.rows(LONGER)))
+    assert error(prefill, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", [*TOO_LONG, *EXACT_ONLY, *NO_CACHE])
+def test_what_can_not_be_reused_is_computed_and_the_report_says_why(
+    name: str, tiny_lm: Callable[..., CausalLM]
+) -> None:
+    subject = make_subject(name, 0, tiny_lm)
+    engine = subject.engine()
+    for prompt in (FIRST, SECOND):
+        prefill = engine.prefill(prompt)
+        assert prefill.report.fallback_reason
+        assert prefill.report.reuse in ("off", "exact")
+        assert module_sources(prefill) == {"computed"}
+        ids = oracle.token_ids(subject.rows(prompt))
+        assert error(prefill, oracle.stock_logits(subject.twin(), ids)) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "deepseek_v3", "gptj", "mpt", "bloom"])
+def test_documents_encoded_before_any_template_see_the_first_token_alone(
+    name: str, tiny_lm: Callable[..., CausalLM]
+) -> None:
+    subject = make_subject(name, 0, tiny_lm)
+    engine = subject.engine()
+    engine.encode([BEES.text, BOAT.text, MILL.text, SHORT.text], progress=False)
+    prefill = engine.prefill(SECOND)
+    assert module_sources(prefill) == {"memory"}
+    behind_bos = oracle.lay_out(subject.lm.tokenizer, SECOND, anchor="bos")
+    assert error(prefill, oracle.next_logits(subject.twin(), behind_bos)) < TOLERANCE
+    assert error(prefill, subject.expected(SECOND)) > VISIBLE_DIFFERENCE
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("name", DIVERSE)
+def test_greedy_answer_equals_the_masked_forward_of_every_token(
+    name: str, seed: int, tiny_lm: Callable[..., CausalLM]
+) -> None:
+    subject = make_subject(name, seed, tiny_lm)
+    engine = subject.engine()
+    engine.prefill(FIRST)
+    generation = engine.generate(SECOND, SamplingParams(max_tokens=12))
+    expected = oracle.greedy(subject.twin(), subject.rows(SECOND), 12, tiny_models.EOS)
+    assert list(generation.token_ids) == expected
+    assert len(expected) == 12

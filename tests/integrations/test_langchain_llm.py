@@ -1,0 +1,318 @@
+"""The completion model: options, generation, streaming, async, figures, serialisation."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import json
+import pickle
+import threading
+import time
+from typing import Any
+
+import pytest
+from langchain_core.caches import InMemoryCache
+from langchain_core.callbacks import AsyncCallbackHandler, BaseCallbackHandler
+from langchain_core.documents import Document
+from langchain_core.messages import HumanMessage, SystemMessage
+from langchain_core.prompts import PromptTemplate
+from langchain_core.runnables import ConfigurableField
+
+from corpus import DOCUMENTS, QUESTIONS, TEMPLATE
+from langchain_chains import documents_of, rag_chain, text_of
+from pcache_core import OptionError, Prompt, PromptCacheEngine, PromptCacheError, SamplingParams
+from pcache_integrations._engines import load_lm
+from pcache_integrations.langchain import PromptCacheLLM
+
+PROMPT = PromptTemplate.from_template(TEMPLATE)
+QUESTION = "Where was Jerome Fertden born?"
+TEXT = TEMPLATE.format(context=DOCUMENTS[6], question=QUESTION)
+
+
+@pytest.fixture(scope="module")
+def engine() -> PromptCacheEngine:
+    return PromptCacheEngine(load_lm("builtin:tiny-rag"))
+
+
+@pytest.fixture
+def llm(engine: PromptCacheEngine) -> PromptCacheLLM:
+    return PromptCacheLLM(engine=engine, max_tokens=8)
+
+
+class TestOptions:
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"reuse": "warp"}, "unknown reuse mode 'warp'"),
+            ({"stop": [""]}, "stop strings must be non-empty"),
+            ({"temperature": -1}, "temperature"),
+            ({"max_tokens": 0}, "max_tokens"),
+            ({"max_tokens": "many"}, "max_tokens"),
+            ({"store": "redis://localhost"}, "store='memory'"),
+            ({"max_token": 5}, "did you mean 'max_tokens'"),
+        ],
+    )
+    def test_a_bad_option_is_refused_at_construction(
+        self, options: dict[str, Any], message: str
+    ) -> None:
+        with pytest.raises(PromptCacheError, match=message) as caught:
+            PromptCacheLLM(**options)
+        assert isinstance(caught.value, ValueError)
+
+    def test_options_of_hosted_models_have_nothing_to_apply_to(self) -> None:
+        PromptCacheLLM(api_key="x", timeout=3, max_retries=2, base_url="http://x")
+
+    def test_construction_does_not_load_the_model(self) -> None:
+        started = time.perf_counter()
+        for _ in range(10):
+            PromptCacheLLM(model="no/such/model")
+        assert time.perf_counter() - started < 1.0
+
+    def test_a_shared_engine_brings_its_own_options(self, engine: PromptCacheEngine) -> None:
+        llm = PromptCacheLLM(engine=engine)
+        assert llm.engine is engine
+        assert llm.model == "builtin:tiny-rag"
+        assert llm.reuse == engine.reuse
+        with pytest.raises(OptionError, match="brings its own model"):
+            PromptCacheLLM(engine=engine, model="other")
+
+    def test_models_with_equal_options_share_weights_but_no_states(self) -> None:
+        one, two = PromptCacheLLM(), PromptCacheLLM()
+        assert one.engine.lm is two.engine.lm
+        assert one.engine.store is not two.engine.store
+
+    def test_copies_share_the_engine(self) -> None:
+        llm = PromptCacheLLM(namespace="copies", max_tokens=2)
+        assert copy.deepcopy(llm).engine is llm.engine
+        assert llm.model_copy(update={"max_tokens": 3}).engine is llm.engine
+        field = ConfigurableField(id="temperature")
+        chosen = llm.configurable_fields(temperature=field).with_config(
+            configurable={"temperature": 0.5}
+        )
+        chosen.invoke("Hello")
+        assert len(llm.engine.reports) == 1
+
+    def test_a_pickle_holds_the_options_and_not_the_engine(self, engine: PromptCacheEngine) -> None:
+        llm = PromptCacheLLM(engine=engine, temperature=0.5)
+        saved = pickle.dumps(llm)
+        assert len(saved) < 10_000
+        loaded = pickle.loads(saved)
+        assert loaded.asdict() == llm.asdict()
+        assert loaded.invoke("Note:", max_tokens=1, temperature=0) == llm.invoke(
+            "Note:", max_tokens=1, temperature=0
+        )
+
+    def test_threads_get_one_engine(self) -> None:
+        llm = PromptCacheLLM()
+        engines: list[PromptCacheEngine] = []
+        threads = [threading.Thread(target=lambda: engines.append(llm.engine)) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len({id(engine) for engine in engines}) == 1
+
+    def test_saved_options_make_an_equal_model_and_leave_the_engine_out(
+        self, engine: PromptCacheEngine
+    ) -> None:
+        llm = PromptCacheLLM(engine=engine, temperature=0.5, stop=["."], seed=1)
+        saved = json.loads(llm.model_dump_json())
+        assert not [name for name in saved if "engine" in name]
+        assert PromptCacheLLM(**saved).asdict() == llm.asdict()
+        assert "engine" not in repr(llm)
+
+
+class TestGeneration:
+    @pytest.mark.parametrize("reuse", ["off", "exact", "fast"])
+    @pytest.mark.parametrize("question", QUESTIONS)
+    def test_answers_are_right_with_and_without_reuse(
+        self, llm: PromptCacheLLM, question: str, reuse: str
+    ) -> None:
+        answer = rag_chain(PROMPT, llm.bind(reuse=reuse)).invoke(question)
+        assert answer.strip() == QUESTIONS[question][0]
+        assert llm.engine.reports[-1].reuse == reuse
+
+    def test_the_models_own_reuse_mode_is_the_default(self, engine: PromptCacheEngine) -> None:
+        PromptCacheLLM(engine=engine, reuse="off").invoke(TEXT)
+        assert engine.reports[-1].reuse == "off"
+        assert engine.reports[-1].cached_tokens == 0
+
+    def test_the_answer_is_the_engines(self, llm: PromptCacheLLM) -> None:
+        params = SamplingParams(max_tokens=8, temperature=0.9, top_k=5, seed=3)
+        expected = llm.engine.generate(Prompt.from_text(TEXT), params).text
+        assert llm.invoke(TEXT, temperature=0.9, top_k=5, seed=3) == expected
+
+    def test_options_of_the_model_reach_the_engine(self, engine: PromptCacheEngine) -> None:
+        options: dict[str, Any] = {
+            "max_tokens": 12,
+            "temperature": 1.5,
+            "top_p": 0.9,
+            "top_k": 50,
+            "min_p": 0.01,
+            "repetition_penalty": 1.3,
+            "seed": 5,
+        }
+        expected = engine.generate(Prompt.from_text("Note:"), SamplingParams(**options)).text
+        assert PromptCacheLLM(engine=engine, **options).invoke("Note:") == expected
+
+    def test_max_tokens_bounds_the_answer(self, llm: PromptCacheLLM) -> None:
+        llm.invoke(TEXT, max_tokens=1)
+        report = llm.engine.reports[-1]
+        assert report.generated_tokens == 1
+
+    def test_a_stop_string_ends_the_answer(self, llm: PromptCacheLLM) -> None:
+        assert "." in llm.invoke(TEXT)
+        assert llm.invoke(TEXT, stop=["."]) == llm.invoke(TEXT).partition(".")[0]
+
+    def test_the_calls_stop_strings_replace_the_models(self, engine: PromptCacheEngine) -> None:
+        llm = PromptCacheLLM(engine=engine, max_tokens=8, stop=["mouth"])
+        assert llm.invoke(TEXT) == " Gluv"
+        assert llm.invoke(TEXT, stop=["."]) == " Gluvmouth"
+        assert llm.invoke(TEXT, stop=[]) == " Gluvmouth."
+        assert "".join(llm.bind(stop=["v"]).stream(TEXT)) == " Glu"
+
+    def test_an_unknown_option_of_a_call_is_refused_by_name(self, llm: PromptCacheLLM) -> None:
+        with pytest.raises(OptionError, match="'temprature'; did you mean 'temperature'"):
+            llm.invoke(TEXT, temprature=1)
+        with pytest.raises(OptionError, match="logit_bias"):
+            list(llm.stream(TEXT, logit_bias={}))
+
+    def test_hints_of_other_providers_about_caching_are_ignored(self, llm: PromptCacheLLM) -> None:
+        plain = llm.invoke(TEXT)
+        assert llm.invoke(TEXT, cache_control={"type": "ephemeral"}, prompt_cache_key="x") == plain
+
+    def test_every_prompt_of_a_batch_has_its_answer_and_figures(self, llm: PromptCacheLLM) -> None:
+        texts = [
+            TEMPLATE.format(context=DOCUMENTS[numbers[0]], question=question)
+            for question, (_, numbers) in QUESTIONS.items()
+        ]
+        result = llm.generate(texts)
+        answers = [generations[0].text.strip() for generations in result.generations]
+        assert answers == [answer for answer, _ in QUESTIONS.values()]
+        figures = [
+            generations[0].generation_info["prompt_cache"] for generations in result.generations
+        ]
+        counts = [llm.engine.prefill(Prompt.from_text(text)).report.prompt_tokens for text in texts]
+        assert result.llm_output["token_usage"]["prompt_tokens"] == sum(counts)
+        for figure in figures:
+            assert figure["reuse"] == "fast"
+            assert figure["prompt_tokens"] == (
+                figure["cached_tokens"] + figure["encoded_tokens"] + figure["computed_tokens"]
+            )
+        assert {g[0].generation_info["finish_reason"] for g in result.generations} == {"stop"}
+
+    def test_messages_given_to_a_completion_model_are_its_prompt(self, llm: PromptCacheLLM) -> None:
+        llm.invoke([SystemMessage("Be brief."), HumanMessage("Hello")])
+        assert text_of(llm.engine.reports[-1]) == "System: Be brief.\nHuman: Hello"
+
+    def test_a_response_cache_tells_reuse_modes_apart(self, engine: PromptCacheEngine) -> None:
+        cache = InMemoryCache()
+        options: dict[str, Any] = {"engine": engine, "cache": cache, "max_tokens": 4}
+        for reuse, stop in (("off", None), ("fast", None), ("fast", ["v"]), ("fast", ["v"])):
+            PromptCacheLLM(reuse=reuse, stop=stop, **options).invoke(TEXT)
+        assert len(cache._cache) == 3
+
+    def test_tokens_are_counted_by_the_models_own_tokenizer(self, llm: PromptCacheLLM) -> None:
+        ids = llm.engine.lm.tokenizer(TEXT, add_special_tokens=False).input_ids
+        assert llm.get_token_ids(TEXT) == ids
+        assert llm.get_num_tokens(TEXT) == len(ids)
+
+    def test_traces_name_model_and_limits(self, llm: PromptCacheLLM) -> None:
+        assert llm._get_ls_params(stop=["x"], temperature=0.3) == {
+            "ls_provider": "pcache",
+            "ls_model_type": "llm",
+            "ls_model_name": "builtin:tiny-rag",
+            "ls_temperature": 0.3,
+            "ls_max_tokens": 8,
+            "ls_stop": ["x"],
+        }
+
+
+class TestCacheDocuments:
+    def test_cached_documents_are_reused_by_the_first_question(self) -> None:
+        llm = PromptCacheLLM(max_tokens=8)
+        report = llm.cache_documents(
+            [Document(text, id=f"d{n}") for n, text in enumerate(DOCUMENTS)], progress=False
+        )
+        assert (report.texts, report.encoded) == (8, 8)
+        rag_chain(PROMPT, llm).invoke(QUESTION)
+        first = llm.engine.reports[-1]
+        assert documents_of(first) == ["d6", "d5"]
+        assert {s.source for s in first.segments if s.kind == "document"} == {"memory"}
+        assert first.encoded_tokens == 0
+
+    def test_strings_are_documents_and_are_recognised_in_flat_text(self) -> None:
+        llm = PromptCacheLLM(max_tokens=1)
+        text = "Nobody has been told: Vantage sells umbrellas. Vantage is run by Ann Nash."
+        llm.cache_documents([f"\n{text} "], progress=False)
+        llm.invoke(f"Read this.\n\n{text}\n\nQuestion: What?\nAnswer:")
+        sources = [s.source for s in llm.engine.reports[-1].segments if s.kind == "document"]
+        assert sources == ["memory"]
+
+    def test_one_document_outside_a_list_is_refused(self, llm: PromptCacheLLM) -> None:
+        for single in ("one text", Document("one text")):
+            with pytest.raises(OptionError, match="put it in a list"):
+                llm.cache_documents(single)
+
+    def test_something_else_than_documents_is_refused(self, llm: PromptCacheLLM) -> None:
+        with pytest.raises(OptionError, match="got int"):
+            llm.cache_documents([3])
+
+
+class _Tokens(BaseCallbackHandler):
+    def __init__(self) -> None:
+        self.tokens: list[str] = []
+
+    def on_llm_new_token(self, token: str, **_: Any) -> None:
+        self.tokens.append(token)
+
+
+class _AsyncTokens(AsyncCallbackHandler):
+    def __init__(self) -> None:
+        self.tokens: list[str] = []
+
+    async def on_llm_new_token(self, token: str, **_: Any) -> None:
+        self.tokens.append(token)
+
+
+class TestStreaming:
+    def test_pieces_join_to_the_invoked_answer(self, llm: PromptCacheLLM) -> None:
+        handler = _Tokens()
+        pieces = list(llm.stream(TEXT, {"callbacks": [handler]}))
+        assert "".join(pieces) == llm.invoke(TEXT)
+        assert len(pieces) > 2
+        assert handler.tokens == pieces
+
+    def test_only_the_last_piece_has_figures(self, llm: PromptCacheLLM) -> None:
+        infos = [chunk.generation_info for chunk in llm._stream(TEXT)]
+        assert infos[:-1] == [None] * (len(infos) - 1)
+        assert infos[-1]["finish_reason"] == "stop"
+        assert infos[-1]["prompt_cache"]["prompt_tokens"] == llm.engine.reports[-1].prompt_tokens
+
+    async def test_async_calls_give_the_same_answers(self, llm: PromptCacheLLM) -> None:
+        expected = llm.invoke(TEXT)
+        handler = _AsyncTokens()
+        assert await llm.ainvoke(TEXT) == expected
+        assert await llm.abatch([TEXT, TEXT]) == [expected, expected]
+        pieces = [piece async for piece in llm.astream(TEXT, {"callbacks": [handler]})]
+        assert "".join(pieces) == expected
+        assert handler.tokens == pieces
+
+    async def test_the_event_loop_runs_while_the_model_does(self, llm: PromptCacheLLM) -> None:
+        ticks = 0
+
+        async def tick() -> None:
+            nonlocal ticks
+            while True:
+                await asyncio.sleep(0)
+                ticks += 1
+
+        clock = asyncio.create_task(tick())
+        await llm.ainvoke("Note:", max_tokens=40, temperature=2.0, seed=0)
+        during_invoke, ticks = ticks, 0
+        async for _ in llm.astream("Note:", max_tokens=40, temperature=2.0, seed=0):
+            pass
+        clock.cancel()
+        # A blocked loop ticks once or twice in all.
+        assert during_invoke > 40
+        assert ticks > 40

@@ -1,0 +1,149 @@
+"""Streams consumed late, queries at the same time: every prompt finds its own nodes."""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from llama_index.core.query_engine import RetrieverQueryEngine
+from llama_index.core.schema import TextNode
+from llama_index_instrumentation import get_dispatcher
+
+from llama_index_parts import FixedRetriever, argument_of, documents_of, text_of, vector_index
+from pcache_core import PromptCacheEngine, Segment
+from pcache_integrations._engines import load_lm
+from pcache_integrations.llama_index import PromptCacheLLM
+from pcache_integrations.llama_index._capture import Capture
+
+pytestmark = pytest.mark.usefixtures("closed_loops")
+
+COLOURS = ("red", "green", "blue", "white")
+
+
+@pytest.fixture
+def llm() -> PromptCacheLLM:
+    return PromptCacheLLM(engine=PromptCacheEngine(load_lm("builtin:tiny-rag")), max_tokens=2)
+
+
+def library(colour: str) -> list[TextNode]:
+    """Three nodes of a collection; all collections begin alike."""
+    return [
+        TextNode(
+            text=f"The catalogue of the old library, page {page}: {colour} books.",
+            id_=f"{colour}{page}",
+        )
+        for page in range(3)
+    ]
+
+
+def engines(llm: PromptCacheLLM, **options: Any) -> dict[str, RetrieverQueryEngine]:
+    return {
+        colour: RetrieverQueryEngine.from_args(FixedRetriever(library(colour)), llm=llm, **options)
+        for colour in COLOURS
+    }
+
+
+def assert_unmixed(llm: PromptCacheLLM, count: int) -> None:
+    """Each question, which names its collection, stands with exactly that collection's nodes."""
+    assert len(llm.engine.reports) == count
+    for report in llm.engine.reports:
+        colour = argument_of(report, "query_str").split()[1]
+        assert documents_of(report) == [f"{colour}{page}" for page in range(3)]
+        assert text_of(report).count(colour) == 4
+
+
+def test_streams_consumed_in_reverse_find_their_own_nodes(llm: PromptCacheLLM) -> None:
+    streams = [
+        engine.query(f"Which {colour} one?")
+        for colour, engine in engines(llm, streaming=True).items()
+    ]
+    for stream in reversed(streams):
+        "".join(stream.response_gen)  # type: ignore[union-attr]
+    assert_unmixed(llm, 4)
+
+
+async def test_async_streams_consumed_in_turns_find_their_own_nodes(llm: PromptCacheLLM) -> None:
+    responses = [
+        await engine.aquery(f"Which {colour} one?")
+        for colour, engine in engines(llm, streaming=True).items()
+    ]
+    streams = [response.async_response_gen() for response in responses]  # type: ignore[union-attr]
+    open_streams = list(streams)
+    while open_streams:
+        for stream in list(open_streams):
+            if await anext(stream, None) is None:
+                open_streams.remove(stream)
+    assert_unmixed(llm, 4)
+
+
+async def test_queries_gathered_over_several_indexes_find_their_own_nodes(
+    llm: PromptCacheLLM,
+) -> None:
+    asked = [
+        engine.aquery(f"Which {colour} one?")
+        for _ in range(3)
+        for colour, engine in engines(llm).items()
+    ]
+    await asyncio.gather(*asked)
+    assert_unmixed(llm, 12)
+
+
+async def test_vector_indexes_gathered_find_their_own_nodes(llm: PromptCacheLLM) -> None:
+    async def ask(colour: str) -> None:
+        index = vector_index(library(colour))
+        await index.as_query_engine(llm=llm, similarity_top_k=3).aquery(f"Which {colour} one?")
+
+    await asyncio.gather(*map(ask, COLOURS))
+    for report in llm.engine.reports:
+        colour = argument_of(report, "query_str").split()[1]
+        assert sorted(map(str, documents_of(report))) == [f"{colour}{page}" for page in range(3)]
+
+
+def test_queries_of_several_threads_find_their_own_nodes(llm: PromptCacheLLM) -> None:
+    with ThreadPoolExecutor(4) as threads:
+        for _ in range(3):
+            for colour, engine in engines(llm).items():
+                threads.submit(engine.query, f"Which {colour} one?")
+    assert_unmixed(llm, 12)
+
+
+async def test_retrieval_and_answer_in_different_tasks_find_the_nodes(llm: PromptCacheLLM) -> None:
+    """As the steps of a workflow do: nothing of the first task's context reaches the second."""
+
+    async def answer(colour: str, context: str) -> None:
+        await llm.acomplete(f"{context}\nWhich {colour} one?")
+
+    async def retrieve(colour: str) -> str:
+        found = await FixedRetriever(library(colour)).aretrieve(colour)
+        return "\n".join(scored.node.get_content() for scored in found)
+
+    contexts = await asyncio.gather(*map(retrieve, COLOURS))
+    await asyncio.gather(*map(answer, COLOURS, contexts))
+    for report in llm.engine.reports:
+        colour = text_of(report).split()[-2]
+        assert documents_of(report) == [f"{colour}{page}" for page in range(3)]
+
+
+def test_handlers_are_installed_once(llm: PromptCacheLLM) -> None:
+    for _ in range(3):
+        PromptCacheLLM(engine=llm.engine)
+    root = get_dispatcher()
+    names = [type(h).__name__ for h in (*root.span_handlers, *root.event_handlers)]
+    assert names.count("PromptCacheSpanHandler") == 1
+    assert names.count("PromptCacheEventHandler") == 1
+
+
+def test_plans_and_contexts_are_forgotten_beyond_their_limits() -> None:
+    capture = Capture(max_plans=2, max_contexts=1)
+    for text in ("one", "two", "three"):
+        capture.add_plan([Segment("Say ", "literal"), Segment(text, "argument", "x")])
+    assert len(capture.segments("Say one", "text")) == 1
+    assert len(capture.segments("Say three", "text")) == 2
+    short = [TextNode(text="A note.", id_="n1"), TextNode(text="Another, longer note.", id_="n2")]
+    context = "A note.\n\nAnother, longer note."
+    capture.add_context(short)
+    assert [s.name for s in capture.segments(context, "argument")] == ["n1", None, "n2"]
+    capture.add_context([TextNode(text="Something else altogether.", id_="n3")])
+    assert [s.name for s in capture.segments(context, "argument")] == [None]

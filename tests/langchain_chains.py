@@ -1,0 +1,82 @@
+"""Retrievers, chains and recording models for the LangChain tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from langchain_core.callbacks import CallbackManagerForRetrieverRun
+from langchain_core.documents import Document
+from langchain_core.language_models import BaseLanguageModel
+from langchain_core.language_models.chat_models import SimpleChatModel
+from langchain_core.language_models.llms import LLM
+from langchain_core.messages import BaseMessage
+from langchain_core.prompts import BasePromptTemplate
+from langchain_core.retrievers import BaseRetriever
+from langchain_core.runnables import Runnable, RunnablePassthrough
+from pydantic import Field
+
+from corpus import DOCUMENTS, QUESTIONS
+from pcache_core import Report
+
+
+class AnswerRetriever(BaseRetriever):
+    """Finds the documents that the corpus lists for a question."""
+
+    def _get_relevant_documents(
+        self, query: str, *, run_manager: CallbackManagerForRetrieverRun
+    ) -> list[Document]:
+        _, numbers = QUESTIONS[query]
+        return [Document(DOCUMENTS[number], id=f"d{number}") for number in numbers]
+
+
+class RecordingLLM(LLM):
+    """Keeps the exact prompts that LangChain gives to a completion model."""
+
+    prompts: list[str] = Field(default_factory=list)
+
+    @property
+    def _llm_type(self) -> str:
+        return "recording"
+
+    def _call(self, prompt: str, stop: list[str] | None = None, *_: Any, **__: Any) -> str:
+        self.prompts.append(prompt)
+        return "ok"
+
+
+class RecordingChat(SimpleChatModel):
+    """Keeps the exact messages that LangChain gives to a chat model."""
+
+    chats: list[list[BaseMessage]] = Field(default_factory=list)
+
+    @property
+    def _llm_type(self) -> str:
+        return "recording"
+
+    def _call(self, messages: list[BaseMessage], *_: Any, **__: Any) -> str:
+        self.chats.append(messages)
+        return "ok"
+
+
+def join(documents: list[Document]) -> str:
+    """What LangChain's tutorials call `format_docs`."""
+    return "\n\n".join(document.page_content for document in documents)
+
+
+def rag_chain(prompt: BasePromptTemplate[Any], model: BaseLanguageModel[Any]) -> Runnable[str, Any]:
+    """The chain of LangChain's tutorials."""
+    return {"context": AnswerRetriever() | join, "question": RunnablePassthrough()} | prompt | model
+
+
+def text_of(report: Report) -> str:
+    """The prompt that a report is about."""
+    return "".join(segment.text for segment in report.segments)
+
+
+def documents_of(report: Report) -> list[str | None]:
+    """The names of the documents in a report, in the prompt's order."""
+    return [segment.name for segment in report.segments if segment.kind == "document"]
+
+
+def kinds_of(report: Report) -> list[tuple[str, str | None]]:
+    """Kinds and names of a report's segments."""
+    return [(segment.kind, segment.name) for segment in report.segments]

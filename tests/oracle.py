@@ -1,0 +1,212 @@
+"""What the logits must be: one cache-less forward of an unmodified model under an explicit mask.
+
+A prompt is laid out as rows. A row is a token with a position and with the rows it may attend to:
+
+- A `document` of at least `min_module_tokens` tokens is a module, unless it ends the prompt. Its
+  tokens see the tokens before them in the module, and the anchor as if it stood directly in
+  front: every module gets its own copy of the anchor's rows.
+- Every other token sees all rows before it in the prompt's order, but no anchor copy.
+
+Nothing here shares code with the engine, and no cache is involved: this is the specification.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import itertools
+from dataclasses import dataclass
+from typing import Any, Literal
+from unittest import mock
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pcache_core.prompt import Prompt
+
+Role = Literal["computed", "module", "copy"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A token and what decides whom it sees.
+
+    place: where the row stands in the prompt, a copy directly before its module; for windows.
+    position: what the model is told; other than the place only for copies of `encoded="in place"`.
+    group: 0 for a computed token, the module's number for its tokens and its anchor copy.
+    """
+
+    token_id: int
+    place: int
+    position: int
+    role: Role
+    group: int
+
+
+Rows = tuple[Row, ...]
+
+
+def lay_out(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    *,
+    anchor: Literal["opening", "bos"] = "opening",
+    encoded: Literal["anywhere", "in place"] = "anywhere",
+    min_module_tokens: int = 8,
+) -> Rows:
+    """The rows of a prompt.
+
+    anchor: what its modules were encoded behind: BOS and the constant opening, or BOS alone.
+    encoded: `anywhere`: directly behind the anchor, then moved together with it. `in place`: at
+        the module's final positions, the anchor at the beginning of the prompt.
+    """
+    bos = tokenizer("").input_ids
+    pieces = _pieces(tokenizer, prompt)
+    anchor_ids = bos + _opening_ids(pieces) if anchor == "opening" else bos
+    total = len(bos) + sum(len(ids) for _, ids in pieces)
+
+    rows = _computed(bos, 0)
+    at = len(bos)
+    for group, (kind, ids) in enumerate(pieces, start=1):
+        stop = at + len(ids)
+        if kind == "document" and len(ids) >= min_module_tokens and stop < total:
+            before = at - len(anchor_ids)
+            first = before if encoded == "anywhere" else 0
+            rows += [
+                Row(token_id, before + i, first + i, "copy", group)
+                for i, token_id in enumerate(anchor_ids)
+            ]
+            rows += [Row(t, at + i, at + i, "module", group) for i, t in enumerate(ids)]
+        else:
+            rows += _computed(ids, at)
+        at = stop
+    return tuple(rows)
+
+
+def without_modules(rows: Rows) -> Rows:
+    """The same prompt as one causal text."""
+    return tuple(_computed(token_ids(rows), 0))
+
+
+def token_ids(rows: Rows) -> list[int]:
+    """The prompt's ids, BOS included."""
+    return [row.token_id for row in rows if row.role != "copy"]
+
+
+def followed_by(rows: Rows, token_id: int) -> Rows:
+    """The rows with one generated token more."""
+    return (*rows, *_computed([token_id], rows[-1].place + 1))
+
+
+def computed_logits(model: PreTrainedModel, rows: Rows) -> torch.Tensor:
+    """Logits of every computed token, [computed tokens, vocab], in the prompt's order."""
+    positions = torch.tensor([row.position for row in rows])
+    visible = _visible(rows)
+    arguments: dict[str, Any] = {"attention_mask": _masks(model, visible, _distance(rows))}
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        arguments["position_ids"] = positions[None]
+    ids = torch.tensor([[row.token_id for row in rows]])
+    with torch.no_grad(), contextlib.ExitStack() as stack:
+        for patch in _patches(model, rows):
+            stack.enter_context(patch)
+        logits = model(input_ids=ids, use_cache=False, **arguments).logits[0]
+    return logits[torch.tensor([row.role == "computed" for row in rows])]
+
+
+def next_logits(model: PreTrainedModel, rows: Rows) -> torch.Tensor:
+    """Logits of the token after the last row, [vocab]."""
+    return computed_logits(model, rows)[-1]
+
+
+def stock_logits(model: PreTrainedModel, ids: list[int]) -> torch.Tensor:
+    """Logits of the token after `ids` by the model's own masks and positions, [vocab]."""
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
+
+
+def greedy(model: PreTrainedModel, rows: Rows, num_tokens: int, stop_id: int) -> list[int]:
+    """Likeliest tokens one by one, all rows recomputed for each; `stop_id` ends and is left out."""
+    generated: list[int] = []
+    while len(generated) < num_tokens:
+        token_id = int(next_logits(model, rows).argmax())
+        if token_id == stop_id:
+            break
+        generated.append(token_id)
+        rows = followed_by(rows, token_id)
+    return generated
+
+
+def _pieces(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[tuple[str, list[int]]]:
+    """Kind and ids of each segment, tokenised alone."""
+    return [
+        (segment.kind, tokenizer(segment.text, add_special_tokens=False).input_ids)
+        for segment in prompt.segments
+    ]
+
+
+def _opening_ids(pieces: list[tuple[str, list[int]]]) -> list[int]:
+    """Ids of the literals before the first segment of another kind."""
+    opening = itertools.takewhile(lambda piece: piece[0] == "literal", pieces)
+    return [token_id for _, ids in opening for token_id in ids]
+
+
+def _computed(ids: list[int], start: int) -> list[Row]:
+    return [Row(t, start + i, start + i, "computed", 0) for i, t in enumerate(ids)]
+
+
+def _visible(rows: Rows) -> torch.Tensor:
+    """Who sees whom, [rows, rows] bool: row i attends to row j."""
+    group = torch.tensor([row.group for row in rows])
+    computed = torch.tensor([row.role == "computed" for row in rows])
+    copy = torch.tensor([row.role == "copy" for row in rows])
+    before = torch.ones(len(rows), len(rows), dtype=torch.bool).tril()
+    same = group[:, None] == group[None, :]
+    return before & torch.where(computed[:, None], ~copy[None, :], same)
+
+
+def _distance(rows: Rows) -> torch.Tensor:
+    """How far back row j lies from row i, [rows, rows]."""
+    place = torch.tensor([row.place for row in rows])
+    return place[:, None] - place[None, :]
+
+
+def _masks(
+    model: PreTrainedModel, visible: torch.Tensor, distance: torch.Tensor
+) -> torch.Tensor | dict[str, torch.Tensor]:
+    """Additive masks [1, 1, rows, rows]: one per layer type, or one where there are no types."""
+    config = model.config
+    windows: dict[str, torch.Tensor] = {"full_attention": visible}
+    if getattr(config, "sliding_window", None):
+        windows["sliding_attention"] = visible & (distance < config.sliding_window)
+    lowest = torch.finfo(model.dtype).min
+    masks = {
+        kind: torch.zeros(seen.shape, dtype=model.dtype).masked_fill(~seen, lowest)[None, None]
+        for kind, seen in windows.items()
+    }
+    if getattr(config, "layer_types", None) is not None:
+        return {kind: masks[kind] for kind in set(config.layer_types)}
+    return masks.get("sliding_attention", masks["full_attention"])
+
+
+def _patches(model: PreTrainedModel, rows: Rows) -> list[Any]:
+    """What makes models obey the rows that derive masks or biases from column numbers.
+
+    BLOOM and Falcon build ALiBi from a 2D mask and fail on any other, MPT counts columns: softmax
+    ignores a constant, so slope times position is their bias. GPT-Neo windows by column.
+    """
+    kind = model.config.model_type
+    if kind == "gpt_neo":
+        near = _visible(rows) & (_distance(rows) < model.config.window_size)
+        layers = [block.attn.attention for block in model.transformer.h]
+        local = [layer for layer in layers if layer.attention_type == "local"]
+        return [mock.patch.object(layer, "bias", near[None, None]) for layer in local]
+    heads = model.config.num_attention_heads
+    slopes = 2.0 ** (-8.0 * torch.arange(1, heads + 1) / heads)  # if heads is a power of two
+    bias = slopes[:, None, None] * torch.tensor([row.position for row in rows])  # [heads, 1, rows]
+    if kind == "bloom":
+        return [mock.patch.object(model.transformer, "build_alibi_tensor", return_value=bias)]
+    if kind == "mpt":
+        return [mock.patch.object(model.transformer, "build_mpt_alibi_tensor", return_value=bias)]
+    if kind == "falcon" and model.config.alibi:
+        return [mock.patch(f"{type(model).__module__}.build_alibi_tensor", return_value=bias)]
+    return []

@@ -1,0 +1,42 @@
+"""The README says what is so: its snippets run, its table is the one that the code prints."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text("utf-8")
+SNIPPETS = re.findall(r"^```python\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=["langchain", "llama_index", "engine"])
+def test_each_snippet_runs_as_it_stands_and_answers(
+    snippet: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exec(compile(snippet, "README.md", "exec"), {"__name__": "__main__"})
+    assert capsys.readouterr().out.strip().startswith("kayaking.")
+
+
+def test_integration_snippets_are_under_ten_lines() -> None:
+    for snippet in SNIPPETS[:2]:
+        assert len([line for line in snippet.splitlines() if line.strip()]) <= 11
+
+
+def test_the_table_of_families_is_the_one_the_code_prints() -> None:
+    sys.path.insert(0, str(ROOT / "tests" / "equivalence"))
+    try:
+        import table
+    finally:
+        sys.path.pop(0)
+    printed = [row.split("|")[1:3] for row in table.rows()]
+    written = [
+        line.split("|")[1:3]
+        for line in README.splitlines()
+        if line.startswith("| ")
+        and re.search(r"`(relocatable|position-free|fixed|exact|no)-?", line)
+    ]
+    assert written == printed
