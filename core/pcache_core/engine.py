@@ -314,19 +314,25 @@ class PromptCacheEngine:
         return _Reading(logits, report, lambda token: run([token]), None)
 
     def _step(self, lease: Lease, token_id: int) -> torch.Tensor:
-        row = [len(lease.token_ids)]
-        logits = self.lm.forward(Batch.of_rows(lease.slot, [token_id], row, row))
+        """Append a token and return the logits of the next."""
+        token_ids, first = [token_id], len(lease.token_ids)
+        if first == self.lm.support.stable_length:
+            # With this token every rotary frequency changes: no row fits any longer.
+            token_ids, first = [*lease.token_ids, token_id], 0
+        rows = range(first, first + len(token_ids))
+        logits = self.lm.forward(Batch.of_rows(lease.slot, token_ids, rows, rows))
         lease.append([token_id], COMPUTED)
         return logits
 
     def _finish(self, request: _Request, reading: _Reading) -> None:
-        """Give the slot back; a request without reuse leaves nothing behind in it."""
-        if reading.lease is None:
+        """Give the slot back, empty if nothing in it may serve another request."""
+        lease = reading.lease
+        if lease is None:
             return
-        if request.reuse == "off":
-            reading.lease.token_ids.clear()
-            reading.lease.labels.clear()
-        self._pool.release(reading.lease)
+        if request.reuse == "off" or self._is_beyond_stable(len(lease.token_ids)):
+            lease.token_ids.clear()
+            lease.labels.clear()
+        self._pool.release(lease)
 
     def _check_budget(self) -> None:
         budget = self.store.stats().budget_bytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncGenerator, Generator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,8 @@ else:
 class AutoMap(_Base):
     """A mixin that comes before the LLM class among the bases.
 
-    It is a plain class: methods overridden in an LLM itself are traced twice by LlamaIndex.
+    It is a plain class: methods overridden in an LLM itself are traced twice by LlamaIndex. Plans
+    of the asynchronous methods are made in a worker thread, as the first one loads the model.
     """
 
     def predict(self, prompt: BasePromptTemplate, **prompt_args: Any) -> str:
@@ -34,7 +36,7 @@ class AutoMap(_Base):
 
     async def apredict(self, prompt: BasePromptTemplate, **prompt_args: Any) -> str:
         """As the base class."""
-        self._plan(prompt, prompt_args)
+        await asyncio.to_thread(self._plan, prompt, prompt_args)
         return await super().apredict(prompt, **prompt_args)
 
     def stream(self, prompt: BasePromptTemplate, **prompt_args: Any) -> TokenGen:
@@ -44,7 +46,7 @@ class AutoMap(_Base):
 
     async def astream(self, prompt: BasePromptTemplate, **prompt_args: Any) -> TokenAsyncGen:
         """As the base class."""
-        self._plan(prompt, prompt_args)
+        await asyncio.to_thread(self._plan, prompt, prompt_args)
         return await super().astream(prompt, **prompt_args)
 
     def structured_predict(
@@ -66,7 +68,7 @@ class AutoMap(_Base):
         **prompt_args: Any,
     ) -> Any:
         """As the base class."""
-        self._plan(prompt, prompt_args, output_cls)
+        await asyncio.to_thread(self._plan, prompt, prompt_args, output_cls)
         return await super().astructured_predict(output_cls, prompt, llm_kwargs, **prompt_args)
 
     def stream_structured_predict(
@@ -88,7 +90,7 @@ class AutoMap(_Base):
         **prompt_args: Any,
     ) -> AsyncGenerator[Any, None]:
         """As the base class."""
-        self._plan(prompt, prompt_args, output_cls)
+        await asyncio.to_thread(self._plan, prompt, prompt_args, output_cls)
         return await super().astream_structured_predict(
             output_cls, prompt, llm_kwargs, **prompt_args
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -121,11 +121,13 @@ class Capture:
         plan = self._plan(segment.text) if segment.kind == "argument" else ()
         return plan if len(plan) > 1 else (segment,)
 
-    def _find_nodes(self, piece: Segment) -> list[Segment]:
+    def _find_nodes(self, piece: Segment) -> Iterator[Segment]:
         located = self._locate(piece.text) if piece.kind == "argument" else None
-        if located is None:
-            return self.documents.split(piece.text, piece.kind, piece.name)
-        return _cut(piece, *located)
+        for part in _cut(piece, *located) if located else (piece,):
+            if part.kind == "document":
+                yield part
+            else:
+                yield from self.documents.split(part.text, part.kind, part.name)
 
     def _locate(self, text: str) -> tuple[Sequence[_Span], int] | None:
         """The context that `text` is a stretch of, and where it starts there; newest first."""

@@ -100,9 +100,22 @@ def _enter(instance: Any | None, arguments: Mapping[str, Any]) -> None:
         nodes = [n.node if isinstance(n, NodeWithScore) else n for n in arguments["nodes"]]
         CAPTURE.add_nodes(nodes)
         CAPTURE.add_context(nodes)
-    elif isinstance(instance, LLM) and not isinstance(instance, AutoMap):
-        # Ours plan for themselves. Others may be wrappers, which pass on a formatted text.
+    elif isinstance(instance, LLM) and _wraps_ours(instance):
         template = arguments.get("prompt")
         if isinstance(template, BasePromptTemplate) and "output_cls" not in arguments:
             for plan in shadow(instance, template, arguments.get("prompt_args", {})):
                 CAPTURE.add_plan(plan)
+
+
+def _wraps_ours(llm: LLM) -> bool:
+    """Whether an LLM holds one of ours, to which it may hand formatted texts.
+
+    Ours itself plans without this; what others do is none of our business.
+    """
+    if isinstance(llm, AutoMap):
+        return False
+    held = [*vars(llm).values(), *(llm.__pydantic_private__ or {}).values()]
+    return any(
+        isinstance(inner, AutoMap) or (isinstance(inner, LLM) and _wraps_ours(inner))
+        for inner in held
+    )

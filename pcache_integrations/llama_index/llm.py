@@ -77,7 +77,7 @@ class PromptCacheLLM(AutoMap, CustomLLM):
     stop: str | list[str] | None = Field(default=None, description="Strings that end generation.")
     dtype: str = Field(default="auto", description="The model's number format.")
     device: str = Field(default="auto", description="Where the model runs.")
-    namespace: str = Field(default="default", description="Prefixes are shared only inside of it.")
+    namespace: str = Field(default="default", description="States are shared only inside of it.")
     context_window: int | None = Field(
         default=None, description="Tokens of prompt and answer; by default the model's.", gt=0
     )

@@ -266,3 +266,22 @@ def test_greedy_answer_equals_the_masked_forward_of_every_token(
     expected = oracle.greedy(subject.twin(), subject.rows(SECOND), 12, tiny_models.EOS)
     assert list(generation.token_ids) == expected
     assert len(expected) == 12
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_an_answer_that_outgrows_the_original_context_is_the_models_own(
+    seed: int, tiny_lm: Callable[..., CausalLM]
+) -> None:
+    subject = make_subject("phi3/longrope", seed, tiny_lm)
+    limit = subject.lm.support.stable_length
+    assert limit is not None
+    filler = "q" * (limit - 6 - len(oracle.token_ids(subject.rows(FIRST))))  # a token a letter
+    prompt = Prompt([*FIRST.segments, Segment(filler)])
+    ids = oracle.token_ids(subject.rows(prompt))
+    assert len(ids) < limit < len(ids) + 14
+    engine = subject.engine()
+    own = subject.twin().generate(torch.tensor([ids]), max_new_tokens=14, do_sample=False)
+    generation = engine.generate(prompt, SamplingParams(max_tokens=14), reuse="exact")
+    assert list(generation.token_ids) == own[0, len(ids) :].tolist()
+    again = engine.prefill(prompt, reuse="exact")  # what follows takes over no row of beyond
+    assert error(again, oracle.stock_logits(subject.twin(), ids)) < TOLERANCE

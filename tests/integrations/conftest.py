@@ -7,6 +7,10 @@ import inspect
 
 import pytest
 
+from pcache_integrations.llama_index import _automap, _handlers, _prompts
+from pcache_integrations.llama_index import llm as _llm
+from pcache_integrations.llama_index._capture import Capture
+
 
 @pytest.fixture
 def closed_loops(request: pytest.FixtureRequest) -> None:
@@ -16,3 +20,11 @@ def closed_loops(request: pytest.FixtureRequest) -> None:
     """
     if not inspect.iscoroutinefunction(request.function):
         asyncio.set_event_loop(None)
+
+
+@pytest.fixture
+def nothing_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Start without the plans and nodes of earlier tests, which may have used the same texts."""
+    capture = Capture()
+    for module in (_automap, _handlers, _prompts, _llm):
+        monkeypatch.setattr(module, "CAPTURE", capture)

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+from llama_index.core import PromptTemplate
+from llama_index.core.base.llms.types import ChatMessage
 from llama_index.core.query_engine import RetrieverQueryEngine
 from llama_index.core.schema import TextNode
 from llama_index_instrumentation import get_dispatcher
 
-from llama_index_parts import FixedRetriever, argument_of, documents_of, text_of, vector_index
+from llama_index_parts import (
+    FixedRetriever,
+    RecordingLLM,
+    argument_of,
+    documents_of,
+    text_of,
+    vector_index,
+)
 from pcache_core import PromptCacheEngine, Segment
 from pcache_integrations._engines import load_lm
-from pcache_integrations.llama_index import PromptCacheLLM
+from pcache_integrations.llama_index import PromptCacheLLM, _handlers
 from pcache_integrations.llama_index._capture import Capture
 
-pytestmark = pytest.mark.usefixtures("closed_loops")
+pytestmark = pytest.mark.usefixtures("closed_loops", "nothing_captured")
 
 COLOURS = ("red", "green", "blue", "white")
 
@@ -124,6 +134,58 @@ async def test_retrieval_and_answer_in_different_tasks_find_the_nodes(llm: Promp
     for report in llm.engine.reports:
         colour = text_of(report).split()[-2]
         assert documents_of(report) == [f"{colour}{page}" for page in range(3)]
+
+
+async def apredict(llm: PromptCacheLLM) -> None:
+    await llm.apredict(PromptTemplate("Say {x}."), x="yes")
+
+
+async def astream(llm: PromptCacheLLM) -> None:
+    async for _ in await llm.astream(PromptTemplate("Say {x}."), x="yes"):
+        pass
+
+
+async def acomplete(llm: PromptCacheLLM) -> None:
+    await llm.acomplete("Say yes.")
+
+
+async def astream_complete(llm: PromptCacheLLM) -> None:
+    await llm.astream_complete("Say yes.")
+
+
+async def achat(llm: PromptCacheLLM) -> None:
+    await llm.achat([ChatMessage("Say yes.")])
+
+
+async def astream_chat(llm: PromptCacheLLM) -> None:
+    await llm.astream_chat([ChatMessage("Say yes.")])
+
+
+@pytest.mark.parametrize(
+    "ask", [apredict, astream, acomplete, astream_complete, achat, astream_chat]
+)
+async def test_loading_the_model_does_not_block_the_event_loop(
+    ask: Callable[[PromptCacheLLM], Awaitable[None]],
+) -> None:
+    llm = PromptCacheLLM(max_tokens=1)
+    built: list[bool] = []
+
+    async def watch() -> None:
+        while True:
+            built.append(llm._lazy.is_built)
+            await asyncio.sleep(0)
+
+    watcher = asyncio.create_task(watch())
+    await ask(llm)
+    watcher.cancel()
+    assert built[0] is False  # the loop turned before the engine was there
+
+
+def test_an_llm_that_has_nothing_to_do_with_ours_leaves_no_plans(llm: PromptCacheLLM) -> None:
+    RecordingLLM(answers=["ok"]).predict(PromptTemplate("Say {x}."), x="yes")
+    assert len(_handlers.CAPTURE.segments("Say yes.", "text")) == 1
+    llm.predict(PromptTemplate("Say {x}."), x="yes")
+    assert len(_handlers.CAPTURE.segments("Say yes.", "text")) == 3
 
 
 def test_handlers_are_installed_once(llm: PromptCacheLLM) -> None:

@@ -38,6 +38,8 @@ from pcache_core import (
 from pcache_integrations._engines import load_lm
 from pcache_integrations.llama_index import PromptCacheLLM
 
+pytestmark = pytest.mark.usefixtures("nothing_captured")
+
 TEXT = f"{OPENING}{DOCUMENTS[6]}\n\nQuestion: Where was Jerome Fertden born?\nAnswer:"
 MESSAGES = [ChatMessage(TEXT.removesuffix("\nAnswer:"))]
 Ask = Callable[..., Awaitable[list[Any]]]
@@ -384,7 +386,11 @@ class TestOptions:
 class TestDocuments:
     def test_documents_nodes_and_strings_are_encoded(self, engine: PromptCacheEngine) -> None:
         llm = PromptCacheLLM(engine=PromptCacheEngine(engine.lm))
-        document = Document(text=DOCUMENTS[0], metadata={"year": "1990"})
+        document = Document(
+            text=DOCUMENTS[0],
+            metadata={"year": "1990", "path": "hidden"},
+            excluded_llm_metadata_keys=["path"],
+        )
         report = llm.cache_documents([document, DOCUMENTS[1] + "\n"], progress=False)
         assert report.encoded == 2
         llm.complete(f"Read.\n\nyear: 1990\n\n{DOCUMENTS[0]}\n\n{DOCUMENTS[1]}\n\nWell:")

@@ -16,6 +16,7 @@ from llama_index.core.chat_engine import (
 from llama_index.core.memory import ChatMemoryBuffer
 from llama_index.core.postprocessor import MetadataReplacementPostProcessor
 from llama_index.core.prompts import ChatPromptTemplate, RichPromptTemplate
+from llama_index.core.prompts.base import SelectorPromptTemplate
 from llama_index.core.query_engine import CustomQueryEngine, RetrieverQueryEngine
 from llama_index.core.response_synthesizers import ResponseMode
 from llama_index.core.retrievers import BaseRetriever
@@ -37,7 +38,7 @@ from pcache_core import PromptCacheEngine, Report
 from pcache_integrations._engines import load_lm
 from pcache_integrations.llama_index import PromptCacheLLM
 
-pytestmark = pytest.mark.usefixtures("closed_loops")
+pytestmark = pytest.mark.usefixtures("closed_loops", "nothing_captured")
 
 QUESTION = "Who is the mayor of Trudabad?"
 FOUND = nodes(file="register.txt")[1:4]
@@ -179,6 +180,22 @@ class TestQueryEngines:
         sources = [s.source for s in llm.engine.reports[-1].segments if s.kind == "document"]
         assert set(sources) <= {"prefix", "memory"}
 
+    def test_nodes_of_equal_text_and_short_ones_keep_their_names(self, llm: PromptCacheLLM) -> None:
+        twin = FOUND[0].model_copy(update={"id_": "twin"})
+        found = [FOUND[0], TextNode(text="No entry.", id_="short"), twin]
+        RetrieverQueryEngine.from_args(FixedRetriever(found), llm=llm).query(QUESTION)
+        assert documents_of(llm.engine.reports[-1]) == ["d1", "short", "twin"]
+
+    def test_nodes_written_by_a_template_that_calls_objects_are_found(
+        self, chat_llm: PromptCacheLLM
+    ) -> None:
+        """The templates for several media loop over messages, whose text comes unmarked."""
+        synthesizer = get_response_synthesizer(
+            llm=chat_llm, response_mode=ResponseMode.COMPACT, multimodal=True
+        )
+        synthesizer.synthesize(QUESTION, [NodeWithScore(node=node) for node in FOUND])
+        assert_mapped(chat_llm.engine.reports[-1])
+
     def test_documents_cached_beforehand_are_read_from_memory(
         self, engines: dict[str, PromptCacheEngine]
     ) -> None:
@@ -237,6 +254,12 @@ class TestOtherPaths:
         _HandMade(retriever=FixedRetriever(FOUND), llm=llm).query(QUESTION)
         assert documents_of(llm.engine.reports[-1]) == NAMES
 
+    def test_a_nodes_bare_text_in_a_variable_is_found(self, llm: PromptCacheLLM) -> None:
+        """Also when the synthesizer has seen the node, with its metadata, before."""
+        query_engine(llm, "compact").query(QUESTION)
+        llm.predict(PromptTemplate("Shorten: {text}"), text=FOUND[0].text)
+        assert documents_of(llm.engine.reports[-1]) == ["d1"]
+
     def test_a_node_too_long_for_the_window_is_found_by_its_beginning(
         self, completion_llm: PromptCacheLLM
     ) -> None:
@@ -280,6 +303,22 @@ class TestStructured:
             await llm.astructured_predict(Place, template, context_str="None.", query_str=QUESTION)
         assert argument_of(llm.engine.reports[-1], "query_str") == QUESTION
 
+    def test_stream_structured_predict_maps_the_prompt(self, llm: PromptCacheLLM) -> None:
+        template = PromptTemplate("Read this.\n{context_str}\nQuestion: {query_str}\n")
+        list(
+            llm.stream_structured_predict(Place, template, context_str="None.", query_str=QUESTION)
+        )
+        assert argument_of(llm.engine.reports[-1], "query_str") == QUESTION
+
+    async def test_astream_structured_predict_maps_the_prompt(self, llm: PromptCacheLLM) -> None:
+        template = PromptTemplate("Read this.\n{context_str}\nQuestion: {query_str}\n")
+        stream = await llm.astream_structured_predict(
+            Place, template, context_str="None.", query_str=QUESTION
+        )
+        async for _ in stream:
+            pass
+        assert argument_of(llm.engine.reports[-1], "query_str") == QUESTION
+
     def test_output_cls_of_a_query_engine_finds_the_nodes(self, llm: PromptCacheLLM) -> None:
         with suppress(ValueError):  # the model writes no JSON
             query_engine(llm, "compact", output_cls=Place).query(QUESTION)
@@ -316,6 +355,23 @@ class TestTemplates:
         llm.predict(template, query_str="nine")
         assert argument_of(llm.engine.reports[-1], "now") == "it is nine o'clock"
         assert argument_of(llm.engine.reports[-1], "query_str") == "nine"
+
+    def test_values_that_are_no_strings_are_arguments(self, llm: PromptCacheLLM) -> None:
+        llm.predict(PromptTemplate("Take {count} of {things}."), count=3, things=["a", "b"])
+        assert argument_of(llm.engine.reports[-1], "count") == "3"
+        assert argument_of(llm.engine.reports[-1], "things") == "['a', 'b']"
+
+    def test_the_template_that_a_selector_chooses_is_looked_into(self, llm: PromptCacheLLM) -> None:
+        loop = RichPromptTemplate("{% for d in docs %}{{ d }}, {% endfor %}done")
+        llm.predict(SelectorPromptTemplate(default_template=loop), docs=["one", "two"])
+        assert argument_of(llm.engine.reports[-1], "docs[1]") == "two"
+
+    def test_a_space_before_an_argument_belongs_to_its_first_word(
+        self, llm: PromptCacheLLM
+    ) -> None:
+        llm.predict(PromptTemplate("Where is {city} now?"), city="Hasnes")
+        (city,) = [s for s in llm.engine.reports[-1].segments if s.kind == "argument"]
+        assert city.text == " Hasnes"
 
     def test_partly_filled_templates_keep_their_arguments_apart(self, llm: PromptCacheLLM) -> None:
         template = PromptTemplate("From {city} to {goal}:").partial_format(city="Hasnes")
@@ -397,6 +453,14 @@ class TestChatEngines:
             ("argument", "Hello there"),
             ("literal", "\n<eos>assistant\n"),
         ]
+
+    def test_the_system_prompt_of_a_chat_is_literal(
+        self, engines: dict[str, PromptCacheEngine]
+    ) -> None:
+        llm = PromptCacheLLM(engine=engines["chat"], max_tokens=1, system_prompt="Be brief.")
+        llm.chat([ChatMessage("Hello there")])
+        parts = [(s.kind, s.text) for s in llm.engine.reports[-1].segments]
+        assert ("literal", "Be brief.") in parts
 
     def test_a_role_mark_typed_by_a_user_is_no_role_mark(self, chat_llm: PromptCacheLLM) -> None:
         """Chat engines write earlier turns into the template of the next call."""

@@ -32,7 +32,7 @@ from pcache_integrations.llama_index import PromptCacheLLM
 from pcache_integrations.llama_index._capture import Capture
 from pcache_integrations.llama_index._marks import Marked, mark_deeply, read_marks
 
-pytestmark = pytest.mark.usefixtures("closed_loops")
+pytestmark = pytest.mark.usefixtures("closed_loops", "nothing_captured")
 
 QUESTION = "Which <eos> river {context_str} \ue0f4 runs through Trudabad?"
 FOUND = nodes(file="a.txt")[:3]
@@ -165,6 +165,17 @@ def test_a_stretch_of_a_context_is_cut_without_loss(question: str, start: int, s
         capture.add_plan([Segment("Q: ", "literal"), Segment(text, "argument", "x")])
         for found in (capture.segments("Q: " + text, "text"), capture.segments(text, "argument")):
             assert "".join(segment.text for segment in found).endswith(text)
+
+
+def test_a_node_cut_off_after_a_few_letters_is_no_document() -> None:
+    capture = Capture()
+    capture.add_context(FOUND)
+    whole = f"file: a.txt\n\n{FOUND[0].text}"
+    for letters, expected in ((23, ["d0", "x"]), (24, ["d0", "x", "d1"])):
+        text = f"{whole}\n\n{f'file: a.txt{chr(10) * 2}{FOUND[1].text}'[:letters]}"
+        found = capture.segments(text, "argument")
+        named = [segment.name for segment in found]
+        assert [name or "x" for name in named] == expected
 
 
 def test_a_mark_survives_what_templates_do_to_values() -> None:

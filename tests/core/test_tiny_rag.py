@@ -1,0 +1,66 @@
+"""The built-in model answers right from reused states, whatever the documents' order."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from corpus import DOCUMENTS, OPENING, QUESTIONS
+from pcache_core import CausalLM, Prompt, PromptCacheEngine, SamplingParams, Segment
+
+SHORT_ANSWER = SamplingParams(max_tokens=24, stop=["\n"])
+
+
+@pytest.fixture(scope="module")
+def lm() -> CausalLM:
+    return CausalLM.from_pretrained("builtin:tiny-rag")
+
+
+def make_prompt(documents: list[str], question: str) -> Prompt:
+    """All documents and a question, as the model was trained to read them."""
+    parts = [Segment(OPENING, "literal")]
+    for number, text in enumerate(documents):
+        parts += [Segment(text, "document", f"d{number}"), Segment("\n\n", "text")]
+    return Prompt(
+        [
+            *parts,
+            Segment("Question:", "literal"),
+            Segment(f" {question}", "argument"),
+            Segment("\nAnswer:", "literal"),
+        ]
+    )
+
+
+@pytest.mark.parametrize("reuse", ["off", "exact", "fast"])
+@pytest.mark.parametrize("seed", range(4))
+def test_eight_documents_in_any_order_give_the_right_answers(
+    lm: CausalLM, reuse: str, seed: int
+) -> None:
+    engine = PromptCacheEngine(lm, reuse=reuse)  # type: ignore[arg-type]
+    rng = random.Random(seed)
+    for question, (answer, _) in QUESTIONS.items():
+        prompt = make_prompt(rng.sample(DOCUMENTS, len(DOCUMENTS)), question)
+        assert engine.generate(prompt, SHORT_ANSWER).text.strip() == answer
+
+
+def test_nine_tenths_of_document_tokens_are_reused_on_the_second_pass(lm: CausalLM) -> None:
+    engine = PromptCacheEngine(lm, reuse="fast")
+    rng = random.Random(7)
+    for _ in range(2):
+        shares = []
+        for question in QUESTIONS:
+            prompt = make_prompt(rng.sample(DOCUMENTS, len(DOCUMENTS)), question)
+            report = engine.generate(prompt, SHORT_ANSWER).report
+            documents = [part for part in report.segments if part.kind == "document"]
+            reused = [p.num_tokens for p in documents if p.source in ("prefix", "memory")]
+            shares.append(sum(reused) / sum(part.num_tokens for part in documents))
+    assert min(shares) >= 0.9
+
+
+def test_wrong_documents_give_no_answer(lm: CausalLM) -> None:
+    engine = PromptCacheEngine(lm, reuse="fast")
+    for question, (answer, needed) in QUESTIONS.items():
+        others = [text for number, text in enumerate(DOCUMENTS) if number not in needed]
+        answers = engine.generate(make_prompt(others, question), SHORT_ANSWER).text.strip()
+        assert answers != answer
