@@ -16,7 +16,7 @@ import torch
 
 from pcache_core import assemble
 from pcache_core.chat import Message, render_chat
-from pcache_core.errors import BudgetError, ContextLengthError, OptionError, PromptError
+from pcache_core.errors import BudgetError, OptionError
 from pcache_core.generate import AnswerText, decode_loop
 from pcache_core.library import ModuleLibrary
 from pcache_core.lm import Batch, CausalLM
@@ -25,29 +25,14 @@ from pcache_core.plan import Candidate, TokenisedPrompt, candidates, tokenise
 from pcache_core.precompute import precompute
 from pcache_core.prompt import Prompt
 from pcache_core.report import EncodeReport, Report
-from pcache_core.results import Chunk, FinishReason, Generation, Prefill
+from pcache_core.request import Request, check_request
+from pcache_core.results import Chunk, Generation, Prefill
 from pcache_core.slots import COMPUTED, Lease, SlotPool
 from pcache_core.store import MemoryStore, ModuleStore
 
 _KEPT_REPORTS = 256
 _KEPT_SLOTS = 4
 _MIN_LITERAL_TOKENS = 64
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Request:
-    """A checked request: nothing in it can be wrong any more."""
-
-    tokens: TokenisedPrompt
-    params: SamplingParams
-    reuse: ReuseMode
-    fallback_reason: str | None
-    tokenise_ms: float
-
-    @property
-    def capacity(self) -> int:
-        """Rows the request may fill."""
-        return len(self.tokens.token_ids) + self.params.max_tokens
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -143,7 +128,7 @@ class PromptCacheEngine:
         reuse: ReuseMode | None = None,
     ) -> Generation:
         """The whole answer at once; arguments and errors as for `stream`."""
-        return _join(list(self.stream(prompt, params, reuse)))
+        return Generation.of(list(self.stream(prompt, params, reuse)))
 
     def stream(
         self,
@@ -158,7 +143,9 @@ class PromptCacheEngine:
 
         Raises: ContextLengthError, OptionError, PromptError: before any work.
         """
-        return self._run(self._check(prompt, params or SamplingParams(), reuse))
+        started = time.perf_counter()
+        request = self._check(prompt, params or SamplingParams(), reuse)
+        return self._run(request, _ms_since(started))
 
     async def agenerate(
         self,
@@ -167,7 +154,7 @@ class PromptCacheEngine:
         reuse: ReuseMode | None = None,
     ) -> Generation:
         """`generate` without blocking the event loop."""
-        return _join([chunk async for chunk in self.astream(prompt, params, reuse)])
+        return Generation.of([chunk async for chunk in self.astream(prompt, params, reuse)])
 
     async def astream(
         self,
@@ -203,49 +190,11 @@ class PromptCacheEngine:
         """The prompt's token ids, the same for every reuse mode."""
         return tokenise(prompt, self.lm.text.ids, self.lm.text.bos_ids)
 
-    def _check(self, prompt: Prompt, params: SamplingParams, reuse: ReuseMode | None) -> _Request:
-        started = time.perf_counter()
-        if not isinstance(prompt, Prompt):
-            raise PromptError(
-                f"prompt must be a Prompt, got {type(prompt).__name__}; "
-                "for a flat string use Prompt.from_text(...)"
-            )
+    def _check(self, prompt: Prompt, params: SamplingParams, reuse: ReuseMode | None) -> Request:
         mode = self.reuse if reuse is None else check_reuse(reuse)
-        tokens = self.tokenise(prompt)
-        length, limit = len(tokens.token_ids), self.lm.context_length
-        if not length:
-            raise PromptError("the prompt has no tokens; give at least one character of text")
-        if limit is not None:
-            if length > limit:
-                raise ContextLengthError(
-                    f"the prompt has {length} tokens, {self.lm.name} holds {limit}; "
-                    "use fewer or shorter documents"
-                )
-            params = replace(params, max_tokens=min(params.max_tokens, limit - length + 1))
-        mode, reason = self._effective(mode, length)
-        return _Request(tokens, params, mode, reason, _ms_since(started))
+        return check_request(self.lm, prompt, params, mode)
 
-    def _effective(self, mode: ReuseMode, length: int) -> tuple[ReuseMode, str | None]:
-        """The mode that can run, and why not the one asked for (invariant 7)."""
-        support = self.lm.support
-        if mode == "off":
-            return mode, None
-        if support.kind == "no-cache":
-            return "off", support.reason
-        if self._is_beyond_stable(length):
-            return "off", (
-                f"beyond {support.stable_length} tokens the model's rotary frequencies depend on "
-                "the prompt's length"
-            )
-        if mode == "fast" and not support.reuses_modules:
-            return "exact", support.reason
-        return mode, None
-
-    def _is_beyond_stable(self, length: int) -> bool:
-        limit = self.lm.support.stable_length
-        return limit is not None and length > limit
-
-    def _run(self, request: _Request) -> Generator[Chunk, None, None]:
+    def _run(self, request: Request, check_ms: float) -> Generator[Chunk, None, None]:
         started = time.perf_counter()
         reading = self._read(request)
         try:
@@ -260,7 +209,7 @@ class PromptCacheEngine:
                 max_tokens=request.params.max_tokens,
             ):
                 if count == 0:
-                    reading.report.ttft_ms = request.tokenise_ms + _ms_since(started)
+                    reading.report.ttft_ms = check_ms + _ms_since(started)
                 count += len(chunk.token_ids)
                 if chunk.finish_reason is not None:
                     reading.report.generated_tokens = count
@@ -270,13 +219,13 @@ class PromptCacheEngine:
         finally:
             self._finish(request, reading)
 
-    def _read(self, request: _Request) -> _Reading:
+    def _read(self, request: Request) -> _Reading:
         """Bring the prompt into a slot and compute what no state holds."""
         if self.lm.support.kind == "no-cache":
             return self._read_stock(request)
         tokens = request.tokens
         clock = time.perf_counter()
-        if self._is_beyond_stable(len(tokens.token_ids)):
+        if self.lm.support.is_beyond_stable(len(tokens.token_ids)):
             self.lm.forget_long_prompts()
         wishes = assemble.wanted(tokens, self._candidates(request), self._library)
         accepts = assemble.row_filter(wishes) if request.reuse != "off" else _accept_nothing
@@ -294,7 +243,7 @@ class PromptCacheEngine:
         report.prefill_ms = _ms_since(clock)
         return _Reading(logits, report, lambda token: self._step(lease, token), lease)
 
-    def _candidates(self, request: _Request) -> list[Candidate]:
+    def _candidates(self, request: Request) -> list[Candidate]:
         if request.reuse != "fast":
             return []
         return candidates(
@@ -303,7 +252,7 @@ class PromptCacheEngine:
             min_literal_tokens=_MIN_LITERAL_TOKENS,
         )
 
-    def _read_stock(self, request: _Request) -> _Reading:
+    def _read_stock(self, request: Request) -> _Reading:
         """For models whose cache is not rows per token."""
         clock = time.perf_counter()
         run = self.lm.stock_run()
@@ -324,12 +273,12 @@ class PromptCacheEngine:
         lease.append([token_id], COMPUTED)
         return logits
 
-    def _finish(self, request: _Request, reading: _Reading) -> None:
+    def _finish(self, request: Request, reading: _Reading) -> None:
         """Give the slot back, empty if nothing in it may serve another request."""
         lease = reading.lease
         if lease is None:
             return
-        if request.reuse == "off" or self._is_beyond_stable(len(lease.token_ids)):
+        if request.reuse == "off" or self.lm.support.is_beyond_stable(len(lease.token_ids)):
             lease.token_ids.clear()
             lease.labels.clear()
         self._pool.release(lease)
@@ -346,19 +295,6 @@ class PromptCacheEngine:
 
 def _accept_nothing(row: int, label: str) -> bool:
     return False
-
-
-def _join(chunks: Sequence[Chunk]) -> Generation:
-    last = chunks[-1]
-    assert last.finish_reason is not None
-    assert last.report is not None
-    reason: FinishReason = last.finish_reason
-    return Generation(
-        text="".join(chunk.text for chunk in chunks),
-        token_ids=tuple(token for chunk in chunks for token in chunk.token_ids),
-        finish_reason=reason,
-        report=last.report,
-    )
 
 
 def _ms_since(started: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -35,6 +36,19 @@ class Generation:
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
     report: Report
+
+    @classmethod
+    def of(cls, chunks: Sequence[Chunk]) -> Generation:
+        """The answer that a finished stream's chunks make up."""
+        last = chunks[-1]
+        assert last.finish_reason is not None, "the stream has not finished"
+        assert last.report is not None
+        return cls(
+            text="".join(chunk.text for chunk in chunks),
+            token_ids=tuple(token for chunk in chunks for token in chunk.token_ids),
+            finish_reason=last.finish_reason,
+            report=last.report,
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)

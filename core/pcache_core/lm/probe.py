@@ -69,6 +69,10 @@ class Support:
         """Whether states of modules can be used, not only prefixes."""
         return self.kind in ("relocatable", "position-free", "fixed-positions")
 
+    def is_beyond_stable(self, length: int) -> bool:
+        """Whether a prompt of `length` tokens changes the model's rotary frequencies."""
+        return self.stable_length is not None and length > self.stable_length
+
 
 def probe(model: PreTrainedModel) -> Support:
     """Test the model: about ten forwards of at most 36 tokens."""

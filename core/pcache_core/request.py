@@ -1,0 +1,70 @@
+"""A request, checked before any weight is touched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from pcache_core.errors import ContextLengthError, PromptError
+from pcache_core.lm import CausalLM
+from pcache_core.params import ReuseMode, SamplingParams
+from pcache_core.plan import TokenisedPrompt, tokenise
+from pcache_core.prompt import Prompt
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Request:
+    """A checked request: nothing in it can be wrong any more.
+
+    reuse: the mode that can run; `fallback_reason` says why it is not the one asked for.
+    """
+
+    tokens: TokenisedPrompt
+    params: SamplingParams
+    reuse: ReuseMode
+    fallback_reason: str | None
+
+    @property
+    def capacity(self) -> int:
+        """Rows the request may fill."""
+        return len(self.tokens.token_ids) + self.params.max_tokens
+
+
+def check_request(lm: CausalLM, prompt: Prompt, params: SamplingParams, mode: ReuseMode) -> Request:
+    """Tokenise a prompt and see that the model can run it.
+
+    Raises: PromptError: no prompt, or one without tokens. ContextLengthError: too many tokens.
+    """
+    if not isinstance(prompt, Prompt):
+        raise PromptError(
+            f"prompt must be a Prompt, got {type(prompt).__name__}; "
+            "for a flat string use Prompt.from_text(...)"
+        )
+    tokens = tokenise(prompt, lm.text.ids, lm.text.bos_ids)
+    length, limit = len(tokens.token_ids), lm.context_length
+    if not length:
+        raise PromptError("the prompt has no tokens; give at least one character of text")
+    if limit is not None:
+        if length > limit:
+            raise ContextLengthError(
+                f"the prompt has {length} tokens, {lm.name} holds {limit}; "
+                "use fewer or shorter documents"
+            )
+        # The last token that is generated needs no row of its own.
+        params = replace(params, max_tokens=min(params.max_tokens, limit - length + 1))
+    return Request(tokens, params, *_possible(lm, mode, length))
+
+
+def _possible(lm: CausalLM, mode: ReuseMode, length: int) -> tuple[ReuseMode, str | None]:
+    """The mode that can run, and why not the one asked for (unsupported means exact)."""
+    if mode == "off":
+        return mode, None
+    if lm.support.kind == "no-cache":
+        return "off", lm.support.reason
+    if lm.support.is_beyond_stable(length):
+        return "off", (
+            f"beyond {lm.support.stable_length} tokens the model's rotary frequencies depend on "
+            "the prompt's length"
+        )
+    if mode == "fast" and not lm.support.reuses_modules:
+        return "exact", lm.support.reason
+    return mode, None
