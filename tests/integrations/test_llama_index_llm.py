@@ -378,6 +378,14 @@ class TestOptions:
         assert not PromptCacheLLM(engine=engine).metadata.is_chat_model
         assert PromptCacheLLM(engine=chat_engine).metadata.is_chat_model
 
+    def test_a_template_that_refuses_a_role_knows_roles(self) -> None:
+        lm = chat_lm()
+        lm.tokenizer.chat_template = (
+            "{% for m in messages %}{% if m['role'] == 'assistant' %}"
+            "{{ raise_exception('begin with the user') }}{% endif %}{{ m['content'] }}{% endfor %}"
+        )
+        assert PromptCacheLLM(engine=PromptCacheEngine(lm)).metadata.is_chat_model
+
     def test_metadata_that_is_all_given_does_not_load_the_model(self) -> None:
         llm = PromptCacheLLM("no/such/model", context_window=100, is_chat_model=True)
         assert llm.metadata.is_chat_model
