@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -23,6 +24,7 @@ from llama_index_parts import (
     vector_index,
 )
 from pcache_core import PromptCacheEngine, Segment
+from pcache_integrations import _engines
 from pcache_integrations._engines import load_lm
 from pcache_integrations.llama_index import PromptCacheLLM, _handlers
 from pcache_integrations.llama_index._capture import Capture
@@ -168,17 +170,19 @@ async def test_loading_the_model_does_not_block_the_event_loop(
     ask: Callable[[PromptCacheLLM], Awaitable[None]],
 ) -> None:
     llm = PromptCacheLLM(max_tokens=1)
-    built: list[bool] = []
+    holding, turned = threading.Event(), threading.Event()
 
-    async def watch() -> None:
-        while True:
-            built.append(llm._lazy.is_built)
-            await asyncio.sleep(0)
+    def load_something_else() -> bool:
+        with _engines._loading:
+            holding.set()
+            return turned.wait(timeout=5)
 
-    watcher = asyncio.create_task(watch())
-    await ask(llm)
-    watcher.cancel()
-    assert built[0] is False  # the loop turned before the engine was there
+    with ThreadPoolExecutor(1) as threads:
+        waited = threads.submit(load_something_else)
+        holding.wait()
+        asyncio.get_running_loop().call_soon(turned.set)
+        await ask(llm)
+        assert waited.result(), "the loop stood still until the model could be loaded"
 
 
 def test_an_llm_that_has_nothing_to_do_with_ours_leaves_no_plans(llm: PromptCacheLLM) -> None:

@@ -347,6 +347,19 @@ class TestOptions:
         assert raw["usage"]["completion_tokens"] == 2
         assert raw["prompt_cache"]["reuse"] == "off"
 
+    @pytest.mark.parametrize(
+        "options",
+        [{}, {"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}, {"repetition_penalty": 9.0}],
+        ids=str,
+    )
+    def test_sampling_options_mean_the_same_for_the_object_and_for_a_call(
+        self, engine: PromptCacheEngine, options: dict[str, Any]
+    ) -> None:
+        hot = {"temperature": 40.0, "seed": 7, **options}
+        ours = PromptCacheLLM(engine=engine, max_tokens=6, **hot).complete(TEXT).text
+        params = SamplingParams(max_tokens=6, **hot)
+        assert ours == engine.generate(Prompt.from_text(TEXT), params, reuse="off").text
+
     def test_construction_does_not_load_the_model(self) -> None:
         started = time.perf_counter()
         llms = [PromptCacheLLM("no/such/model") for _ in range(10)]
