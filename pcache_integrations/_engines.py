@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakValueDictionary
@@ -46,6 +47,26 @@ def build_store(spec: str) -> ModuleStore:
     """The store that `spec` names. Raises: OptionError: this version has no such store."""
     check_store(spec)
     return MemoryStore()
+
+
+ENGINE_OPTIONS = ("model", "store", "dtype", "device", "namespace")
+"""Options of a language model that decide which engine it gets."""
+
+
+def describe_engine(engine: PromptCacheEngine, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What an existing engine runs on, as options. Raises: OptionError: `options` say it too."""
+    twice = [name for name in ENGINE_OPTIONS if name in options]
+    if twice:
+        raise OptionError(
+            f"engine= brings its own {', '.join(twice)}; leave {'them' if twice[1:] else 'it'} out"
+        )
+    return {
+        "model": engine.lm.name,
+        "dtype": str(engine.lm.dtype).removeprefix("torch."),
+        "device": str(engine.lm.device),
+        "namespace": engine.namespace,
+        "reuse": engine.reuse,
+    }
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,7 +67,7 @@ def main() -> None:
     parameters = sum(parameter.numel() for parameter in lm.model.parameters())
     print(
         f"{parameters / 1e9:.2f}B parameters, {args.dtype}, {args.threads} threads, "
-        f"{platform.processor() or platform.machine()}, torch {torch.__version__}"
+        f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
     )
     rng = random.Random(0)
     documents = [words(tokenizer, rng, args.document_tokens) for _ in range(args.documents)]

@@ -13,13 +13,17 @@ from pydantic import Field, ValidationError
 from pcache_core import EncodeReport, PromptCacheEngine
 from pcache_core.errors import OptionError
 from pcache_core.params import DEFAULT_REUSE, ReuseMode, SamplingParams
-from pcache_integrations._engines import EngineHandle, EngineOptions
+from pcache_integrations._engines import (
+    ENGINE_OPTIONS,
+    EngineHandle,
+    EngineOptions,
+    describe_engine,
+)
 from pcache_integrations._options import call_options, check_names
 from pcache_integrations.langchain._provenance import PROVENANCE, document_name, watch_chains
 
 # Code written for any model passes these; here is no server to apply them to.
 _OF_HOSTED_MODELS = ("api_key", "base_url", "max_retries", "timeout")
-_OF_THE_ENGINE = ("model", "store", "dtype", "device", "namespace")
 _OF_A_CALL = (
     "reuse", "max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed",
 )  # fmt: skip
@@ -62,13 +66,13 @@ class CachedModel(BaseLanguageModel[Any]):
         place = type(self).__name__
         check_names(options, (*type(self).model_fields, *_OF_HOSTED_MODELS), place)
         if engine is not None:
-            options = {**_describe(engine, options), **options}
+            options = {**describe_engine(engine, options), **options}
         try:
             super().__init__(**options)
         except ValidationError as error:
             raise OptionError(f"{place}: {error}") from error
         wanted = EngineOptions(
-            **{name: getattr(self, name) for name in _OF_THE_ENGINE}, reuse=self.reuse
+            **{name: getattr(self, name) for name in ENGINE_OPTIONS}, reuse=self.reuse
         )
         if engine is not None or self.engine_handle is None or self.engine_handle.options != wanted:
             self.engine_handle = EngineHandle(wanted, engine)
@@ -139,19 +143,3 @@ def _as_document(value: Document | str) -> Document:
     raise OptionError(
         f"cache_documents takes LangChain documents or strings, got {type(value).__name__}"
     )
-
-
-def _describe(engine: PromptCacheEngine, options: Mapping[str, Any]) -> dict[str, Any]:
-    """What an existing engine runs on, as options. Raises: OptionError: `options` say it too."""
-    twice = [name for name in _OF_THE_ENGINE if name in options]
-    if twice:
-        raise OptionError(
-            f"engine= brings its own {', '.join(twice)}; leave {'them' if twice[1:] else 'it'} out"
-        )
-    return {
-        "model": engine.lm.name,
-        "dtype": str(engine.lm.dtype).removeprefix("torch."),
-        "device": str(engine.lm.device),
-        "namespace": engine.namespace,
-        "reuse": engine.reuse,
-    }

@@ -27,7 +27,7 @@ from llama_index.core.schema import BaseNode, NodeWithScore
 from pcache_core import EncodeReport, Prompt, PromptCacheEngine, SamplingParams
 from pcache_core.errors import OptionError
 from pcache_core.params import DEFAULT_REUSE, ReuseMode
-from pcache_integrations._engines import EngineOptions
+from pcache_integrations._engines import ENGINE_OPTIONS, EngineOptions, describe_engine
 from pcache_integrations._options import call_options, check_names
 from pcache_integrations.llama_index import _responses as responses
 from pcache_integrations.llama_index._automap import AutoMap
@@ -37,7 +37,6 @@ from pcache_integrations.llama_index._lazy import LazyEngine
 from pcache_integrations.llama_index._messages import ChatTemplate
 from pcache_integrations.llama_index._prompts import chat_prompt, text_prompt, wrapped_prompt
 
-_OF_THE_ENGINE = ("model", "store", "dtype", "device", "namespace")
 _OF_A_CALL = (
     "reuse", "max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed",
     "stop",
@@ -98,12 +97,12 @@ class PromptCacheLLM(AutoMap, CustomLLM):
         if model is not None:
             options["model"] = model
         if engine is not None:
-            options = {**_describe(engine, options), **options}
+            options = {**describe_engine(engine, options), **options}
         try:
             super().__init__(**options)
         except ValidationError as error:
             raise OptionError(f"PromptCacheLLM: {error}") from error
-        wanted = {name: getattr(self, name) for name in _OF_THE_ENGINE}
+        wanted = {name: getattr(self, name) for name in ENGINE_OPTIONS}
         self._lazy = LazyEngine(EngineOptions(**wanted, reuse=self.reuse), engine)
         # A pickle brings the renderer of the object that it was made from.
         if isinstance(options.get("messages_to_prompt"), ChatTemplate | None):
@@ -263,19 +262,3 @@ class PromptCacheLLM(AutoMap, CustomLLM):
             messages = self._extend_messages(list(messages))
         to_prompt = self.messages_to_prompt or ChatTemplate(self._lazy)
         return chat_prompt(self._lazy, messages, self.system_prompt, to_prompt)
-
-
-def _describe(engine: PromptCacheEngine, options: Mapping[str, Any]) -> dict[str, Any]:
-    """What an existing engine runs on, as options. Raises: OptionError: `options` say it too."""
-    twice = [name for name in _OF_THE_ENGINE if name in options]
-    if twice:
-        raise OptionError(
-            f"engine= brings its own {', '.join(twice)}; leave {'them' if twice[1:] else 'it'} out"
-        )
-    return {
-        "model": engine.lm.name,
-        "dtype": str(engine.lm.dtype).removeprefix("torch."),
-        "device": str(engine.lm.device),
-        "namespace": engine.namespace,
-        "reuse": engine.reuse,
-    }
