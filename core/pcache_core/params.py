@@ -27,7 +27,7 @@ class SamplingParams:
     """How tokens are chosen and when to stop.
 
     max_tokens: most tokens to generate; the model's context may end generation before.
-    temperature: 0 takes the likeliest token; above 0 samples.
+    temperature: 0 takes the likeliest token, as does anything below 1e-5; above that samples.
     top_p, top_k, min_p: keep the smallest set of tokens with this much probability; the k
         likeliest; those at least this likely relative to the likeliest. Defaults keep all.
     repetition_penalty: above 1 makes tokens of the prompt and of the answer less likely.
@@ -74,6 +74,7 @@ class SamplingParams:
         _check_integer("top_k", self.top_k)
         if self.seed is not None:
             _check_integer("seed", self.seed)
+            _check_range("seed", self.seed, 0, 2**63 - 1, "from 0 to 2**63 - 1")
 
 
 def _check_range(name: str, value: float, low: float, high: float | None, allowed: str) -> None:

@@ -227,8 +227,8 @@ def test_a_seed_makes_sampling_repeatable(engine: PromptCacheEngine, reuse: str)
 def test_top_k_one_and_a_tiny_top_p_are_greedy(engine: PromptCacheEngine) -> None:
     prompt = make_prompt("bees")
     greedy = engine.generate(prompt, SamplingParams(max_tokens=8)).token_ids
-    for only_best in ({"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}):
-        params = SamplingParams(max_tokens=8, temperature=1.0, seed=0, **only_best)  # type: ignore[arg-type]
+    for only_best in ({"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}, {"temperature": 1e-40}):
+        params = SamplingParams(**{"max_tokens": 8, "temperature": 1.0, "seed": 0, **only_best})  # type: ignore[arg-type]
         assert engine.generate(prompt, params).token_ids == greedy
 
 

@@ -31,6 +31,8 @@ from pcache_core.params import check_reuse
         {"stop": [3]},
         {"stop_token_ids": ["x"]},
         {"seed": 1.5},
+        {"seed": -1},
+        {"seed": 2**64},
     ],
 )
 def test_a_value_out_of_range_is_an_option_error_that_names_it(bad: dict[str, Any]) -> None:

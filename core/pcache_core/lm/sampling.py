@@ -18,6 +18,10 @@ from transformers import (
 from pcache_core.params import SamplingParams
 
 
+# Dividing logits by less overflows; the likeliest token then has all the probability anyway.
+_GREEDY_BELOW = 1e-5
+
+
 class Sampler:
     """Picks tokens for one request; repeatable with a seed.
 
@@ -25,7 +29,7 @@ class Sampler:
     """
 
     def __init__(self, params: SamplingParams, device: torch.device) -> None:
-        self._greedy = params.temperature == 0
+        self._greedy = params.temperature < _GREEDY_BELOW
         self._processors = LogitsProcessorList()
         if params.repetition_penalty != 1:
             self._processors.append(
