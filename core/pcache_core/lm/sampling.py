@@ -17,7 +17,6 @@ from transformers import (
 
 from pcache_core.params import SamplingParams
 
-
 # Dividing logits by less overflows; the likeliest token then has all the probability anyway.
 _GREEDY_BELOW = 1e-5
 
