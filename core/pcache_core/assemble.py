@@ -61,10 +61,14 @@ def row_filter(wishes: Sequence[Wanted]) -> Accepts:
 
 
 def keep_whole_modules(lease: Lease, wishes: Sequence[Wanted]) -> None:
-    """Shorten a slot's prefix so that it ends inside no module."""
+    """Shorten a slot's prefix so that it ends inside no module.
+
+    The opening may be cut anywhere: it is plain text from the first row on.
+    """
     end = len(lease.token_ids)
     for wish in wishes:
-        if wish.candidate.start < end < wish.candidate.stop:
+        inside = wish.candidate.start < end < wish.candidate.stop
+        if inside and not wish.candidate.is_opening:
             del lease.token_ids[wish.candidate.start :], lease.labels[wish.candidate.start :]
             return
 
@@ -119,7 +123,9 @@ def compute(
     labels[:prefix] = lease.labels
     for filling in fillings:
         start, stop = filling.candidate.start, filling.candidate.stop
-        labels[start:stop] = [filling.found.digest] * (stop - start)
+        # The opening's state is what computing it would give.
+        label = COMPUTED if filling.candidate.is_opening else filling.found.digest
+        labels[start:stop] = [label] * (stop - start)
     lease.token_ids, lease.labels = list(tokens.token_ids), labels
     return logits
 
@@ -155,4 +161,4 @@ def describe(
 
 
 def _most_common(sources: Sequence[Source]) -> Source:
-    return max(sources, key=sources.count) if sources else "computed"
+    return max(dict.fromkeys(sources), key=sources.count) if sources else "computed"

@@ -6,10 +6,14 @@ import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from pcache_core.errors import PromptError
+from pcache_core.errors import ChatTemplateError, PromptError
 from pcache_core.prompt import Prompt, Segment
 
 ApplyTemplate = Callable[[list[dict[str, str]]], str]
+
+
+def _nothing(text: str) -> bool:
+    return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,20 +23,33 @@ class Message:
     role: str
     segments: Sequence[Segment]
 
+    def __post_init__(self) -> None:
+        if isinstance(self.segments, str):
+            raise PromptError(
+                "a message holds segments, got str; "
+                f"use [Segment({self.segments[:20]!r}, 'argument')]"
+            )
+
     @property
     def text(self) -> str:
         """The content as plain text."""
         return "".join(segment.text for segment in self.segments)
 
 
-def render_chat(messages: Sequence[Message], apply_template: ApplyTemplate) -> Prompt:
+def render_chat(
+    messages: Sequence[Message],
+    apply_template: ApplyTemplate,
+    holds_special: Callable[[str], bool] = _nothing,
+) -> Prompt:
     """Render messages so that markup becomes `literal` and their segments stay as they are.
 
     The template is rendered twice: with the real contents, which is the truth, and with a unique
     mark in place of each content, which shows where contents go. When filling the marks does not
     give the truth (a template that rewrites its contents), the prompt is the truth as one `text`.
 
-    Raises: PromptError: no messages.
+    holds_special: whether a text spells a special token, which must not become one.
+    Raises: PromptError: no messages. ChatTemplateError: a template rewrites contents that spell
+        special tokens.
     """
     if not messages:
         raise PromptError("the chat has no messages; give at least one")
@@ -41,13 +58,14 @@ def render_chat(messages: Sequence[Message], apply_template: ApplyTemplate) -> P
     marked = apply_template(
         [{"role": m.role, "content": mark} for m, mark in zip(messages, marks, strict=True)]
     )
-    for contents in (
-        [list(m.segments) for m in messages],
-        [strip_segments(m.segments) for m in messages],
-    ):
-        segments = _fill(marked, marks, contents)
-        if segments is not None and "".join(s.text for s in segments) == truth:
-            return Prompt(segments)
+    segments = _fill(marked, marks, [message.segments for message in messages], truth)
+    if segments is not None:
+        return Prompt(segments)
+    if any(holds_special(message.text) for message in messages):
+        raise ChatTemplateError(
+            "the chat template rewrites its messages, and one of them spells a special token, "
+            "which can't be told from the template's own; remove it from the message"
+        )
     return Prompt.from_text(truth)
 
 
@@ -65,15 +83,20 @@ def strip_segments(segments: Sequence[Segment]) -> list[Segment]:
 
 
 def _fill(
-    marked: str, marks: Sequence[str], contents: Sequence[Sequence[Segment]]
+    marked: str, marks: Sequence[str], contents: Sequence[Sequence[Segment]], truth: str
 ) -> list[Segment] | None:
-    """Put the contents where their marks stand; None if a mark is not there exactly once."""
-    segments: list[Segment] = []
-    for mark, content in zip(marks, contents, strict=True):
-        before, found, marked = marked.partition(mark)
-        if not found or mark in marked:
-            return None
-        segments.append(Segment(before, "literal"))
-        segments.extend(content)
-    segments.append(Segment(marked, "literal"))
-    return [segment for segment in segments if segment.text]
+    """Put contents where their marks stand, as they are or stripped, whichever gives the truth."""
+    if not marks:
+        return [Segment(truth, "literal")] if marked == truth else None
+    before, found, rest = marked.partition(marks[0])
+    if not found or marks[0] in rest or not truth.startswith(before):
+        return None
+    truth = truth[len(before) :]
+    for content in (contents[0], strip_segments(contents[0])):
+        text = "".join(segment.text for segment in content)
+        if not truth.startswith(text):
+            continue
+        after = _fill(rest, marks[1:], contents[1:], truth[len(text) :])
+        if after is not None:
+            return [Segment(before, "literal"), *content, *after]
+    return None

@@ -77,8 +77,12 @@ class PromptCacheEngine:
                 f"lm must be a CausalLM, got {type(lm).__name__}; "
                 "load one with CausalLM.from_pretrained(...)"
             )
-        if min_module_tokens < 1:
-            raise OptionError(f"min_module_tokens={min_module_tokens!r} must be 1 or more")
+        if not isinstance(min_module_tokens, int) or min_module_tokens < 1:
+            raise OptionError(f"min_module_tokens={min_module_tokens!r} must be 1 or more tokens")
+        if store is not None and not isinstance(store, ModuleStore):
+            raise OptionError(
+                f"store must be a ModuleStore such as MemoryStore(), got {type(store).__name__}"
+            )
         self.lm = lm
         self.store: ModuleStore = MemoryStore() if store is None else store
         self.reuse = check_reuse(reuse)
@@ -90,7 +94,10 @@ class PromptCacheEngine:
         self._pool = SlotPool(lm.new_slot, _KEPT_SLOTS)
 
     def encode(
-        self, texts: Sequence[str], anchor: str | None = None, *, progress: bool = True
+        self,
+        texts: Sequence[str],
+        anchor: str | None = None,
+        progress: bool = True,  # noqa: FBT001, FBT002 (the published signature)
     ) -> EncodeReport:
         """Precompute the states of documents, many in one forward.
 
@@ -184,7 +191,7 @@ class PromptCacheEngine:
 
         Raises: ChatTemplateError: the model has no template, or it refuses the messages.
         """
-        return render_chat(messages, self.lm.text.apply_chat_template)
+        return render_chat(messages, self.lm.text.apply_chat_template, self.lm.text.holds_special)
 
     def tokenise(self, prompt: Prompt) -> TokenisedPrompt:
         """The prompt's token ids, the same for every reuse mode."""
@@ -205,7 +212,7 @@ class PromptCacheEngine:
                 step=reading.step,
                 choose=self.lm.sampler(request.params),
                 text=AnswerText(self.lm.text.decode, request.params.stop),
-                end_ids=self.lm.end_ids | set(request.params.stop_token_ids),
+                end_ids=self._end_ids(request.params),
                 max_tokens=request.params.max_tokens,
             ):
                 if count == 0:
@@ -219,14 +226,15 @@ class PromptCacheEngine:
         finally:
             self._finish(request, reading)
 
+    def _end_ids(self, params: SamplingParams) -> frozenset[int]:
+        return self.lm.end_ids | self.lm.stop_ids(params.stop) | set(params.stop_token_ids)
+
     def _read(self, request: Request) -> _Reading:
         """Bring the prompt into a slot and compute what no state holds."""
         if self.lm.support.kind == "no-cache":
             return self._read_stock(request)
         tokens = request.tokens
         clock = time.perf_counter()
-        if self.lm.support.is_beyond_stable(len(tokens.token_ids)):
-            self.lm.forget_long_prompts()
         wishes = assemble.wanted(tokens, self._candidates(request), self._library)
         accepts = assemble.row_filter(wishes) if request.reuse != "off" else _accept_nothing
         lease = self._pool.acquire(tokens.token_ids, accepts, request.capacity)
@@ -269,6 +277,8 @@ class PromptCacheEngine:
             # With this token every rotary frequency changes: no row fits any longer.
             token_ids, first = [*lease.token_ids, token_id], 0
         rows = range(first, first + len(token_ids))
+        if rows.stop > lease.slot.capacity:
+            lease.grow(self.lm.new_slot)
         logits = self.lm.forward(Batch.of_rows(lease.slot, token_ids, rows, rows))
         lease.append([token_id], COMPUTED)
         return logits

@@ -67,6 +67,7 @@ class ModuleLibrary:
                 continue
             try:
                 hit.state.check(self.lm.stacks, self.lm.dtype)
+                _check_identity(hit.state, key)
             except StateMismatchError as error:
                 logger.warning("dropped a stored state: %s", error)
                 self._store.delete(key)
@@ -102,3 +103,12 @@ class ModuleLibrary:
         if not self._store.put(key, state):
             logger.info("a state of %d bytes does not fit the store", state.nbytes)
         return Found(state, "encoded", key.digest)
+
+
+def _check_identity(state: KVState, key: ModuleKey) -> None:
+    """Raises: StateMismatchError: the store gave the state of other tokens."""
+    if state.token_ids != key.token_ids:
+        raise StateMismatchError(
+            f"the state holds other tokens than asked for ({state.num_tokens}, not "
+            f"{len(key.token_ids)}, or other ids)"
+        )

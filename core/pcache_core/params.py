@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from pcache_core.errors import OptionError
 
@@ -49,19 +49,18 @@ class SamplingParams:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        stop = (self.stop,) if isinstance(self.stop, str) else _as_tuple("stop", self.stop)
         object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
-        _check_range("max_tokens", self.max_tokens, 1, None, "1 or more")
+        ids = _as_tuple("stop_token_ids", self.stop_token_ids)
+        object.__setattr__(self, "stop_token_ids", ids)
+        _check_range("max_tokens", self.max_tokens, 1, 2**31, "1 or more")
         _check_range("temperature", self.temperature, 0, None, "0 (greedy) or more")
         _check_range("top_p", self.top_p, 0, 1, "above 0, at most 1")
         if self.top_p == 0:
             raise OptionError("top_p=0 keeps no token; for greedy decoding use temperature=0")
         _check_range("top_k", self.top_k, 0, None, "0 (off) or more")
         _check_range("min_p", self.min_p, 0, 1, "from 0 to 1")
-        _check_range("repetition_penalty", self.repetition_penalty, 0, None, "above 0")
-        if self.repetition_penalty == 0:
-            raise OptionError("repetition_penalty=0 divides by zero; 1.0 switches it off")
+        _check_range("repetition_penalty", self.repetition_penalty, 0.01, 100, "0.01 to 100")
         for text in stop:
             if not isinstance(text, str) or not text:
                 raise OptionError(
@@ -77,10 +76,19 @@ class SamplingParams:
             _check_range("seed", self.seed, 0, 2**63 - 1, "from 0 to 2**63 - 1")
 
 
+def _as_tuple(name: str, value: object) -> tuple[Any, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, Iterable):
+        raise OptionError(f"{name} must be a list, got {value!r}")
+    return tuple(value)
+
+
 def _check_range(name: str, value: float, low: float, high: float | None, allowed: str) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise OptionError(f"{name} must be a number, got {value!r}; use {allowed}")
-    if math.isnan(value) or math.isinf(value) or value < low or (high is not None and value > high):
+    infinite = isinstance(value, float) and not math.isfinite(value)
+    if infinite or value < low or (high is not None and value > high):
         raise OptionError(f"{name}={value!r} is out of range; use {allowed}")
 
 

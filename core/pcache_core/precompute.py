@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from tqdm import tqdm
 
@@ -13,6 +14,8 @@ from pcache_core.key import ModuleKey
 from pcache_core.library import ModuleLibrary
 from pcache_core.prompt import Segment
 from pcache_core.report import EncodeReport
+
+logger = logging.getLogger(__name__)
 
 
 def precompute(
@@ -29,18 +32,25 @@ def precompute(
     documents = [_document(text) for text in _checked(texts)]
     if lm.support.kind not in ("relocatable", "position-free"):
         reason = lm.support.reason
-        return EncodeReport(len(documents), 0, 0, 0, 0, _since(started), reason)
+        return EncodeReport(len(documents), 0, 0, 0, 0, 0, _since(started), reason)
     anchor_ids = lm.text.bos_ids + (lm.text.ids(Segment(anchor, "literal")) if anchor else ())
     ids = [lm.text.ids(document) for document in documents if document is not None]
     modules = [token_ids for token_ids in ids if len(token_ids) >= min_module_tokens]
+    lm.check_ids((*anchor_ids, *(token_id for m in modules for token_id in m)))
     for token_ids in modules:
         _check_fits(library, len(anchor_ids), len(token_ids))
     wanted = {library.key(anchor_ids, m, 0): Module(m, len(anchor_ids)) for m in modules}
     missing = {key: module for key, module in wanted.items() if not library.contains(key)}
     tokens = _encode(library, anchor_ids, missing, progress=progress)
+    kept = sum(library.contains(key) for key in missing)
+    if kept < len(missing):
+        logger.warning(
+            "the store kept %d of %d states; raise its budget to keep all", kept, len(missing)
+        )
     return EncodeReport(
         texts=len(documents),
         encoded=len(missing),
+        kept=kept,
         already_stored=len(modules) - len(missing),
         too_short=len(documents) - len(modules),
         tokens=tokens,
@@ -66,8 +76,9 @@ def _encode(
 
 
 def _checked(texts: Sequence[str]) -> Sequence[str]:
-    if isinstance(texts, str):
-        raise PromptError("encode takes a list of texts, got one string; put it in a list")
+    if isinstance(texts, str) or not isinstance(texts, Iterable):
+        raise PromptError(f"encode takes a list of texts, got {type(texts).__name__}")
+    texts = list(texts)
     for index, text in enumerate(texts):
         if not isinstance(text, str):
             raise PromptError(f"texts[{index}] must be str, got {type(text).__name__}")

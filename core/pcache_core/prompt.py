@@ -30,6 +30,15 @@ class Segment:
     def __post_init__(self) -> None:
         if not isinstance(self.text, str):
             raise PromptError(f"a segment's text must be str, got {type(self.text).__name__}")
+        if self.name is not None and not isinstance(self.name, str):
+            raise PromptError(f"a segment's name must be str, got {type(self.name).__name__}")
+        try:
+            self.text.encode()
+        except UnicodeEncodeError as error:
+            raise PromptError(
+                f"a segment's text holds half a surrogate pair at character {error.start}; "
+                "decode its source with errors='replace'"
+            ) from None
         if self.kind not in SEGMENT_KINDS:
             raise PromptError(
                 f"unknown segment kind {self.kind!r}; use one of {', '.join(SEGMENT_KINDS)}"
@@ -51,8 +60,11 @@ class Prompt:
     segments: tuple[Segment, ...]
 
     def __init__(self, segments: Iterable[Segment]) -> None:
-        if isinstance(segments, str):
-            raise PromptError("Prompt takes segments; for a flat string use Prompt.from_text(...)")
+        if isinstance(segments, str) or not isinstance(segments, Iterable):
+            raise PromptError(
+                f"Prompt takes a list of segments, got {type(segments).__name__}; "
+                "for a flat string use Prompt.from_text(...)"
+            )
         kept = tuple(segments)
         for segment in kept:
             if not isinstance(segment, Segment):

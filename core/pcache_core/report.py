@@ -132,7 +132,8 @@ def _title(segment: SegmentReport) -> str:
 class EncodeReport:
     """What `engine.encode` did.
 
-    texts: how many were given; `encoded` were computed now, `already_stored` were there before,
+    texts: how many were given; `encoded` were computed now, `kept` of those are still in the store
+    (its budget may be too small for all), `already_stored` were there before,
     `too_short` have fewer tokens than a module needs and are computed in line when they occur.
     tokens: tokens encoded now. seconds: wall time.
     reason: why this model can't have states ahead of time; None where it can.
@@ -140,6 +141,7 @@ class EncodeReport:
 
     texts: int
     encoded: int
+    kept: int
     already_stored: int
     too_short: int
     tokens: int
@@ -157,5 +159,6 @@ class EncodeReport:
         return (
             f"{self.encoded} of {self.texts} texts encoded ({self.tokens} tokens in "
             f"{self.seconds:.1f} s, {self.tokens_per_second:.0f} tokens/s), "
-            f"{self.already_stored} already stored, {self.too_short} too short to store"
+            f"{self.kept} of them kept, {self.already_stored} already stored, "
+            f"{self.too_short} too short to store"
         )

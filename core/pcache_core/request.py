@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from pcache_core.errors import ContextLengthError, PromptError
+from pcache_core.errors import ContextLengthError, OptionError, PromptError
 from pcache_core.lm import CausalLM
 from pcache_core.params import ReuseMode, SamplingParams
 from pcache_core.plan import TokenisedPrompt, tokenise
 from pcache_core.prompt import Prompt
+
+_USUAL_ANSWER_TOKENS = 512
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -25,8 +27,8 @@ class Request:
 
     @property
     def capacity(self) -> int:
-        """Rows the request may fill."""
-        return len(self.tokens.token_ids) + self.params.max_tokens
+        """Rows to begin with: the prompt's and those of an answer of usual length."""
+        return len(self.tokens.token_ids) + min(self.params.max_tokens, _USUAL_ANSWER_TOKENS)
 
 
 def check_request(lm: CausalLM, prompt: Prompt, params: SamplingParams, mode: ReuseMode) -> Request:
@@ -39,10 +41,13 @@ def check_request(lm: CausalLM, prompt: Prompt, params: SamplingParams, mode: Re
             f"prompt must be a Prompt, got {type(prompt).__name__}; "
             "for a flat string use Prompt.from_text(...)"
         )
+    if not isinstance(params, SamplingParams):
+        raise OptionError(f"params must be SamplingParams, got {type(params).__name__}")
     tokens = tokenise(prompt, lm.text.ids, lm.text.bos_ids)
     length, limit = len(tokens.token_ids), lm.context_length
     if not length:
         raise PromptError("the prompt has no tokens; give at least one character of text")
+    lm.check_ids(tokens.token_ids)
     if limit is not None:
         if length > limit:
             raise ContextLengthError(

@@ -26,6 +26,12 @@ class Lease:
     token_ids: list[int]
     labels: list[str]
 
+    def grow(self, make_slot: Callable[[int], Slot]) -> None:
+        """Move to a slot of twice the capacity."""
+        larger = make_slot(2 * self.slot.capacity)
+        larger.copy_rows(self.slot, len(self.token_ids))
+        self.slot = larger
+
     def append(self, token_ids: Sequence[int], label: str) -> None:
         """Note that the next rows hold these tokens."""
         self.token_ids.extend(token_ids)
@@ -67,9 +73,9 @@ class SlotPool:
             return lease
 
     def release(self, lease: Lease) -> None:
-        """Give a slot back; its rows may serve a later request."""
+        """Give a slot back; its rows may serve a later request. An empty one goes first."""
         with self._lock:
-            self._idle.append(lease)
+            self._idle.insert(len(self._idle) if lease.token_ids else 0, lease)
             if len(self._idle) > self._max_idle:
                 del self._idle[0]
 

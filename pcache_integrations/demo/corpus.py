@@ -40,7 +40,7 @@ class Corpus:
         if not folder.is_dir():
             raise OptionError(f"corpus {str(folder)!r} is not a folder; give one of .txt files")
         files = sorted(folder.glob("*.txt"))
-        texts = [TextFile(file.stem, file.read_text("utf-8").strip()) for file in files]
+        texts = [TextFile(file.stem, _read(file).strip()) for file in files]
         self.documents = [document for document in texts if document.text]
         if not self.documents:
             raise OptionError(f"corpus {str(folder)!r} holds no .txt file with text in it")
@@ -62,6 +62,13 @@ def default_folder() -> Path:
     here = Path(__file__).parent.parent
     installed = here / "corpus"
     return installed if installed.is_dir() else here.parent / "examples" / "corpus"
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise OptionError(f"{str(file)!r} is not UTF-8 text ({error}); save it as UTF-8") from None
 
 
 def _read_questions(file: Path) -> list[Question]:

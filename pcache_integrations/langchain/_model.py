@@ -90,7 +90,9 @@ class CachedModel(BaseLanguageModel[Any]):
         return await asyncio.to_thread(lambda: self.engine)
 
     def cache_documents(
-        self, documents: Iterable[Document | str], *, progress: bool = True
+        self,
+        documents: Iterable[Document | str],
+        progress: bool = True,  # noqa: FBT001, FBT002 (the published signature)
     ) -> EncodeReport:
         """Precompute documents' states, and recognise the documents in any prompt from now on.
 

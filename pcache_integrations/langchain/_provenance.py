@@ -59,6 +59,8 @@ class Provenance:
             for item in value.values():
                 self.add_documents(item, depth + 1)
         elif isinstance(value, (list, tuple)):
+            if value and isinstance(value[0], (str, int, float)):
+                return  # an embedding, or texts: no documents in them
             for item in value[:_MAX_ITEMS]:
                 self.add_documents(item, depth + 1)
         elif isinstance(value, ToolMessage):

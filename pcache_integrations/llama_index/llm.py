@@ -138,7 +138,9 @@ class PromptCacheLLM(AutoMap, CustomLLM):
         return super().to_payload()
 
     def cache_documents(
-        self, documents: Iterable[BaseNode | NodeWithScore | str], *, progress: bool = True
+        self,
+        documents: Iterable[BaseNode | NodeWithScore | str],
+        progress: bool = True,  # noqa: FBT001, FBT002 (the published signature)
     ) -> EncodeReport:
         """Encode nodes, documents or plain texts before a question needs them.
 

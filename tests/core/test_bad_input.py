@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import transformers
 
 import pcache_core
 from pcache_core import (
@@ -176,3 +177,49 @@ def test_every_error_is_one_of_ours() -> None:
         value = getattr(pcache_core, name)
         if isinstance(value, type) and issubclass(value, Exception):
             assert issubclass(value, PromptCacheError)
+
+
+def test_half_a_surrogate_pair_is_a_prompt_error(engine: PromptCacheEngine) -> None:
+    with pytest.raises(PromptError, match="surrogate"):
+        Segment("bad \ud800 text", "document")
+    with pytest.raises(PromptError, match="surrogate"):
+        engine.encode(["bad \ud800 text"], progress=False)
+
+
+def test_a_token_beyond_the_embeddings_is_an_error_before_any_work(
+    tiny_lm: Callable[..., CausalLM],
+) -> None:
+    lm = tiny_lm("llama")
+    lm.tokenizer.add_tokens(["ZZZZ"])
+    engine = PromptCacheEngine(lm)
+    with pytest.raises(ModelError, match="embeddings for 288"):
+        engine.generate(Prompt.from_text("a ZZZZ b"))
+    with pytest.raises(ModelError, match="embeddings for 288"):
+        engine.encode(["a ZZZZ b, and then some more"], progress=False)
+
+
+def test_an_encoder_decoder_is_refused(llama: CausalLM) -> None:
+    config = transformers.T5Config(
+        vocab_size=288, d_model=16, d_ff=16, num_layers=1, num_heads=2, d_kv=8
+    )
+    model = transformers.T5ForConditionalGeneration(config)
+    with pytest.raises(ModelError, match="causal language model"):
+        CausalLM(model, llama.tokenizer)
+
+
+@pytest.mark.parametrize(
+    "options", [{"store": "memory"}, {"min_module_tokens": "8"}, {"min_module_tokens": 0}]
+)
+def test_an_engine_of_other_parts_is_refused(llama: CausalLM, options: dict[str, object]) -> None:
+    with pytest.raises(OptionError):
+        PromptCacheEngine(llama, **options)  # type: ignore[arg-type]
+
+
+def test_parameters_that_are_no_sampling_params_are_refused(engine: PromptCacheEngine) -> None:
+    with pytest.raises(OptionError, match="SamplingParams"):
+        engine.generate(Prompt.from_text("x"), {"max_tokens": 3})  # type: ignore[arg-type]
+
+
+def test_a_message_of_bare_text_is_refused() -> None:
+    with pytest.raises(PromptError, match="segments"):
+        Message("user", "hello")  # type: ignore[arg-type]

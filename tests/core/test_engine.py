@@ -358,3 +358,113 @@ async def test_a_cancelled_request_ends_quietly_and_blocks_nobody(
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(engine.agenerate(prompt, endless), timeout=0.02)
     assert (await engine.agenerate(prompt, SamplingParams(max_tokens=5))).text == expected
+
+
+def test_texts_may_come_from_a_generator(engine: PromptCacheEngine) -> None:
+    report = engine.encode((text for text in DOCS.values()), None, False)  # type: ignore[arg-type]
+    assert (report.texts, report.encoded, report.kept) == (3, 3, 3)
+
+
+def test_encoding_more_than_the_budget_says_how_many_were_kept(
+    llama: CausalLM, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = PromptCacheEngine(llama, MemoryStore(budget_bytes=30 * llama.bytes_per_token))
+    report = engine.encode(list(DOCS.values()), progress=False)
+    assert report.kept < report.encoded == 3
+    assert "raise its budget" in caplog.text
+
+
+def test_a_store_that_gives_another_documents_state_is_not_believed(llama: CausalLM) -> None:
+    class Confused(MemoryStore):
+        def get(self, key):  # type: ignore[no-untyped-def]
+            hit = super().get(key)
+            others = [state for state in self._states.values() if state.token_ids != key.token_ids]
+            return replace(hit, state=others[0]) if hit and others else hit
+
+    store = Confused()
+    prompt = make_prompt("bees", "mill")
+    expected = PromptCacheEngine(llama, reuse="fast").prefill(prompt).logits
+    PromptCacheEngine(llama, store, "fast").prefill(prompt)
+    logits = PromptCacheEngine(llama, store, "fast").prefill(prompt).logits
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+
+
+def test_openings_that_differ_late_share_their_beginning(engine: PromptCacheEngine) -> None:
+    rules = "Be brief. Be kind. Be exact. Be honest. Be quick. " * 2
+    for ending in ("A", "B"):
+        opening = Segment(rules + ending, "literal")
+        prompt = Prompt([opening, Segment(DOCS["bees"], "document"), Segment("?")])
+        report = engine.prefill(prompt).report
+    assert report.cached_tokens > 0.9 * engine.lm.count_tokens(rules)
+
+
+def test_requests_without_reuse_evict_no_prefix(engine: PromptCacheEngine) -> None:
+    prompt = make_prompt("bees", "mill")
+    engine.prefill(prompt, reuse="exact")
+    for _ in range(8):
+        engine.prefill(make_prompt("boat"), reuse="off")
+    assert engine.prefill(prompt, reuse="exact").report.computed_tokens == 1
+
+
+def test_an_answer_longer_than_its_slot_continues_in_a_larger_one(
+    tiny_lm: Callable[..., CausalLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = make_prompt("bees")
+    params = SamplingParams(max_tokens=300, temperature=1.0, seed=5)
+    expected = PromptCacheEngine(tiny_lm("llama")).generate(prompt, params)
+    monkeypatch.setattr("pcache_core.request._USUAL_ANSWER_TOKENS", 1)
+    monkeypatch.setattr("pcache_core.slots._ROUND_UP", 1)
+    assert PromptCacheEngine(tiny_lm("llama")).generate(prompt, params).text == expected.text
+
+
+def test_a_long_document_is_read_in_blocks_with_the_logits_of_one_forward(
+    tiny_lm: Callable[..., CausalLM],
+) -> None:
+    for name in ("llama", "gemma3"):
+        lm = tiny_lm(name)
+        prompt = Prompt(
+            [Segment("So:\n", "literal"), Segment("xy z" * 100, "document"), Segment("?")]
+        )
+        engine = PromptCacheEngine(lm, reuse="fast")
+        ids = torch.tensor([engine.tokenise(prompt).token_ids])
+        assert ids.shape[1] > 300
+        expected = tiny_models.build(name)(ids).logits[0, -1]
+        # The only document stands directly behind its anchor, so its state is exact.
+        torch.testing.assert_close(engine.prefill(prompt).logits, expected, rtol=0, atol=1e-4)
+
+
+def test_a_stop_string_that_is_a_special_token_ends_the_answer(llama: CausalLM) -> None:
+    engine = PromptCacheEngine(llama, reuse="off")
+    prompt = make_prompt("bees")
+    for seed in range(200):
+        params = SamplingParams(max_tokens=40, temperature=3.0, seed=seed)
+        free = engine.generate(prompt, params)
+        if 0 in free.token_ids:
+            break
+    stopped = engine.generate(prompt, replace(params, stop=["<pad>"]))
+    assert stopped.token_ids == free.token_ids[: free.token_ids.index(0)]
+    assert stopped.finish_reason == "stop"
+
+
+def test_long_prompts_that_interleave_under_dynamic_scaling_stay_apart(
+    tiny_lm: Callable[..., CausalLM],
+) -> None:
+    engine = PromptCacheEngine(tiny_lm("llama/dynamic-beyond"), reuse="off")
+    prompts = [Prompt.from_text("a b c d " * 6), Prompt.from_text("x y z " * 20)]
+    params = SamplingParams(max_tokens=8)
+    alone = [engine.generate(prompt, params).token_ids for prompt in prompts]
+    pairs = zip(*(engine.stream(prompt, params) for prompt in prompts), strict=False)
+    chunks = list(pairs)
+    for number, expected in enumerate(alone):
+        got = [token for pair in chunks for token in pair[number].token_ids]
+        assert got == list(expected[: len(got)])
+        assert len(got) > 4
+
+
+def test_exchanging_two_weights_changes_the_fingerprint(tiny_lm: Callable[..., CausalLM]) -> None:
+    lm, other = tiny_lm("llama"), tiny_lm("llama")
+    assert lm.fingerprint == other.fingerprint
+    changed = tiny_models.build("llama")
+    weight = changed.model.layers[0].mlp.up_proj.weight
+    weight[3, 5], weight[3, 6] = weight[3, 6].clone(), weight[3, 5].clone()
+    assert CausalLM(changed, lm.tokenizer).fingerprint != lm.fingerprint

@@ -61,9 +61,9 @@ def test_the_cached_share_is_of_all_tokens() -> None:
 
 
 def test_an_encode_report_says_what_was_done_or_why_nothing_was() -> None:
-    done = EncodeReport(5, 2, 2, 1, 100, 2.0)
+    done = EncodeReport(5, 2, 1, 2, 1, 100, 2.0)
     assert done.tokens_per_second == 50
     assert str(done).startswith("2 of 5 texts encoded (100 tokens in 2.0 s, 50 tokens/s)")
-    nothing = EncodeReport(5, 0, 0, 0, 0, 0.0, "no positions")
+    nothing = EncodeReport(5, 0, 0, 0, 0, 0, 0.0, "no positions")
     assert nothing.tokens_per_second == 0
     assert str(nothing) == "nothing encoded: no positions"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,27 @@ class Span:
     visible: tuple[RowRange, ...]
 
 
+_BLOCK_TOKENS = 256
+# Larger ones are made again for each layer instead of held all at once.
+_LARGEST_KEPT_BIAS = 2**22
+
+
+def _blocks(span: Span, rows: Sequence[int]) -> Iterator[Span]:
+    """Cut a long span, so that its first tokens don't attend to rows that are hidden anyway.
+
+    A span of exactly the rows it sees stays whole: a causal kernel skips the hidden half itself.
+    """
+    visible_rows = sum(stop - start for start, stop in span.visible)
+    if span.stop - span.start in range(_BLOCK_TOKENS + 1) or visible_rows == span.stop - span.start:
+        yield span
+        return
+    for start in range(span.start, span.stop, _BLOCK_TOKENS):
+        stop = min(start + _BLOCK_TOKENS, span.stop)
+        end = rows[stop - 1] + 1
+        visible = tuple((a, min(b, end)) for a, b in span.visible if a < end)
+        yield Span(start, stop, visible)
+
+
 class Batch:
     """What one forward computes.
 
@@ -35,7 +56,7 @@ class Batch:
 
     __slots__ = (
         "_biases",
-        "_last_row",
+        "_last_rows",
         "_newest",
         "input_ids",
         "num_rows",
@@ -58,10 +79,10 @@ class Batch:
         self.input_ids = torch.tensor(input_ids, dtype=torch.long, device=device)
         self.rows = torch.tensor(rows, dtype=torch.long, device=device)
         self.positions = torch.tensor(positions, dtype=torch.long, device=device)
-        self.spans = tuple(spans)
+        self.spans = tuple(block for span in spans for block in _blocks(span, rows))
         self.num_rows = max(span.visible[-1][1] for span in self.spans)
         self._newest = max(positions)
-        self._last_row = rows[-1]
+        self._last_rows = {span: rows[span.stop - 1] for span in self.spans}
         self._biases: dict[tuple[Span, int | None, int, torch.dtype], torch.Tensor] = {}
         slot.positions.index_copy_(0, self.rows, self.positions)
 
@@ -94,7 +115,10 @@ class Batch:
             hidden = ~self._allowed(span, window)
             bias = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
             bias.masked_fill_(hidden, torch.finfo(dtype).min)
-            self._biases[name] = bias.repeat(group, 1)
+            bias = bias.repeat(group, 1)
+            if bias.numel() > _LARGEST_KEPT_BIAS:
+                return bias
+            self._biases[name] = bias
         return self._biases[name]
 
     def is_plain_causal(self, span: Span, window: int | None) -> bool:
@@ -103,7 +127,7 @@ class Batch:
         return rows == span.stop - span.start > 1 and (window is None or self._newest < window)
 
     def _sees_all(self, span: Span) -> bool:
-        return span.stop - span.start == 1 and self._last_row == span.visible[-1][1] - 1
+        return span.stop - span.start == 1 and self._last_rows[span] == span.visible[-1][1] - 1
 
     def _allowed(self, span: Span, window: int | None) -> torch.Tensor:
         device = self.rows.device

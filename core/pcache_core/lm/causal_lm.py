@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import warnings
 from collections.abc import Sequence
 from functools import cached_property
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,6 +25,15 @@ from pcache_core.lm.tokenizer import SegmentTokenizer
 from pcache_core.params import SamplingParams
 from pcache_core.prompt import Segment
 
+_locks: WeakKeyDictionary[PreTrainedModel, threading.RLock] = WeakKeyDictionary()
+_locks_lock = threading.Lock()
+
+
+def _lock_of(model: PreTrainedModel) -> threading.RLock:
+    """One lock for each model, however many `CausalLM` objects run it."""
+    with _locks_lock:
+        return _locks.setdefault(model, threading.RLock())
+
 
 class CausalLM:
     """An unmodified transformers model, tested when it is loaded.
@@ -36,7 +47,11 @@ class CausalLM:
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str | None = None
     ) -> None:
-        if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
+        if (
+            not isinstance(model, PreTrainedModel)
+            or model.get_output_embeddings() is None
+            or model.config.is_encoder_decoder
+        ):
             raise ModelError(
                 f"CausalLM takes a transformers causal language model, got {type(model).__name__}"
             )
@@ -50,8 +65,9 @@ class CausalLM:
         self.text = SegmentTokenizer(tokenizer)
         self.name = name or getattr(model.config, "_name_or_path", "") or type(model).__name__
         self.context_length = context_length(model)
-        self.support: Support = probe(model)
-        self._lock = threading.RLock()
+        with _lock_of(model):
+            self.support: Support = probe(model)
+        self._lock = _lock_of(model)
         if not self.support.reuses_modules:
             warnings.warn(
                 f"{self.name}: documents can't be reused, only "
@@ -61,12 +77,15 @@ class CausalLM:
             )
 
     @classmethod
-    def from_pretrained(cls, name: str, dtype: str = "auto", device: str = "auto") -> CausalLM:
+    def from_pretrained(
+        cls, name: str | os.PathLike[str], dtype: str = "auto", device: str = "auto"
+    ) -> CausalLM:
         """Load `builtin:tiny-rag`, a directory or a hub id.
 
         dtype: auto (as saved), float32, float16 or bfloat16. device: auto, cpu, cuda, cuda:1 …
         Raises: ModelError: it can't be loaded. OptionError: unknown dtype or device.
         """
+        name = os.fspath(name) if isinstance(name, os.PathLike) else name
         return cls(*load(name, dtype, device), name=name)
 
     @property
@@ -136,16 +155,33 @@ class CausalLM:
         """Compute a batch's tokens, filling their rows; logits of the last one, [vocab] fp32."""
         assert self.support.forward is not None, "a model without a cache has no slots"
         with self._lock:
+            if self.support.is_beyond_stable(batch.num_rows):
+                self._forget_longer_prompts()
             return self.support.forward(batch)
 
-    def forget_long_prompts(self) -> None:
+    def check_ids(self, token_ids: Sequence[int]) -> None:
+        """Raises: ModelError: an id beyond the model's embeddings."""
+        known = self.model.get_input_embeddings().weight.shape[0]
+        if token_ids and max(token_ids) >= known:
+            raise ModelError(
+                f"the tokenizer gives id {max(token_ids)}, {self.name} has embeddings for {known}; "
+                "call model.resize_token_embeddings(len(tokenizer)), or use its own tokenizer"
+            )
+
+    def stop_ids(self, stop: Sequence[str]) -> frozenset[int]:
+        """Ids of stop strings that are special tokens: their text never appears in an answer."""
+        tokenizer = self.tokenizer
+        special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+        return frozenset(special[text] for text in stop if text in special)
+
+    def _forget_longer_prompts(self) -> None:
         """Bring length-dependent rotary frequencies back to those of a short prompt.
 
         Dynamic NTK keeps the frequencies of the longest prompt so far until a short one comes, so
-        without this an answer would depend on what was asked before.
+        without this an answer would depend on what else is asked.
         """
-        slot = self.new_slot(1)
-        self.forward(Batch.of_rows(slot, [0], [0], [0]))
+        assert self.support.forward is not None
+        self.support.forward(Batch.of_rows(self.new_slot(1), [0], [0], [0]))
 
     @cached_property
     def _own_cache_works(self) -> bool:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from huggingface_hub import HfApi, try_to_load_from_cache
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -21,6 +22,7 @@ from pcache_core.errors import ModelError, OptionError
 BUILTIN_PREFIX = "builtin:"
 _BUILTIN_ROOT = Path(__file__).parent.parent / "models"
 _WEIGHTS = ("*.safetensors", "*.bin", "*.safetensors.index.json", "*.bin.index.json")
+_LONGEST_NAME = 1024
 _DTYPES = {
     "float32": torch.float32,
     "float16": torch.float16,
@@ -33,6 +35,8 @@ def load(name: str, dtype: str, device: str) -> tuple[PreTrainedModel, PreTraine
     source = resolve(name)
     torch_dtype = _dtype(dtype)
     torch_device = _device(device)
+    if not Path(source).is_dir():
+        _check_hub(name)
     tokenizer = _load_tokenizer(name, source)
     try:
         with _bar_on_terminals_only():
@@ -63,7 +67,7 @@ def resolve(name: str) -> str:
 
     Raises: ModelError: no such built-in model; a directory without configuration or weights.
     """
-    if not isinstance(name, str) or not name.strip():
+    if not isinstance(name, str) or not name.strip() or len(name) > _LONGEST_NAME:
         raise ModelError(
             f"model {name!r} is not a name; give a path, a hub id or {_builtin_names()}"
         )
@@ -94,18 +98,29 @@ def _check_directory(folder: Path) -> None:
         )
 
 
+def _check_hub(name: str) -> None:
+    """Raises: ModelError: neither the hub nor its local copies have the model.
+
+    Asked once and first, because loading retries for a minute where there is no network.
+    """
+    try:
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return
+        HfApi().model_info(name, timeout=20)
+    except Exception as error:
+        raise ModelError(
+            f"model {name!r} is neither a directory here nor a model that the hub gives: "
+            f"{_first_line(error)}. Give a path, a hub id or {_builtin_names()}"
+        ) from error
+
+
 def _load_tokenizer(name: str, source: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except Exception as error:
-        if Path(source).is_dir():
-            raise ModelError(
-                f"model {name!r} has no tokenizer that can be loaded: {_first_line(error)}. Save "
-                "it there with tokenizer.save_pretrained, or use CausalLM(model, tokenizer)"
-            ) from error
         raise ModelError(
-            f"model {name!r} is neither a directory here nor a model that the hub gives: "
-            f"{_first_line(error)}. Give a path, a hub id or {_builtin_names()}"
+            f"model {name!r} has no tokenizer that can be loaded: {_first_line(error)}. Save it "
+            "there with tokenizer.save_pretrained, or use CausalLM(model, tokenizer)"
         ) from error
     if len(tokenizer) == 0:
         raise ModelError(
@@ -128,7 +143,7 @@ def _device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise OptionError(f"unknown device {name!r}; use auto, cpu or cuda:0") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise OptionError(f"device {name!r} asked for, but torch finds no GPU; use auto or cpu")

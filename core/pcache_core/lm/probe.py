@@ -79,7 +79,7 @@ def probe(model: PreTrainedModel) -> Support:
     structure = cache_structure(model)
     if structure.refusal is not None:
         return Support("no-cache", structure.refusal)
-    ids = _token_ids(model, 3 * _TOKENS)
+    ids = _token_ids(model, min(3 * _TOKENS, context_length(model) or 3 * _TOKENS))
     try:
         layers, native = _native(model, ids)
     except Exception as error:

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from pcache_core.errors import ChatTemplateError
 from pcache_core.prompt import Segment
 
-_MEMORY = 4096
+_MEMORY_TOKENS = 500_000
 
 
 class SegmentTokenizer:
@@ -24,6 +24,7 @@ class SegmentTokenizer:
         self._tokenizer = tokenizer
         self._lock = threading.Lock()
         self._memory: OrderedDict[tuple[str, bool], tuple[int, ...]] = OrderedDict()
+        self._remembered = 0
         self.bos_ids = self._find_bos()
 
     def ids(self, segment: Segment) -> tuple[int, ...]:
@@ -41,10 +42,15 @@ class SegmentTokenizer:
                     )["input_ids"]
                 )
                 self._memory[name] = ids
+                self._remembered += len(ids)
             self._memory.move_to_end(name)
-            if len(self._memory) > _MEMORY:
-                self._memory.popitem(last=False)
+            while self._remembered > _MEMORY_TOKENS:
+                self._remembered -= len(self._memory.popitem(last=False)[1])
         return ids
+
+    def holds_special(self, text: str) -> bool:
+        """Whether a text spells a special token."""
+        return any(token in text for token in self._tokenizer.all_special_tokens)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of the ids, special tokens left out."""
