@@ -108,7 +108,7 @@ class ProvenanceHandler(BaseCallbackHandler):
     """Feeds a `Provenance` from LangChain's callbacks."""
 
     raise_error = False
-    # True would silence other handlers' on_llm_start in async models (langchain-ai/langchain#39633).
+    # True silences other handlers' on_llm_start in async models: langchain-ai/langchain#39633.
     run_inline = False
 
     def __init__(self, provenance: Provenance) -> None:
