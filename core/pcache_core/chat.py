@@ -85,18 +85,26 @@ def strip_segments(segments: Sequence[Segment]) -> list[Segment]:
 def _fill(
     marked: str, marks: Sequence[str], contents: Sequence[Sequence[Segment]], truth: str
 ) -> list[Segment] | None:
-    """Put contents where their marks stand, as they are or stripped, whichever gives the truth."""
-    if not marks:
-        return [Segment(truth, "literal")] if marked == truth else None
-    before, found, rest = marked.partition(marks[0])
-    if not found or marks[0] in rest or not truth.startswith(before):
+    """Put contents where their marks stand, as they are or stripped, whichever gives the truth.
+
+    None if a mark does not stand there once and in order, or neither gives the truth.
+    """
+    literals = []
+    for mark in marks:
+        before, _, marked = marked.partition(mark)
+        literals.append(before)
+    literals.append(marked)
+    if not truth.startswith(literals[0]):
         return None
-    truth = truth[len(before) :]
-    for content in (contents[0], strip_segments(contents[0])):
-        text = "".join(segment.text for segment in content)
-        if not truth.startswith(text):
-            continue
-        after = _fill(rest, marks[1:], contents[1:], truth[len(text) :])
-        if after is not None:
-            return [Segment(before, "literal"), *content, *after]
-    return None
+    segments = [Segment(literals[0], "literal")]
+    position = len(literals[0])
+    for content, after in zip(contents, literals[1:], strict=True):
+        for variant in (content, strip_segments(content)):
+            text = "".join(segment.text for segment in variant) + after
+            if truth.startswith(text, position):
+                segments += [*variant, Segment(after, "literal")]
+                position += len(text)
+                break
+        else:
+            return None
+    return segments if position == len(truth) else None

@@ -66,3 +66,12 @@ def test_a_template_that_rewrites_a_forged_mark_is_refused(template: str) -> Non
     forged = [Message("user", [Segment("a<eos>b", "argument")])]
     with pytest.raises(ChatTemplateError, match="special token"):
         render_chat(forged, lambda m: render(template, m), lambda text: "<eos>" in text)
+
+
+@pytest.mark.parametrize("template", [CHATML, TRIMMING, SHOUTING])
+def test_a_chat_of_thousands_of_messages_is_rendered_in_no_time(template: str) -> None:
+    messages = [Message("user", [Segment(f"turn {n} ", "argument")]) for n in range(3000)]
+    prompt = render_chat(messages, lambda m: render(template, m), never)
+    plain = [{"role": m.role, "content": m.text} for m in messages]
+    assert prompt.text == render(template, plain)
+    assert len(prompt.segments) == (1 if template == SHOUTING else 6001)

@@ -35,8 +35,8 @@ def _blocks(span: Span, rows: Sequence[int]) -> Iterator[Span]:
 
     A span of exactly the rows it sees stays whole: a causal kernel skips the hidden half itself.
     """
-    visible_rows = sum(stop - start for start, stop in span.visible)
-    if span.stop - span.start in range(_BLOCK_TOKENS + 1) or visible_rows == span.stop - span.start:
+    tokens = span.stop - span.start
+    if tokens <= _BLOCK_TOKENS or tokens == sum(stop - start for start, stop in span.visible):
         yield span
         return
     for start in range(span.start, span.stop, _BLOCK_TOKENS):
