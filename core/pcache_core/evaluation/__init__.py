@@ -1,0 +1,1 @@
+"""What reuse does to answers: question sets, metrics, and the table behind `pcache eval`."""
