@@ -10,7 +10,7 @@ from weakref import WeakValueDictionary
 
 from pcache_core import CausalLM, MemoryStore, PromptCacheEngine
 from pcache_core.errors import OptionError
-from pcache_core.params import check_reuse
+from pcache_core.params import RepairPolicy, check_repair, check_reuse
 from pcache_core.store import ModuleStore
 
 _loaded: WeakValueDictionary[tuple[str, str, str], CausalLM] = WeakValueDictionary()
@@ -49,7 +49,7 @@ def build_store(spec: str) -> ModuleStore:
     return MemoryStore()
 
 
-ENGINE_OPTIONS = ("model", "store", "dtype", "device", "namespace")
+ENGINE_OPTIONS = ("model", "store", "dtype", "device", "namespace", "repair")
 """Options of a language model that decide which engine it gets."""
 
 
@@ -65,6 +65,7 @@ def describe_engine(engine: PromptCacheEngine, options: Mapping[str, Any]) -> di
         "dtype": str(engine.lm.dtype).removeprefix("torch."),
         "device": str(engine.lm.device),
         "namespace": engine.namespace,
+        "repair": engine.repair,
         "reuse": engine.reuse,
     }
 
@@ -75,7 +76,7 @@ class EngineOptions:
 
     Equal options make equal engines: `reuse` is only its default, and may differ by call.
 
-    Raises: OptionError: unknown reuse mode or store.
+    Raises: OptionError: unknown reuse mode or store, no repair policy.
     """
 
     model: str
@@ -83,10 +84,12 @@ class EngineOptions:
     dtype: str
     device: str
     namespace: str
+    repair: RepairPolicy | None
     reuse: str = field(compare=False)
 
     def __post_init__(self) -> None:
         check_reuse(self.reuse)
+        check_repair(self.repair)
         check_store(self.store)
 
 
@@ -113,6 +116,7 @@ class EngineHandle:
                     store=build_store(options.store),
                     reuse=check_reuse(options.reuse),
                     namespace=options.namespace,
+                    repair=options.repair,
                 )
             return self._engine
 

@@ -14,7 +14,7 @@ from pcache_core.errors import (
     StoreError,
 )
 from pcache_core.lm import CausalLM
-from pcache_core.params import ReuseMode, SamplingParams
+from pcache_core.params import RepairPolicy, ReuseMode, SamplingParams
 from pcache_core.prompt import Prompt, Segment
 from pcache_core.report import EncodeReport, Report, SegmentReport
 from pcache_core.results import Chunk, Generation, Prefill
@@ -38,6 +38,7 @@ __all__ = [
     "PromptCacheEngine",
     "PromptCacheError",
     "PromptError",
+    "RepairPolicy",
     "Report",
     "ReuseMode",
     "SamplingParams",

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-
-import torch
+from dataclasses import dataclass, replace
 
 from pcache_core.encode import Module
 from pcache_core.key import ModuleKey
 from pcache_core.library import Found, ModuleLibrary
-from pcache_core.lm import Batch, CausalLM, place
-from pcache_core.plan import Candidate, TokenisedPrompt, computed_rows
+from pcache_core.lm import CausalLM, place
+from pcache_core.plan import Candidate, Piece, TokenisedPrompt
 from pcache_core.report import Report, SegmentReport, Source
 from pcache_core.slots import COMPUTED, Accepts, Lease
 
@@ -27,10 +25,15 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Filling:
-    """A state and the rows it goes to."""
+    """A state and the rows it goes to.
+
+    exact: it is what computing these rows would give, having been encoded behind the very tokens
+    that stand before them.
+    """
 
     candidate: Candidate
     found: Found
+    exact: bool
 
 
 def wanted(
@@ -51,7 +54,10 @@ def wanted(
 
 
 def row_filter(wishes: Sequence[Wanted]) -> Accepts:
-    """Which rows of an earlier slot may serve: computed ones, or from a state that is wanted."""
+    """Which rows of an earlier slot may serve: computed ones, or from a state that is wanted.
+
+    Without wishes, or where states are repaired, computed ones alone.
+    """
     digests: dict[int, set[str]] = {}
     for wish in wishes:
         names = {key.digest for key in wish.keys}
@@ -88,16 +94,22 @@ def load(
         if wish.candidate.is_opening:
             opening = wish
         elif found := library.find(wish.keys):
-            fillings.append(Filling(wish.candidate, found))
+            fillings.append(_filling(tokens, wish, found))
         else:
             missing.setdefault(wish.keys[0], []).append(wish)
     anchor = library.anchor(tokens.anchor_ids) if missing else None
     modules = {key: wishes[0].module for key, wishes in missing.items()}
     for key, found in library.encode(anchor, modules):
-        fillings.extend(Filling(wish.candidate, found) for wish in missing[key])
+        fillings.extend(_filling(tokens, wish, found) for wish in missing[key])
     if opening is not None and (found := anchor or library.find(opening.keys)):
-        fillings.append(Filling(opening.candidate, found))
+        fillings.append(_filling(tokens, opening, found))
     return sorted(fillings, key=lambda filling: filling.candidate.start)
+
+
+def _filling(tokens: TokenisedPrompt, wish: Wanted, found: Found) -> Filling:
+    candidate = wish.candidate
+    behind_anchor = candidate.start == tokens.opening and found.digest == wish.keys[0].digest
+    return Filling(candidate, found, candidate.is_opening or behind_anchor)
 
 
 def fill(lm: CausalLM, lease: Lease, fillings: Sequence[Filling]) -> None:
@@ -107,51 +119,18 @@ def fill(lm: CausalLM, lease: Lease, fillings: Sequence[Filling]) -> None:
         place(lease.slot, filling.candidate.start, filling.found.state, rotations)
 
 
-def compute(
-    lm: CausalLM, lease: Lease, tokens: TokenisedPrompt, fillings: Sequence[Filling]
-) -> torch.Tensor:
-    """Compute every row that neither the prefix nor a state holds; logits of the last, [vocab].
-
-    Computed tokens see every token before them in the prompt's order.
-    """
-    prefix = len(lease.token_ids)
-    filled = [(f.candidate.start, f.candidate.stop) for f in fillings]
-    rows = computed_rows(len(tokens.token_ids), [(0, prefix), *filled])
-    input_ids = [tokens.token_ids[row] for row in rows]
-    logits = lm.forward(Batch.of_rows(lease.slot, input_ids, rows, rows))
-    labels = [COMPUTED] * len(tokens.token_ids)
-    labels[:prefix] = lease.labels
-    for filling in fillings:
-        start, stop = filling.candidate.start, filling.candidate.stop
-        # The opening's state is what computing it would give.
-        label = COMPUTED if filling.candidate.is_opening else filling.found.digest
-        labels[start:stop] = [label] * (stop - start)
-    lease.token_ids, lease.labels = list(tokens.token_ids), labels
-    return logits
-
-
 def describe(
     tokens: TokenisedPrompt, prefix: int, fillings: Sequence[Filling], reuse: str
 ) -> Report:
-    """The request's report, times still zero."""
+    """The request's report, times still zero and nothing repaired."""
     sources: list[Source] = ["computed"] * len(tokens.token_ids)
     sources[:prefix] = ["prefix"] * prefix
     for filling in fillings:
         start, stop = filling.candidate.start, filling.candidate.stop
         sources[start:stop] = [filling.found.source] * (stop - start)
     encoded, computed = sources.count("encoded"), sources.count("computed")
-    segments = tuple(
-        SegmentReport(
-            kind=piece.segment.kind,
-            name=piece.segment.name,
-            text=piece.segment.text,
-            num_tokens=piece.stop - piece.start,
-            source=_most_common(sources[piece.start : piece.stop]),
-        )
-        for piece in tokens.pieces
-    )
     return Report(
-        segments=segments,
+        segments=tuple(_segment(piece, sources) for piece in tokens.pieces),
         prompt_tokens=len(sources),
         cached_tokens=len(sources) - encoded - computed,
         encoded_tokens=encoded,
@@ -160,5 +139,24 @@ def describe(
     )
 
 
-def _most_common(sources: Sequence[Source]) -> Source:
-    return max(dict.fromkeys(sources), key=sources.count) if sources else "computed"
+def describe_repair(report: Report, tokens: TokenisedPrompt, rows: Sequence[int]) -> None:
+    """Write into a report which rows were computed again."""
+    report.repaired_tokens = len(rows)
+    again = set(rows)
+    segments = []
+    for segment, piece in zip(report.segments, tokens.pieces, strict=True):
+        count = len(again.intersection(range(piece.start, piece.stop)))
+        source = "repaired" if 2 * count > segment.num_tokens else segment.source
+        segments.append(replace(segment, repaired_tokens=count, source=source))
+    report.segments = tuple(segments)
+
+
+def _segment(piece: Piece, sources: Sequence[Source]) -> SegmentReport:
+    here = sources[piece.start : piece.stop]
+    return SegmentReport(
+        kind=piece.segment.kind,
+        name=piece.segment.name,
+        text=piece.segment.text,
+        num_tokens=len(here),
+        source=max(dict.fromkeys(here), key=here.count) if here else "computed",
+    )

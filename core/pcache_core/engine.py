@@ -14,13 +14,21 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from pcache_core import assemble
+from pcache_core import assemble, prefill
 from pcache_core.chat import Message, render_chat
 from pcache_core.errors import BudgetError, OptionError
 from pcache_core.generate import AnswerText, decode_loop
 from pcache_core.library import ModuleLibrary
 from pcache_core.lm import Batch, CausalLM
-from pcache_core.params import DEFAULT_REUSE, ReuseMode, SamplingParams, check_reuse
+from pcache_core.params import (
+    DEFAULT_REUSE,
+    REPAIR,
+    RepairPolicy,
+    ReuseMode,
+    SamplingParams,
+    check_repair,
+    check_reuse,
+)
 from pcache_core.plan import Candidate, TokenisedPrompt, candidates, tokenise
 from pcache_core.precompute import precompute
 from pcache_core.prompt import Prompt
@@ -53,7 +61,9 @@ class PromptCacheEngine:
 
     store: where states are kept; a `MemoryStore` of the default budget if not given.
     reuse: the mode of requests that don't name one: `off` reuses nothing, `exact` the longest
-        prefix that is still in a slot, `fast` also the state of every module, in any order.
+        prefix that is still in a slot, `fast` also the state of every module, in any order;
+        `balanced` and `high` compute a small and a larger share of these tokens again.
+    repair: what `balanced` and `high` compute again, instead of their own choice.
     namespace: part of every key; engines of different namespaces never share a state.
     min_module_tokens: shorter documents are computed in line.
     reports: of the last 256 requests.
@@ -71,6 +81,7 @@ class PromptCacheEngine:
         namespace: str = "default",
         *,
         min_module_tokens: int = 8,
+        repair: RepairPolicy | None = None,
     ) -> None:
         if not isinstance(lm, CausalLM):
             raise OptionError(
@@ -86,6 +97,7 @@ class PromptCacheEngine:
         self.lm = lm
         self.store: ModuleStore = MemoryStore() if store is None else store
         self.reuse = check_reuse(reuse)
+        self.repair = check_repair(repair)
         self.namespace = namespace
         self.min_module_tokens = min_module_tokens
         self.reports: deque[Report] = deque(maxlen=_KEPT_REPORTS)
@@ -115,13 +127,18 @@ class PromptCacheEngine:
             progress=progress,
         )
 
-    def prefill(self, prompt: Prompt, reuse: ReuseMode | None = None) -> Prefill:
+    def prefill(
+        self,
+        prompt: Prompt,
+        reuse: ReuseMode | None = None,
+        repair: RepairPolicy | None = None,
+    ) -> Prefill:
         """Read a prompt and return the logits of the token after it.
 
         Raises: ContextLengthError, OptionError, PromptError: before any work.
         """
         started = time.perf_counter()
-        request = self._check(prompt, SamplingParams(max_tokens=1), reuse)
+        request = self._check(prompt, SamplingParams(max_tokens=1), reuse, repair)
         reading = self._read(request)
         self._finish(request, reading)
         reading.report.ttft_ms = _ms_since(started)
@@ -133,25 +150,28 @@ class PromptCacheEngine:
         prompt: Prompt,
         params: SamplingParams | None = None,
         reuse: ReuseMode | None = None,
+        repair: RepairPolicy | None = None,
     ) -> Generation:
         """The whole answer at once; arguments and errors as for `stream`."""
-        return Generation.of(list(self.stream(prompt, params, reuse)))
+        return Generation.of(list(self.stream(prompt, params, reuse, repair)))
 
     def stream(
         self,
         prompt: Prompt,
         params: SamplingParams | None = None,
         reuse: ReuseMode | None = None,
+        repair: RepairPolicy | None = None,
     ) -> Generator[Chunk, None, None]:
         """The answer piece by piece. The last chunk has `finish_reason` and `report`.
 
+        reuse, repair: for this request, instead of the engine's; `repair` alone means `balanced`.
         The prompt is checked at once and read when the first chunk is asked for; a stream that
         is given up frees its slot.
 
         Raises: ContextLengthError, OptionError, PromptError: before any work.
         """
         started = time.perf_counter()
-        request = self._check(prompt, params or SamplingParams(), reuse)
+        request = self._check(prompt, params or SamplingParams(), reuse, repair)
         return self._run(request, _ms_since(started))
 
     async def agenerate(
@@ -159,18 +179,21 @@ class PromptCacheEngine:
         prompt: Prompt,
         params: SamplingParams | None = None,
         reuse: ReuseMode | None = None,
+        repair: RepairPolicy | None = None,
     ) -> Generation:
         """`generate` without blocking the event loop."""
-        return Generation.of([chunk async for chunk in self.astream(prompt, params, reuse)])
+        chunks = self.astream(prompt, params, reuse, repair)
+        return Generation.of([chunk async for chunk in chunks])
 
     async def astream(
         self,
         prompt: Prompt,
         params: SamplingParams | None = None,
         reuse: ReuseMode | None = None,
+        repair: RepairPolicy | None = None,
     ) -> AsyncGenerator[Chunk, None]:
         """`stream` without blocking the event loop; each piece is made in a worker thread."""
-        chunks = await asyncio.to_thread(self.stream, prompt, params, reuse)
+        chunks = await asyncio.to_thread(self.stream, prompt, params, reuse, repair)
         step: asyncio.Future[Chunk | None] | None = None
         try:
             while True:
@@ -197,9 +220,22 @@ class PromptCacheEngine:
         """The prompt's token ids, the same for every reuse mode."""
         return tokenise(prompt, self.lm.text.ids, self.lm.text.bos_ids)
 
-    def _check(self, prompt: Prompt, params: SamplingParams, reuse: ReuseMode | None) -> Request:
+    def _check(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        reuse: ReuseMode | None,
+        repair: RepairPolicy | None,
+    ) -> Request:
         mode = self.reuse if reuse is None else check_reuse(reuse)
-        return check_request(self.lm, prompt, params, mode)
+        if check_repair(repair) is not None and mode not in REPAIR:
+            if reuse is not None:
+                raise OptionError(
+                    f"reuse={reuse!r} repairs nothing, but repair= was given; "
+                    "use reuse='balanced', or leave one of them out"
+                )
+            mode = "balanced"
+        return check_request(self.lm, prompt, params, mode, repair or self.repair)
 
     def _run(self, request: Request, check_ms: float) -> Generator[Chunk, None, None]:
         started = time.perf_counter()
@@ -236,8 +272,9 @@ class PromptCacheEngine:
         tokens = request.tokens
         clock = time.perf_counter()
         wishes = assemble.wanted(tokens, self._candidates(request), self._library)
-        accepts = assemble.row_filter(wishes) if request.reuse != "off" else _accept_nothing
-        lease = self._pool.acquire(tokens.token_ids, accepts, request.capacity)
+        usable = [] if request.repair else wishes
+        accepts = _accept_nothing if request.reuse == "off" else assemble.row_filter(usable)
+        lease = self._pool.acquire(tokens.token_ids, accepts, request.capacity, request.repair)
         assemble.keep_whole_modules(lease, wishes)
         prefix = len(lease.token_ids)
         beyond = [wish for wish in wishes if wish.candidate.start >= prefix]
@@ -247,12 +284,20 @@ class PromptCacheEngine:
         report.load_ms, clock = _ms_since(clock), time.perf_counter()
         assemble.fill(self.lm, lease, fillings)
         report.assemble_ms, clock = _ms_since(clock), time.perf_counter()
-        logits = assemble.compute(self.lm, lease, tokens, fillings)
-        report.prefill_ms = _ms_since(clock)
+        todo = prefill.work(self.lm, lease, tokens, fillings, request.repair)
+        logits, attention = prefill.compute(self.lm, lease, todo)
+        report.prefill_ms, clock = _ms_since(clock), time.perf_counter()
+        repaired = todo.repaired
+        if todo.choices:
+            logits, repaired = prefill.repair(self.lm, lease, todo, attention)
+            report.repair_ms = _ms_since(clock)
+        if request.repair and repaired:
+            prefill.note_repair(lease, repaired, request.repair, len(tokens.token_ids))
+            assemble.describe_repair(report, tokens, repaired)
         return _Reading(logits, report, lambda token: self._step(lease, token), lease)
 
     def _candidates(self, request: Request) -> list[Candidate]:
-        if request.reuse != "fast":
+        if request.reuse in ("off", "exact"):
             return []
         return candidates(
             request.tokens,

@@ -9,9 +9,36 @@ from typing import Any, Literal, get_args
 
 from pcache_core.errors import OptionError
 
-ReuseMode = Literal["off", "exact", "fast"]
+ReuseMode = Literal["off", "exact", "fast", "balanced", "high"]
 REUSE_MODES: tuple[ReuseMode, ...] = get_args(ReuseMode)
-DEFAULT_REUSE: ReuseMode = "fast"
+DEFAULT_REUSE: ReuseMode = "balanced"
+
+
+@dataclass(frozen=True, slots=True)
+class RepairPolicy:
+    """Which reused tokens are computed again, with sight of everything before them.
+
+    A document that was encoded apart knows nothing of the documents before it. Repair recomputes
+    the first `head_tokens` of each such document (EPIC, ICML 2025), and then the share
+    `query_ratio` of their tokens that the question attends to most (ProphetKV, ICML 2026).
+
+    max_ratio: limits both together, as a share of the same tokens; in a prompt of many short
+        documents it shortens the heads, not the share that the question chooses.
+
+    `RepairPolicy(head_tokens=0, query_ratio=1.0)` computes what a full prefill computes.
+
+    Raises: OptionError: a value out of range.
+    """
+
+    head_tokens: int
+    query_ratio: float
+    max_ratio: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_integer("head_tokens", self.head_tokens)
+        _check_range("head_tokens", self.head_tokens, 0, None, "0 or more")
+        _check_range("query_ratio", self.query_ratio, 0, 1, "from 0 to 1")
+        _check_range("max_ratio", self.max_ratio, 0, 1, "from 0 to 1")
 
 
 def check_reuse(mode: str) -> ReuseMode:
@@ -20,6 +47,16 @@ def check_reuse(mode: str) -> ReuseMode:
         if mode == known:
             return known
     raise OptionError(f"unknown reuse mode {mode!r}; use one of {', '.join(REUSE_MODES)}")
+
+
+def check_repair(policy: RepairPolicy | None) -> RepairPolicy | None:
+    """Return `policy` if it is one. Raises: OptionError."""
+    if policy is None or isinstance(policy, RepairPolicy):
+        return policy
+    raise OptionError(
+        f"repair must be a RepairPolicy, got {type(policy).__name__}; "
+        "for example RepairPolicy(head_tokens=16, query_ratio=0.1)"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,3 +132,10 @@ def _check_range(name: str, value: float, low: float, high: float | None, allowe
 def _check_integer(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise OptionError(f"{name} must be an integer, got {value!r}")
+
+
+REPAIR: dict[ReuseMode, RepairPolicy] = {
+    "balanced": RepairPolicy(head_tokens=16, query_ratio=0.1, max_ratio=0.15),
+    "high": RepairPolicy(head_tokens=32, query_ratio=0.3, max_ratio=0.5),
+}
+"""What the modes that repair do, where nothing else is asked for."""

@@ -25,13 +25,17 @@ _COLOURS: dict[Source, str] = {
 
 @dataclass(frozen=True, slots=True)
 class SegmentReport:
-    """One segment of the prompt and where most of its tokens came from."""
+    """One segment of the prompt and where most of its tokens came from.
+
+    repaired_tokens: how many of them were reused and then computed again.
+    """
 
     kind: str
     name: str | None
     text: str
     num_tokens: int
     source: Source
+    repaired_tokens: int = 0
 
 
 @dataclass(slots=True)
@@ -40,12 +44,14 @@ class Report:
 
     `prompt_tokens` counts every token of the prompt, a beginning-of-sequence token included, and
     is the sum of `cached_tokens` (served from a prefix or from states that were there before),
-    `encoded_tokens` (modules encoded during this call) and `computed_tokens`.
+    `encoded_tokens` (modules encoded during this call) and `computed_tokens`. `repaired_tokens`
+    counts those of the cached and encoded ones that were then computed again.
 
     reuse: the mode that ran; differs from the one asked for when `fallback_reason` says why.
     ttft_ms: from the call to the first token (or to the logits, for a prefill alone); holds
-        `load_ms` (states fetched or encoded), `assemble_ms` (copied and moved into place) and
-        `prefill_ms` (the forward over the computed tokens).
+        `load_ms` (states fetched or encoded), `assemble_ms` (copied and moved into place),
+        `prefill_ms` (the forward over the computed tokens) and `repair_ms` (the choice of tokens
+        to repair and the forward over them).
     """
 
     segments: tuple[SegmentReport, ...]
@@ -60,6 +66,8 @@ class Report:
     prefill_ms: float = 0.0
     generated_tokens: int = 0
     fallback_reason: str | None = None
+    repaired_tokens: int = 0
+    repair_ms: float = 0.0
 
     @property
     def cached_share(self) -> float:
@@ -67,11 +75,15 @@ class Report:
         return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
 
     def _summary(self) -> str:
+        repaired, repair_ms = "", ""
+        if self.repaired_tokens:
+            repaired = f" ({self.repaired_tokens} repaired)"
+            repair_ms = f", repair {self.repair_ms:.1f}"
         line = (
             f"{self.reuse}: {self.cached_tokens} of {self.prompt_tokens} tokens reused, "
-            f"{self.encoded_tokens} encoded, {self.computed_tokens} computed; "
+            f"{self.encoded_tokens} encoded{repaired}, {self.computed_tokens} computed; "
             f"first token after {self.ttft_ms:.1f} ms (load {self.load_ms:.1f}, "
-            f"assemble {self.assemble_ms:.1f}, prefill {self.prefill_ms:.1f})"
+            f"assemble {self.assemble_ms:.1f}, prefill {self.prefill_ms:.1f}{repair_ms})"
         )
         return f"{line}\nfallback: {self.fallback_reason}" if self.fallback_reason else line
 
@@ -90,13 +102,14 @@ class Report:
         prompt = Text()
         for segment in self.segments:
             prompt.append(segment.text, style=_COLOURS[segment.source])
-        table = Table("source", "kind", "name", "tokens", box=None, pad_edge=False)
+        table = Table("source", "kind", "name", "tokens", "repaired", box=None, pad_edge=False)
         for segment in self.segments:
             table.add_row(
                 Text(segment.source, style=_COLOURS[segment.source]),
                 segment.kind,
                 Text(segment.name or ""),
                 str(segment.num_tokens),
+                str(segment.repaired_tokens or ""),
             )
         yield prompt
         yield table
@@ -125,7 +138,8 @@ class Report:
 
 def _title(segment: SegmentReport) -> str:
     name = f" {segment.name}" if segment.name else ""
-    return f"{segment.kind}{name}: {segment.num_tokens} tokens, {segment.source}"
+    repaired = f", {segment.repaired_tokens} repaired" if segment.repaired_tokens else ""
+    return f"{segment.kind}{name}: {segment.num_tokens} tokens, {segment.source}{repaired}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from pcache_core.errors import ContextLengthError, OptionError, PromptError
 from pcache_core.lm import CausalLM
-from pcache_core.params import ReuseMode, SamplingParams
+from pcache_core.params import REPAIR, RepairPolicy, ReuseMode, SamplingParams
 from pcache_core.plan import TokenisedPrompt, tokenise
 from pcache_core.prompt import Prompt
 
@@ -18,12 +18,14 @@ class Request:
     """A checked request: nothing in it can be wrong any more.
 
     reuse: the mode that can run; `fallback_reason` says why it is not the one asked for.
+    repair: which reused tokens are computed again; None for modes that repair nothing.
     """
 
     tokens: TokenisedPrompt
     params: SamplingParams
     reuse: ReuseMode
     fallback_reason: str | None
+    repair: RepairPolicy | None
 
     @property
     def capacity(self) -> int:
@@ -31,8 +33,16 @@ class Request:
         return len(self.tokens.token_ids) + min(self.params.max_tokens, _USUAL_ANSWER_TOKENS)
 
 
-def check_request(lm: CausalLM, prompt: Prompt, params: SamplingParams, mode: ReuseMode) -> Request:
+def check_request(
+    lm: CausalLM,
+    prompt: Prompt,
+    params: SamplingParams,
+    mode: ReuseMode,
+    repair: RepairPolicy | None,
+) -> Request:
     """Tokenise a prompt and see that the model can run it.
+
+    repair: used instead of the mode's own policy, if the mode repairs at all.
 
     Raises: PromptError: no prompt, or one without tokens. ContextLengthError: too many tokens.
     """
@@ -56,7 +66,9 @@ def check_request(lm: CausalLM, prompt: Prompt, params: SamplingParams, mode: Re
             )
         # The last token that is generated needs no row of its own.
         params = replace(params, max_tokens=min(params.max_tokens, limit - length + 1))
-    return Request(tokens, params, *_possible(lm, mode, length))
+    possible, reason = _possible(lm, mode, length)
+    policy = REPAIR.get(possible)
+    return Request(tokens, params, possible, reason, policy and (repair or policy))
 
 
 def _possible(lm: CausalLM, mode: ReuseMode, length: int) -> tuple[ReuseMode, str | None]:
@@ -70,6 +82,6 @@ def _possible(lm: CausalLM, mode: ReuseMode, length: int) -> tuple[ReuseMode, st
             f"beyond {lm.support.stable_length} tokens the model's rotary frequencies depend on "
             "the prompt's length"
         )
-    if mode == "fast" and not lm.support.reuses_modules:
+    if mode != "exact" and not lm.support.reuses_modules:
         return "exact", lm.support.reason
     return mode, None

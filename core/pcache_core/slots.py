@@ -7,9 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pcache_core.kv import Slot
+from pcache_core.params import RepairPolicy
 
 COMPUTED = ""
-"""Label of a row that was computed with full sight of every row before it."""
+"""Label of a row that is what computing it with full sight of exact rows would give."""
+
+REPAIRED = "*"
+"""Label of a row that was computed again, or behind such a row; see `Lease.repair`."""
 
 _ROUND_UP = 256
 
@@ -18,13 +22,17 @@ _ROUND_UP = 256
 class Lease:
     """A slot in use by one request.
 
-    token_ids, labels: what its filled rows hold and came from: `COMPUTED`, or the digest of the
-    state they were filled from.
+    token_ids, labels: what its filled rows hold and came from: `COMPUTED`, `REPAIRED`, or the
+    digest of the state they were filled from.
+    repair, repaired_for: the policy that repaired rows, and the length of the prompt whose
+    question chose them.
     """
 
     slot: Slot
     token_ids: list[int]
     labels: list[str]
+    repair: RepairPolicy | None = None
+    repaired_for: int = 0
 
     def grow(self, make_slot: Callable[[int], Slot]) -> None:
         """Move to a slot of twice the capacity."""
@@ -46,7 +54,8 @@ class SlotPool:
     """Keeps the slots of the last requests.
 
     A row can be taken over when every row up to it holds the same token, and either was computed
-    with full sight or came from a state that the new prompt uses in the same place.
+    with full sight or came from a state that the new prompt uses in the same place. Repaired rows
+    were chosen by a question, so they serve only a prompt that continues behind that question.
     """
 
     def __init__(self, make_slot: Callable[[int], Slot], max_idle: int) -> None:
@@ -55,21 +64,31 @@ class SlotPool:
         self._idle: list[Lease] = []  # least recently used first
         self._lock = threading.Lock()
 
-    def acquire(self, token_ids: Sequence[int], accepts: Accepts, capacity: int) -> Lease:
+    def acquire(
+        self,
+        token_ids: Sequence[int],
+        accepts: Accepts,
+        capacity: int,
+        repair: RepairPolicy | None = None,
+    ) -> Lease:
         """A slot for `capacity` rows that holds as long a start of the prompt as possible.
 
         The last token is never taken over: it has to be computed for its logits.
         """
         with self._lock:
-            best, rows = self._best_match(token_ids, accepts)
+            best, rows = self._best_match(token_ids, accepts, repair)
             if best is not None and self._may_continue(best, rows, capacity):
                 self._idle.remove(best)
-                del best.token_ids[rows:], best.labels[rows:]
-                return best
-            lease = Lease(self._buffer(capacity, keep=best), [], [])
-            if best is not None:
-                lease.slot.copy_rows(best.slot, rows)
-                lease.token_ids, lease.labels = best.token_ids[:rows], best.labels[:rows]
+                lease = best
+                del lease.token_ids[rows:], lease.labels[rows:]
+            else:
+                lease = Lease(self._buffer(capacity, keep=best), [], [])
+                if best is not None:
+                    lease.slot.copy_rows(best.slot, rows)
+                    lease.token_ids, lease.labels = best.token_ids[:rows], best.labels[:rows]
+                    lease.repair, lease.repaired_for = best.repair, best.repaired_for
+            if REPAIRED not in lease.labels:
+                lease.repair, lease.repaired_for = None, 0
             return lease
 
     def release(self, lease: Lease) -> None:
@@ -79,10 +98,15 @@ class SlotPool:
             if len(self._idle) > self._max_idle:
                 del self._idle[0]
 
-    def _best_match(self, token_ids: Sequence[int], accepts: Accepts) -> tuple[Lease | None, int]:
+    def _best_match(
+        self, token_ids: Sequence[int], accepts: Accepts, repair: RepairPolicy | None
+    ) -> tuple[Lease | None, int]:
         best, rows = None, 0
         for lease in self._idle:
-            matching = _matching_rows(lease, token_ids, accepts)
+            if _continues(lease, token_ids, repair):
+                matching = _alike(lease, token_ids)
+            else:
+                matching = _matching_rows(lease, token_ids, accepts)
             if matching > rows:
                 best, rows = lease, matching
         return best, rows
@@ -102,9 +126,20 @@ class SlotPool:
         return self._make_slot(-(-capacity // _ROUND_UP) * _ROUND_UP)
 
 
-def _matching_rows(lease: Lease, token_ids: Sequence[int], accepts: Accepts) -> int:
+def _alike(lease: Lease, token_ids: Sequence[int]) -> int:
+    """Rows from the first on that hold the prompt's tokens, whatever they came from."""
     most = min(len(lease.token_ids), len(token_ids) - 1)
-    for row in range(most):
-        if lease.token_ids[row] != token_ids[row] or not accepts(row, lease.labels[row]):
-            return row
-    return most
+    pairs = zip(lease.token_ids[:most], token_ids, strict=False)
+    return next((row for row, (mine, theirs) in enumerate(pairs) if mine != theirs), most)
+
+
+def _matching_rows(lease: Lease, token_ids: Sequence[int], accepts: Accepts) -> int:
+    alike = _alike(lease, token_ids)
+    return next((row for row in range(alike) if not accepts(row, lease.labels[row])), alike)
+
+
+def _continues(lease: Lease, token_ids: Sequence[int], repair: RepairPolicy | None) -> bool:
+    """Whether the prompt is the one that rows were repaired for, or goes on behind it."""
+    if repair is None or lease.repair != repair:
+        return False
+    return _alike(lease, token_ids) >= lease.repaired_for - 1

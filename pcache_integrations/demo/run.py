@@ -10,9 +10,11 @@ from rich.console import Console
 from rich.markup import escape
 
 from pcache_core import CausalLM, PromptCacheEngine, Report
-from pcache_core.params import ReuseMode
+from pcache_core.params import DEFAULT_REUSE, ReuseMode
 from pcache_integrations.demo.corpus import Corpus, Question
 from pcache_integrations.demo.pipelines import Pipeline, langchain_pipeline, llama_index_pipeline
+
+_MODES: tuple[ReuseMode, ReuseMode] = ("off", DEFAULT_REUSE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +63,10 @@ def run_demo(lm: CausalLM, corpus: Corpus, *, top_k: int, console: Console) -> l
 def compare(pipeline: Pipeline, question: Question, *, off_first: bool) -> Comparison:
     """Ask one question without and with reuse. The order alternates, so that neither gains."""
     answers: dict[ReuseMode, tuple[str, Report]] = {}
-    modes: tuple[ReuseMode, ReuseMode] = ("off", "fast")
-    for mode in modes if off_first else modes[::-1]:
+    for mode in _MODES if off_first else _MODES[::-1]:
         answer = pipeline.ask(question.text, mode)
         answers[mode] = (answer, pipeline.engine.reports[-1])
-    (answer_off, off), (answer_on, on) = answers["off"], answers["fast"]
+    (answer_off, off), (answer_on, on) = (answers[mode] for mode in _MODES)
     return Comparison(question.answer, answer_off, answer_on, off, on)
 
 
@@ -88,7 +89,7 @@ def summary(results: Sequence[Comparison]) -> str:
 
 def _warm_up(pipeline: Pipeline) -> None:
     """First calls pay for imports and memory; measure neither mode with them."""
-    for mode in ("off", "fast"):
+    for mode in _MODES:
         pipeline.ask("Is anybody there?", mode)
 
 

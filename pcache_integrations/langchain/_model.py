@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError
 
 from pcache_core import EncodeReport, PromptCacheEngine
 from pcache_core.errors import OptionError
-from pcache_core.params import DEFAULT_REUSE, ReuseMode, SamplingParams
+from pcache_core.params import DEFAULT_REUSE, RepairPolicy, ReuseMode, SamplingParams
 from pcache_integrations._engines import (
     ENGINE_OPTIONS,
     EngineHandle,
@@ -32,7 +32,8 @@ _OF_A_CALL = (
 class CachedModel(BaseLanguageModel[Any]):
     """Options and engine of a LangChain model that runs on a `PromptCacheEngine`.
 
-    model: a built-in model, a path or a hub id. reuse: a reuse mode. store: where states are kept.
+    model: a built-in model, a path or a hub id. reuse: a reuse mode. repair: what `balanced` and
+    `high` compute again, instead of their own choice. store: where states are kept.
     dtype, device: of the model. namespace: states are shared within one only.
     engine_handle: how copies of this object share its engine.
     The others are those of `SamplingParams`. What only hosted models need (`api_key`, `base_url`,
@@ -43,6 +44,7 @@ class CachedModel(BaseLanguageModel[Any]):
 
     model: str = "builtin:tiny-rag"
     reuse: str = DEFAULT_REUSE
+    repair: RepairPolicy | None = None
     store: str = "memory"
     dtype: str = "auto"
     device: str = "auto"
@@ -60,8 +62,8 @@ class CachedModel(BaseLanguageModel[Any]):
     def __init__(self, *, engine: PromptCacheEngine | None = None, **options: Any) -> None:
         """Check the options; the model is loaded when it is first needed.
 
-        engine: an engine to share, instead of one made from `model`, `store`, `dtype`, `device`
-            and `namespace`.
+        engine: an engine to share, instead of one made from `model`, `store`, `dtype`, `device`,
+            `namespace` and `repair`.
         """
         place = type(self).__name__
         check_names(options, (*type(self).model_fields, *_OF_HOSTED_MODELS), place)

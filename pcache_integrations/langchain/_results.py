@@ -10,8 +10,8 @@ from pcache_core import Report
 from pcache_core.results import FinishReason
 
 _REUSE_FIGURES = (
-    "reuse", "prompt_tokens", "cached_tokens", "encoded_tokens", "computed_tokens", "ttft_ms",
-    "fallback_reason",
+    "reuse", "prompt_tokens", "cached_tokens", "encoded_tokens", "repaired_tokens",
+    "computed_tokens", "ttft_ms", "fallback_reason",
 )  # fmt: skip
 
 

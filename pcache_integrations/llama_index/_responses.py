@@ -69,6 +69,7 @@ def raw(report: Report) -> dict[str, Any]:
             "prompt_tokens": report.prompt_tokens,
             "cached_tokens": report.cached_tokens,
             "encoded_tokens": report.encoded_tokens,
+            "repaired_tokens": report.repaired_tokens,
             "computed_tokens": report.computed_tokens,
             "ttft_ms": report.ttft_ms,
             "fallback_reason": report.fallback_reason,

@@ -26,7 +26,7 @@ from llama_index.core.schema import BaseNode, NodeWithScore
 
 from pcache_core import EncodeReport, Prompt, PromptCacheEngine, SamplingParams
 from pcache_core.errors import OptionError
-from pcache_core.params import DEFAULT_REUSE, ReuseMode
+from pcache_core.params import DEFAULT_REUSE, RepairPolicy, ReuseMode
 from pcache_integrations._engines import ENGINE_OPTIONS, EngineOptions, describe_engine
 from pcache_integrations._options import call_options, check_names
 from pcache_integrations.llama_index import _responses as responses
@@ -64,7 +64,12 @@ class PromptCacheLLM(AutoMap, CustomLLM):
     """
 
     model: str = Field(default="builtin:tiny-rag", description="A built-in model, path or hub id.")
-    reuse: str = Field(default=DEFAULT_REUSE, description="What is reused: off, exact or fast.")
+    reuse: str = Field(
+        default=DEFAULT_REUSE, description="What is reused: off, exact, fast, balanced or high."
+    )
+    repair: RepairPolicy | None = Field(
+        default=None, description="What balanced and high compute again, if not their own choice."
+    )
     store: str = Field(default="memory", description="Where states are kept.")
     max_tokens: int = Field(default=256, description="Most tokens to generate.")
     temperature: float = Field(default=0.0, description="0 takes the likeliest token.")

@@ -195,7 +195,7 @@ class TestGeneration:
         counts = [llm.engine.prefill(Prompt.from_text(text)).report.prompt_tokens for text in texts]
         assert result.llm_output["token_usage"]["prompt_tokens"] == sum(counts)
         for figure in figures:
-            assert figure["reuse"] == "fast"
+            assert figure["reuse"] == "balanced"
             assert figure["prompt_tokens"] == (
                 figure["cached_tokens"] + figure["encoded_tokens"] + figure["computed_tokens"]
             )

@@ -135,7 +135,7 @@ class TestEveryMethod:
         assert usage["prompt_tokens"] == pytest.approx(tokens, abs=2)  # pieces split words apart
         assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
         assert usage["prompt_tokens_details"]["cached_tokens"] == usage["prompt_tokens"] - 1
-        assert parts[-1].raw["prompt_cache"]["reuse"] == "fast"
+        assert parts[-1].raw["prompt_cache"]["reuse"] == "balanced"
         assert parts[-1].additional_kwargs["finish_reason"] in ("stop", "length")
 
     @pytest.mark.parametrize("ask", ALL)

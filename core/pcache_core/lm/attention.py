@@ -55,6 +55,9 @@ def slot_attention(  # noqa: PLR0913 (transformers' signature)
         queries = query[:, :, span.start : span.stop]
         keys, values = _visible(key, span), _visible(value, span)
         group = query.shape[1] // key.shape[1]
+        if pcache_batch.watched is not None:
+            bias = pcache_batch.bias(span, window, group, torch.float32)
+            _watch(pcache_batch, span, _weights(queries * scale, keys, bias, softcap, s_aux))
         if softcap is not None or s_aux is not None:
             bias = pcache_batch.bias(span, window, group, torch.float32)
             outputs.append(_attend_by_matmul(queries * scale, keys, values, bias, softcap, s_aux))
@@ -119,10 +122,19 @@ def _attend_by_matmul(
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Attention with logit soft-capping (Gemma 2) or sinks (GPT-OSS), softmax in fp32.
+    """Attention with logit soft-capping (Gemma 2) or sinks (GPT-OSS); query is scaled already."""
+    weights = _weights(query, key, bias, softcap, sinks).to(value.dtype)
+    return torch.matmul(weights, value).reshape(*query.shape[:3], value.shape[-1])
 
-    query is scaled already.
-    """
+
+def _weights(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    bias: torch.Tensor | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attention probabilities, softmax in fp32: [1, kv heads, group * tokens, rows]."""
     group = query.shape[1] // key.shape[1]
     scores = torch.matmul(_fold(query, key.shape[1]), key.transpose(-1, -2)).float()
     if softcap is not None:
@@ -134,5 +146,19 @@ def _attend_by_matmul(
         column = sinks.float().reshape(1, key.shape[1], group, 1, 1)
         column = column.expand(-1, -1, -1, tokens, -1).reshape(*scores.shape[:-1], 1)
         scores = torch.cat([scores, column], dim=-1)  # the sink takes weight and gives nothing
-    weights = torch.softmax(scores, dim=-1)[..., : key.shape[2]].to(value.dtype)
-    return torch.matmul(weights, value).reshape(*query.shape[:3], value.shape[-1])
+    return torch.softmax(scores, dim=-1)[..., : key.shape[2]]
+
+
+def _watch(batch: Batch, span: Span, weights: torch.Tensor) -> None:
+    """Add what the watched tokens of a span attend to; weights: [1, kv heads, g * tokens, rows]."""
+    assert batch.watched is not None
+    start, stop = max(batch.watched.start, span.start), min(batch.watched.stop, span.stop)
+    if start >= stop:
+        return
+    tokens, rows = span.stop - span.start, weights.shape[-1]
+    by_token = weights.reshape(-1, tokens, rows)  # [heads, tokens, rows]
+    seen = by_token[:, start - span.start : stop - span.start].sum((0, 1))
+    at = 0
+    for first, last in span.visible:
+        batch.attention[first:last] += seen[at : at + last - first]
+        at += last - first

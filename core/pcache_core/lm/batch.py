@@ -52,18 +52,22 @@ class Batch:
     input_ids, positions, rows: [tokens]; `rows[i]` is where token i's keys and values go and,
         being the token's place in the prompt's order, what it may see: rows up to its own.
     num_rows: rows of the slot that take part, written before or by this forward.
+    watched: tokens whose attention is added up, as a range of the batch; None for none.
+    attention: [num_rows] fp32, how much the watched tokens attended to each row, over all layers.
     """
 
     __slots__ = (
         "_biases",
         "_last_rows",
         "_newest",
+        "attention",
         "input_ids",
         "num_rows",
         "positions",
         "rows",
         "slot",
         "spans",
+        "watched",
     )
 
     def __init__(
@@ -73,6 +77,7 @@ class Batch:
         rows: Sequence[int],
         positions: Sequence[int],
         spans: Sequence[Span],
+        watched: range | None = None,
     ) -> None:
         device = slot.positions.device
         self.slot = slot
@@ -81,6 +86,8 @@ class Batch:
         self.positions = torch.tensor(positions, dtype=torch.long, device=device)
         self.spans = tuple(block for span in spans for block in _blocks(span, rows))
         self.num_rows = max(span.visible[-1][1] for span in self.spans)
+        self.watched = watched
+        self.attention = torch.zeros(self.num_rows if watched else 0, device=device)
         self._newest = max(positions)
         self._last_rows = {span: rows[span.stop - 1] for span in self.spans}
         self._biases: dict[tuple[Span, int | None, int, torch.dtype], torch.Tensor] = {}
@@ -93,9 +100,11 @@ class Batch:
         input_ids: Sequence[int],
         rows: Sequence[int],
         positions: Sequence[int],
+        watched: range | None = None,
     ) -> Batch:
         """One request's tokens, which see every row up to their own; `rows` ascend."""
-        return cls(slot, input_ids, rows, positions, [Span(0, len(rows), ((0, rows[-1] + 1),))])
+        span = Span(0, len(rows), ((0, rows[-1] + 1),))
+        return cls(slot, input_ids, rows, positions, [span], watched)
 
     def bias(
         self, span: Span, window: int | None, group: int, dtype: torch.dtype

@@ -120,6 +120,11 @@ class CausalLM:
         """Whether one forward may hold several spans that don't see each other."""
         return self.support.forward is not None and self.support.forward.takes_many_spans
 
+    @property
+    def watches(self) -> bool:
+        """Whether a batch's `attention` is filled by a forward."""
+        return self.encodes_many
+
     @cached_property
     def fingerprint(self) -> str:
         """Digest of configuration and weights; reads every weight once."""

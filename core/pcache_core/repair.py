@@ -1,0 +1,46 @@
+"""Which reused tokens are computed again: document heads, and what the question looks at. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from pcache_core.params import RepairPolicy
+
+Run = tuple[int, int]
+"""Rows `start … stop` of a module that was encoded apart from what stands before it."""
+
+
+def head_rows(policy: RepairPolicy, modules: Sequence[Run]) -> list[int]:
+    """The first rows of each module.
+
+    Where `max_ratio` leaves less than `head_tokens` for each, all heads are shortened alike.
+    """
+    total = _count(modules)
+    limit = int(policy.max_ratio * total) - query_count(policy, total)
+    length = min(policy.head_tokens, limit // len(modules)) if modules else 0
+    return [row for start, stop in modules for row in range(start, min(start + length, stop))]
+
+
+def query_count(policy: RepairPolicy, rows: int) -> int:
+    """How many of so many rows the question chooses."""
+    return int(min(policy.query_ratio, policy.max_ratio) * rows)
+
+
+def spread_rows(policy: RepairPolicy, modules: Sequence[Run]) -> list[int]:
+    """What to repair where attention can't be observed: longer heads, as many rows in all."""
+    count = len(head_rows(policy, modules)) + query_count(policy, _count(modules))
+    rows = [(row - start, row) for start, stop in modules for row in range(start, stop)]
+    return sorted(row for _, row in sorted(rows)[:count])
+
+
+def most_attended(rows: Sequence[int], attention: torch.Tensor, count: int) -> list[int]:
+    """The `count` of the rows with most attention; attention: [rows of the prompt]."""
+    candidates = torch.tensor(rows, device=attention.device)
+    best = torch.topk(attention[candidates], min(count, len(rows))).indices
+    return [rows[index] for index in best.tolist()]
+
+
+def _count(modules: Sequence[Run]) -> int:
+    return sum(stop - start for start, stop in modules)
