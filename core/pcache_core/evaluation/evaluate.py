@@ -85,14 +85,15 @@ def _notes(
         notes.append("exact computes every token: no question continues an earlier prompt")
     if shortened:
         notes.append(
-            f"{len(shortened)} questions left out {sum(shortened)} documents from the middle, to "
-            "fit the model's context"
+            f"{len(shortened)} of {len(outcomes)} questions left out {sum(shortened)} documents "
+            "from their middle, to fit the model's context"
         )
     reports = {mode: [each[mode].report for each in outcomes] for mode in modes}
     for mode, asked in reports.items():
         reasons = [report.fallback_reason for report in asked if report.fallback_reason]
         if reasons:
-            notes.append(f"{mode} fell back {len(reasons)} times: {reasons[0]}")
+            count = f"{len(reasons)} of {len(outcomes)} questions"
+            notes.append(f"{mode} fell back for {count}: {reasons[0]}")
     if not has_rouge():
         notes.append(ROUGE_HINT)
     return tuple(notes)

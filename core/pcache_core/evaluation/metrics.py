@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Literal
 
@@ -44,37 +43,24 @@ def _f1(answer: Sequence[str], reference: Sequence[str]) -> float:
     return 2 * shared / (len(answer) + len(reference))
 
 
-def rouge_l(answer: str, references: Sequence[str]) -> float | None:
-    """F-measure of the longest common subsequence of words; the best of the references.
-
-    None where torchmetrics is not installed (`ROUGE_HINT` says how to).
-    """
-    score = _rouge_score()
-    return None if score is None else score(answer, references)
-
-
 def has_rouge() -> bool:
     """Whether torchmetrics is installed."""
     return find_spec("torchmetrics") is not None
 
 
-@cache
-def _rouge_score() -> Callable[[str, Sequence[str]], float] | None:
+def rouge_l(answer: str, references: Sequence[str]) -> float | None:
+    """F-measure of the longest common subsequence of words; the best of the references.
+
+    None where torchmetrics is not installed (`ROUGE_HINT` says how to).
+    """
     if not has_rouge():
         return None
     from torchmetrics.functional.text import rouge_score
 
-    def score(answer: str, references: Sequence[str]) -> float:
-        scores = rouge_score(
-            [answer],
-            [list(references)],
-            accumulate="best",
-            normalizer=_words,
-            rouge_keys="rougeL",
-        )
-        return float(scores["rougeL_fmeasure"])
-
-    return score
+    scores = rouge_score(
+        [answer], [list(references)], accumulate="best", normalizer=_words, rouge_keys="rougeL"
+    )
+    return float(scores["rougeL_fmeasure"])
 
 
 def _words(text: str) -> str:
