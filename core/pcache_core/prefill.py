@@ -90,13 +90,11 @@ def repair(
     return _run(lm, lease, [*chosen, *behind]), tuple(chosen)
 
 
-def note_repair(
-    lease: Lease, rows: Sequence[int], policy: RepairPolicy, prompt_tokens: int
-) -> None:
+def note_repair(lease: Lease, rows: Sequence[int], policy: RepairPolicy) -> None:
     """Mark rows as repaired, so that they serve only what continues this prompt."""
     for row in rows:
         lease.labels[row] = REPAIRED
-    lease.repair, lease.repaired_for = policy, prompt_tokens
+    lease.repair, lease.repaired_for = policy, len(lease.token_ids)
 
 
 def _run(lm: CausalLM, lease: Lease, rows: Sequence[int]) -> torch.Tensor:
