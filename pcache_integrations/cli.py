@@ -86,11 +86,16 @@ def evaluate(  # noqa: PLR0913 (each is an option of the command)
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 32,
     dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1 …")] = "auto",
+    curve: Annotated[
+        Path | None,
+        typer.Option(help="Also sweep the repaired share, and plot it into this .svg or .png."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Compare the reuse modes on one question set: accuracy, agreement with off, speed."""
     from pcache_core import CausalLM
-    from pcache_core.evaluation import evaluate as evaluation
+    from pcache_core.evaluation.curve import check_plot, plot, sweep
+    from pcache_core.evaluation.evaluate import evaluate as ask
     from pcache_core.params import REUSE_MODES, check_reuse
 
     names = REUSE_MODES if modes is None else modes.split(",")
@@ -99,11 +104,14 @@ def evaluate(  # noqa: PLR0913 (each is an option of the command)
     given = {
         name: value for name, value in world.items() if value is not None and value is not False
     }
+    if curve is not None:
+        check_plot(curve)
     asked = _questions(data, given, questions)
-    result = evaluation.evaluate(
+    result = ask(
         CausalLM.from_pretrained(model, dtype=dtype, device=device),
         asked,
         modes=chosen,
+        sweep=() if curve is None else sweep(),
         layout="chat" if chat else "completion",
         max_tokens=max_tokens,
     )
@@ -111,6 +119,8 @@ def evaluate(  # noqa: PLR0913 (each is an option of the command)
         print(json.dumps(result.as_json(), indent=2))
     else:
         Console(width=None if sys.stdout.isatty() else _WIDTH_OF_A_FILE).print(result)
+    if curve is not None:
+        plot(result, curve)
 
 
 def _questions(data: Path | None, world: dict[str, Any], count: int | None) -> QuestionSet:

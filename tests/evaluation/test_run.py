@@ -10,7 +10,7 @@ from pcache_core import CausalLM, OptionError, PromptCacheEngine, SamplingParams
 from pcache_core.evaluation.data import Item, QuestionSet, WorldOptions, tiny_world
 from pcache_core.evaluation.evaluate import evaluate
 from pcache_core.evaluation.prompts import make_prompt
-from pcache_core.evaluation.run import Outcomes, measure
+from pcache_core.evaluation.run import Outcomes, Way, measure
 from pcache_core.params import REUSE_MODES
 
 
@@ -28,7 +28,8 @@ def outcomes(lm: CausalLM) -> list[Outcomes]:
         make_prompt(engine, item.question, item.contexts, "completion")
         for item in (items[0], *items)
     ]
-    return list(measure(lm, prompts, REUSE_MODES, SamplingParams(max_tokens=16, stop=["\n"])))
+    ways = [Way(mode, mode) for mode in REUSE_MODES]
+    return list(measure(lm, prompts, ways, SamplingParams(max_tokens=16, stop=["\n"])))
 
 
 def test_exact_is_off_to_the_last_digit(outcomes: list[Outcomes]) -> None:

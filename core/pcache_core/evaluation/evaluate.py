@@ -13,7 +13,7 @@ from pcache_core.engine import PromptCacheEngine
 from pcache_core.evaluation.data import QuestionSet
 from pcache_core.evaluation.metrics import ROUGE_HINT, has_rouge
 from pcache_core.evaluation.prompts import Layout, fit
-from pcache_core.evaluation.run import Outcomes, measure
+from pcache_core.evaluation.run import BASELINE, Outcomes, Way, measure
 from pcache_core.evaluation.table import Evaluation, summarise
 from pcache_core.lm import CausalLM
 from pcache_core.params import REUSE_MODES, ReuseMode, SamplingParams
@@ -26,17 +26,19 @@ def evaluate(
     questions: QuestionSet,
     *,
     modes: Sequence[ReuseMode] = REUSE_MODES,
+    sweep: Sequence[Way] = (),
     layout: Layout = "completion",
     max_tokens: int = ANSWER_TOKENS,
 ) -> Evaluation:
     """Ask every question in every mode, greedily, and compare the modes with `off`.
 
-    modes: beside `off`, which is always asked and has a row. An answer ends at a line's end.
-    Shows a progress bar on standard error if that is a terminal.
+    modes: beside `off`, which is always asked and has a row. sweep: more ways to ask, for a curve.
+    An answer ends at a line's end. Shows a progress bar on standard error if that is a terminal.
 
     Raises: ContextLengthError, ChatTemplateError, OptionError: before the first question.
     """
-    rows = tuple(dict.fromkeys(("off", *modes)))
+    chosen = (Way(mode, mode) for mode in modes)
+    ways = list(dict.fromkeys((BASELINE, *chosen, *sweep)))
     params = SamplingParams(max_tokens=max_tokens, stop=["\n"])
     engine = PromptCacheEngine(lm)
     fitted = [fit(engine, item, layout, max_tokens) for item in questions.items]
@@ -44,20 +46,21 @@ def evaluate(
     shortened = [each.left_out for each in fitted if each.left_out]
     outcomes = list(
         tqdm(
-            measure(lm, prompts, rows, params),
+            measure(lm, prompts, ways, params),
             desc="questions",
             total=len(prompts),
             disable=None,  # unless standard error is a terminal
         )
     )
+    names = [way.name for way in ways]
     return Evaluation(
         model=lm.name,
         questions=questions,
-        rows=summarise(questions, outcomes, rows),
+        rows=summarise(questions, outcomes, names),
         max_tokens=max_tokens,
         shortened=len(shortened),
         environment=environment(lm),
-        notes=_notes(outcomes, rows, shortened),
+        notes=_notes(outcomes, names, shortened),
     )
 
 
@@ -77,23 +80,23 @@ def environment(lm: CausalLM) -> dict[str, str | int]:
 
 
 def _notes(
-    outcomes: Sequence[Outcomes], modes: Sequence[ReuseMode], shortened: Sequence[int]
+    outcomes: Sequence[Outcomes], names: Sequence[str], shortened: Sequence[int]
 ) -> tuple[str, ...]:
     """What the figures alone don't tell. shortened: documents left out, where there are any."""
     notes = []
-    if "exact" in modes:
+    if "exact" in names:
         notes.append("exact computes every token: no question continues an earlier prompt")
     if shortened:
         notes.append(
             f"{len(shortened)} of {len(outcomes)} questions left out {sum(shortened)} documents "
             "from their middle, to fit the model's context"
         )
-    reports = {mode: [each[mode].report for each in outcomes] for mode in modes}
-    for mode, asked in reports.items():
+    reports = {name: [each[name].report for each in outcomes] for name in names}
+    for name, asked in reports.items():
         reasons = [report.fallback_reason for report in asked if report.fallback_reason]
         if reasons:
             count = f"{len(reasons)} of {len(outcomes)} questions"
-            notes.append(f"{mode} fell back for {count}: {reasons[0]}")
+            notes.append(f"{name} fell back for {count}: {reasons[0]}")
     if not has_rouge():
         notes.append(ROUGE_HINT)
     return tuple(notes)

@@ -15,18 +15,30 @@ import torch
 
 from pcache_core.engine import PromptCacheEngine
 from pcache_core.lm import CausalLM
-from pcache_core.params import ReuseMode, SamplingParams
+from pcache_core.params import RepairPolicy, ReuseMode, SamplingParams
 from pcache_core.prompt import Prompt
 from pcache_core.report import Report
 from pcache_core.store import MemoryStore
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
-    """One question in one mode.
+class Way:
+    """How to ask: a reuse mode, with a repair of its own or the mode's."""
 
-    kl: of the distribution of the token after the prompt from that of mode `off`, KL(off ‖ mode),
-        in nats. report: of the request that gave the answer.
+    name: str
+    mode: ReuseMode
+    repair: RepairPolicy | None = None
+
+
+BASELINE = Way("off", "off")
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One question asked in one way.
+
+    kl: of the distribution of the token after the prompt from that of `off`, KL(off ‖ way), in
+        nats. report: of the request that gave the answer.
     """
 
     answer: str
@@ -34,38 +46,38 @@ class Outcome:
     report: Report
 
 
-Outcomes = dict[ReuseMode, Outcome]
-"""One question in every mode."""
+Outcomes = dict[str, Outcome]
+"""One question in every way, by the ways' names."""
 
 
 def measure(
-    lm: CausalLM, prompts: Sequence[Prompt], modes: Sequence[ReuseMode], params: SamplingParams
+    lm: CausalLM, prompts: Sequence[Prompt], ways: Sequence[Way], params: SamplingParams
 ) -> Iterator[Outcomes]:
-    """Ask each prompt in `off` and the other modes; yields as they finish, in the prompts' order.
+    """Ask each prompt in every way; yields as they finish, in the prompts' order.
 
-    The first prompt is asked once more before, uncounted: first calls pay for memory and kernels.
-    The order of the modes changes from prompt to prompt, so that none always goes first.
+    ways: `BASELINE` among them, each name once. The first prompt is asked once more before,
+    uncounted: first calls pay for memory and kernels. The order of the ways changes from prompt to
+    prompt, so that none always goes first.
     """
-    order = list(dict.fromkeys(("off", *modes)))
-    _measure(lm, prompts[0], order, params)
+    _measure(lm, prompts[0], ways, params)
     for number, prompt in enumerate(prompts):
-        turn = number % len(order)
-        yield _measure(lm, prompt, order[turn:] + order[:turn], params)
+        turn = number % len(ways)
+        yield _measure(lm, prompt, [*ways[turn:], *ways[:turn]], params)
 
 
-def _measure(
-    lm: CausalLM, prompt: Prompt, order: Sequence[ReuseMode], params: SamplingParams
-) -> Outcomes:
+def _measure(lm: CausalLM, prompt: Prompt, ways: Sequence[Way], params: SamplingParams) -> Outcomes:
     """Logits first, without looking at the clock, which also encodes every state; then answers."""
     store = _store_for(lm, prompt)
-    logits = {
-        mode: PromptCacheEngine(lm, store, mode).prefill(prompt).logits.cpu() for mode in order
-    }
+
+    def new_engine(way: Way) -> PromptCacheEngine:
+        return PromptCacheEngine(lm, store, way.mode, repair=way.repair)
+
+    logits = {way.name: new_engine(way).prefill(prompt).logits.cpu() for way in ways}
     outcomes = {}
-    for mode in order:
-        answer = PromptCacheEngine(lm, store, mode).generate(prompt, params)
-        kl = kl_divergence(logits["off"], logits[mode])
-        outcomes[mode] = Outcome(answer.text, kl, answer.report)
+    for way in ways:
+        answer = new_engine(way).generate(prompt, params)
+        kl = kl_divergence(logits[BASELINE.name], logits[way.name])
+        outcomes[way.name] = Outcome(answer.text, kl, answer.report)
     return outcomes
 
 

@@ -14,7 +14,6 @@ from rich.text import Text
 from pcache_core.evaluation.data import QuestionSet
 from pcache_core.evaluation.metrics import exact_match, rouge_l, token_f1
 from pcache_core.evaluation.run import Outcome, Outcomes
-from pcache_core.params import ReuseMode
 
 _MATCH = {
     "whole": "exact match compares whole answers, case and punctuation included",
@@ -29,7 +28,7 @@ _UNITS = "scores and agreement in percent, KL(off ‖ mode) in nats, tokens of a
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One reuse mode over all questions.
+    """One reuse mode, or one repair, over all questions.
 
     exact_match, f1, rouge_l, agreement: means from 0 to 1; agreement is the share of answers equal
     to those of `off`, letter by letter. kl_mean, kl_max: of the first token of the answer from
@@ -37,7 +36,7 @@ class Row:
     where the library for it is missing.
     """
 
-    reuse: ReuseMode
+    reuse: str
     exact_match: float
     f1: float
     rouge_l: float | None
@@ -107,29 +106,29 @@ class Evaluation:
 
 
 def summarise(
-    questions: QuestionSet, outcomes: Sequence[Outcomes], modes: Sequence[ReuseMode]
+    questions: QuestionSet, outcomes: Sequence[Outcomes], names: Sequence[str]
 ) -> tuple[Row, ...]:
-    """A row for each of the modes; `outcomes` are in the order of the questions."""
-    return tuple(_row(mode, questions, outcomes) for mode in modes)
+    """A row for each way of asking; `outcomes` are in the order of the questions."""
+    return tuple(_row(name, questions, outcomes) for name in names)
 
 
-def _row(mode: ReuseMode, questions: QuestionSet, outcomes: Sequence[Outcomes]) -> Row:
+def _row(name: str, questions: QuestionSet, outcomes: Sequence[Outcomes]) -> Row:
     def mean(figure: Callable[[Outcome], float]) -> float:
-        return float(np.mean([figure(each[mode]) for each in outcomes]))
+        return float(np.mean([figure(each[name]) for each in outcomes]))
 
-    pairs = list(zip(questions.items, (each[mode].answer for each in outcomes), strict=True))
+    pairs = list(zip(questions.items, (each[name].answer for each in outcomes), strict=True))
     rouge = [rouge_l(answer, item.answers) for item, answer in pairs]
-    ttft_ms = [each[mode].report.ttft_ms for each in outcomes]
+    ttft_ms = [each[name].report.ttft_ms for each in outcomes]
     return Row(
-        reuse=mode,
+        reuse=name,
         exact_match=float(
             np.mean([exact_match(answer, item.answers, questions.match) for item, answer in pairs])
         ),
         f1=float(np.mean([token_f1(answer, item.answers) for item, answer in pairs])),
         rouge_l=_mean_of_known(rouge),
-        agreement=float(np.mean([each[mode].answer == each["off"].answer for each in outcomes])),
+        agreement=float(np.mean([each[name].answer == each["off"].answer for each in outcomes])),
         kl_mean=mean(lambda outcome: outcome.kl),
-        kl_max=max(each[mode].kl for each in outcomes),
+        kl_max=max(each[name].kl for each in outcomes),
         cached_tokens=mean(lambda outcome: outcome.report.cached_tokens),
         repaired_tokens=mean(lambda outcome: outcome.report.repaired_tokens),
         computed_tokens=mean(lambda outcome: outcome.report.computed_tokens),
