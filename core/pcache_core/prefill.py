@@ -50,10 +50,11 @@ def work(
     if policy is None or not stale or is_same_prompt:
         return Work(missing)
     fresh = [run for run, f in zip(filled, fillings, strict=True) if not f.exact]
+    reused = len(tokens.token_ids) - len(missing)
     if not lm.watches:
-        return Work(missing, stale, tuple(spread_rows(policy, fresh)))
-    heads = tuple(head_rows(policy, fresh))
-    choices = min(query_count(policy, len(stale)), len(stale) - len(heads))
+        return Work(missing, stale, tuple(spread_rows(policy, fresh, reused)))
+    heads = tuple(head_rows(policy, fresh, reused))
+    choices = min(query_count(policy, reused), len(stale) - len(heads))
     if len(heads) + choices == len(stale):
         return Work(missing, stale, stale)
     return Work(missing, stale, heads, choices)
