@@ -52,9 +52,28 @@ def test_a_file_is_asked_in_the_models_chat(tmp_path: Path) -> None:
         assert (figures["guesser"], figures["match"]) == (None, "normalised")
 
 
+def test_a_curve_repairs_growing_shares(tmp_path: Path) -> None:
+    file = tmp_path / "curve.svg"
+    asked = ("--questions", "1", "--modes", "fast", "--max-tokens", "2", "--json")
+    figures = json.loads(run(*asked, "--curve", str(file)))
+    assert "repaired, % of the reused tokens" in file.read_text("utf-8")
+    rows = {row["reuse"]: row for row in figures["rows"]}
+    for kind in ("heads", "asked"):
+        shares = [
+            (row["repaired_tokens"] / row["cached_tokens"], float(name.strip("%headsk")) / 100)
+            for name, row in rows.items()
+            if name.startswith(kind)
+        ]
+        assert shares == sorted(shares)
+        assert all(repaired <= wanted for repaired, wanted in shares)
+        assert shares[-1][0] > 0.3
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("--curve", "curve.txt"), r"must end in \.png or \.svg"),
+        (("--curve", "no/such/curve.svg"), "make no/such first"),
         (("--data", "q.json", "--documents", "8"), "--documents is for questions of the tiny"),
         (("--data", "q.json", "--split", "--seed", "0"), "--split, --seed is for questions"),
         (("--data", "missing.json"), r"missing\.json can't be read"),

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _PERCENTS = (5, 10, 15, 20, 30, 50)
 _NO_LIMIT = 2**31  # head tokens, so that the share alone decides
 _LINES = {"heads": "heads of documents", "asked": "what the question attends to"}
-_FORMATS = (".png", ".svg", ".pdf")
+_FORMATS = (".png", ".svg")
 
 
 def sweep() -> tuple[Way, ...]:
@@ -40,7 +40,7 @@ def check_plot(file: Path) -> None:
     Raises: OptionError: another format, no such folder, matplotlib is not installed.
     """
     if file.suffix.lower() not in _FORMATS:
-        raise OptionError(f"curve {str(file)!r} must end in one of {', '.join(_FORMATS)}")
+        raise OptionError(f"curve {str(file)!r} must end in {' or '.join(_FORMATS)}")
     if not file.parent.is_dir():
         raise OptionError(f"curve {str(file)!r} has no folder to go to; make {file.parent} first")
     if find_spec("matplotlib") is None:
@@ -69,8 +69,9 @@ def plot(evaluation: Evaluation, file: Path) -> None:
         accuracy.legend(fontsize="small")
         asked = evaluation.questions
         figure.suptitle(f"{evaluation.model}, {len(asked.items)} questions of {asked.description}")
+        undated = {"Date": None} if file.suffix.lower() == ".svg" else None
         try:
-            figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
+            figure.savefig(file, metadata=undated)
         except OSError as error:
             raise OptionError(f"curve {str(file)!r} can't be written ({error.strerror})") from None
 
