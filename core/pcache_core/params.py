@@ -136,7 +136,7 @@ def _check_integer(name: str, value: object) -> None:
 
 
 REPAIR: dict[ReuseMode, RepairPolicy] = {
-    "balanced": RepairPolicy(head_tokens=16, query_ratio=0.1, max_ratio=0.15),
-    "high": RepairPolicy(head_tokens=32, query_ratio=0.3, max_ratio=0.5),
+    "balanced": RepairPolicy(head_tokens=16, query_ratio=0.14, max_ratio=0.15),
+    "high": RepairPolicy(head_tokens=32, query_ratio=0.5, max_ratio=0.55),
 }
 """What the modes that repair do, where nothing else is asked for."""
