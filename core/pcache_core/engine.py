@@ -1,7 +1,8 @@
 """The engine: prompts in, answers out, with every reusable part of the prompt reused.
 
-A request runs through `stream`: `_read` brings the prompt's keys and values into a slot (found,
-encoded or computed), `decode_loop` continues from its logits. Everything else here is bookkeeping.
+A request runs through `stream`: `PromptReader.read` brings the prompt's keys and values into a
+slot (found, encoded or computed), `decode_loop` continues from its logits. Everything else here is
+bookkeeping.
 """
 
 from __future__ import annotations
@@ -9,17 +10,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Generator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import AsyncGenerator, Generator, Sequence
+from dataclasses import replace
 
-import torch
-
-from pcache_core import assemble, prefill
 from pcache_core.chat import Message, render_chat
 from pcache_core.errors import BudgetError, OptionError
 from pcache_core.generate import AnswerText, decode_loop
 from pcache_core.library import ModuleLibrary
-from pcache_core.lm import Batch, CausalLM
+from pcache_core.lm import CausalLM
 from pcache_core.params import (
     DEFAULT_REUSE,
     REPAIR,
@@ -29,31 +27,16 @@ from pcache_core.params import (
     check_repair,
     check_reuse,
 )
-from pcache_core.plan import Candidate, TokenisedPrompt, candidates, tokenise
+from pcache_core.plan import TokenisedPrompt, tokenise
 from pcache_core.precompute import precompute
 from pcache_core.prompt import Prompt
+from pcache_core.reading import PromptReader
 from pcache_core.report import EncodeReport, Report
 from pcache_core.request import Request, check_request
 from pcache_core.results import Chunk, Generation, Prefill
-from pcache_core.slots import COMPUTED, Lease, SlotPool
 from pcache_core.store import MemoryStore, ModuleStore
 
 _KEPT_REPORTS = 256
-_KEPT_SLOTS = 4
-_MIN_LITERAL_TOKENS = 64
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Reading:
-    """A prompt that has been read: what to continue from.
-
-    logits: [vocab], fp32. step: appends a token, returns the next logits.
-    """
-
-    logits: torch.Tensor
-    report: Report
-    step: Callable[[int], torch.Tensor]
-    lease: Lease | None
 
 
 class PromptCacheEngine:
@@ -103,7 +86,7 @@ class PromptCacheEngine:
         self.reports: deque[Report] = deque(maxlen=_KEPT_REPORTS)
         self._check_budget()
         self._library = ModuleLibrary(lm, self.store, namespace)
-        self._pool = SlotPool(lm.new_slot, _KEPT_SLOTS)
+        self._reader = PromptReader(self._library, min_module_tokens)
 
     def encode(
         self,
@@ -139,8 +122,8 @@ class PromptCacheEngine:
         """
         started = time.perf_counter()
         request = self._check(prompt, SamplingParams(max_tokens=1), reuse, repair)
-        reading = self._read(request)
-        self._finish(request, reading)
+        reading = self._reader.read(request)
+        reading.close()
         reading.report.ttft_ms = _ms_since(started)
         self.reports.append(reading.report)
         return Prefill(reading.logits, reading.report)
@@ -239,7 +222,7 @@ class PromptCacheEngine:
 
     def _run(self, request: Request, check_ms: float) -> Generator[Chunk, None, None]:
         started = time.perf_counter()
-        reading = self._read(request)
+        reading = self._reader.read(request)
         try:
             count = 0
             for chunk in decode_loop(
@@ -260,83 +243,10 @@ class PromptCacheEngine:
                     chunk = replace(chunk, report=reading.report)
                 yield chunk
         finally:
-            self._finish(request, reading)
+            reading.close()
 
     def _end_ids(self, params: SamplingParams) -> frozenset[int]:
         return self.lm.end_ids | self.lm.stop_ids(params.stop) | set(params.stop_token_ids)
-
-    def _read(self, request: Request) -> _Reading:
-        """Bring the prompt into a slot and compute what no state holds."""
-        if self.lm.support.kind == "no-cache":
-            return self._read_stock(request)
-        tokens = request.tokens
-        clock = time.perf_counter()
-        wishes = assemble.wanted(tokens, self._candidates(request), self._library)
-        usable = [] if request.repair else wishes
-        accepts = _accept_nothing if request.reuse == "off" else assemble.row_filter(usable)
-        lease = self._pool.acquire(tokens.token_ids, accepts, request.capacity, request.repair)
-        assemble.keep_whole_modules(lease, wishes)
-        prefix = len(lease.token_ids)
-        beyond = [wish for wish in wishes if wish.candidate.start >= prefix]
-        fillings = assemble.load(tokens, beyond, self._library)
-        report = assemble.describe(tokens, prefix, fillings, request.reuse)
-        report.fallback_reason = request.fallback_reason
-        report.load_ms, clock = _ms_since(clock), time.perf_counter()
-        assemble.fill(self.lm, lease, fillings)
-        report.assemble_ms, clock = _ms_since(clock), time.perf_counter()
-        todo = prefill.work(self.lm, lease, tokens, fillings, request.repair)
-        logits, attention = prefill.compute(self.lm, lease, todo)
-        report.prefill_ms, clock = _ms_since(clock), time.perf_counter()
-        repaired = todo.repaired
-        if todo.choices:
-            logits, repaired = prefill.repair(self.lm, lease, todo, attention)
-            report.repair_ms = _ms_since(clock)
-        if request.repair and repaired:
-            prefill.note_repair(lease, repaired, request.repair, len(tokens.token_ids))
-            assemble.describe_repair(report, tokens, repaired)
-        return _Reading(logits, report, lambda token: self._step(lease, token), lease)
-
-    def _candidates(self, request: Request) -> list[Candidate]:
-        if request.reuse in ("off", "exact"):
-            return []
-        return candidates(
-            request.tokens,
-            min_module_tokens=self.min_module_tokens,
-            min_literal_tokens=_MIN_LITERAL_TOKENS,
-        )
-
-    def _read_stock(self, request: Request) -> _Reading:
-        """For models whose cache is not rows per token."""
-        clock = time.perf_counter()
-        run = self.lm.stock_run()
-        report = assemble.describe(request.tokens, 0, [], request.reuse)
-        report.fallback_reason = request.fallback_reason
-        logits = run(request.tokens.token_ids)
-        report.prefill_ms = _ms_since(clock)
-        return _Reading(logits, report, lambda token: run([token]), None)
-
-    def _step(self, lease: Lease, token_id: int) -> torch.Tensor:
-        """Append a token and return the logits of the next."""
-        token_ids, first = [token_id], len(lease.token_ids)
-        if first == self.lm.support.stable_length:
-            # With this token every rotary frequency changes: no row fits any longer.
-            token_ids, first = [*lease.token_ids, token_id], 0
-        rows = range(first, first + len(token_ids))
-        if rows.stop > lease.slot.capacity:
-            lease.grow(self.lm.new_slot)
-        logits = self.lm.forward(Batch.of_rows(lease.slot, token_ids, rows, rows))
-        lease.append([token_id], COMPUTED)
-        return logits
-
-    def _finish(self, request: Request, reading: _Reading) -> None:
-        """Give the slot back, empty if nothing in it may serve another request."""
-        lease = reading.lease
-        if lease is None:
-            return
-        if request.reuse == "off" or self.lm.support.is_beyond_stable(len(lease.token_ids)):
-            lease.token_ids.clear()
-            lease.labels.clear()
-        self._pool.release(lease)
 
     def _check_budget(self) -> None:
         budget = self.store.stats().budget_bytes
@@ -346,10 +256,6 @@ class PromptCacheEngine:
                 f"the store's budget of {budget:,} bytes can't hold a state of even one token, "
                 f"which takes {needed:,} bytes with {self.lm.name}; raise budget_bytes"
             )
-
-
-def _accept_nothing(row: int, label: str) -> bool:
-    return False
 
 
 def _ms_since(started: float) -> float:

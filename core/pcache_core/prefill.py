@@ -50,10 +50,11 @@ def work(
     if policy is None or not stale or is_same_prompt:
         return Work(missing)
     fresh = [run for run, f in zip(filled, fillings, strict=True) if not f.exact]
+    reused = len(tokens.token_ids) - len(missing)
     if not lm.watches:
-        return Work(missing, stale, tuple(spread_rows(policy, fresh)))
-    heads = tuple(head_rows(policy, fresh))
-    choices = min(query_count(policy, len(stale)), len(stale) - len(heads))
+        return Work(missing, stale, tuple(spread_rows(policy, fresh, reused)))
+    heads = tuple(head_rows(policy, fresh, reused))
+    choices = min(query_count(policy, reused), len(stale) - len(heads))
     if len(heads) + choices == len(stale):
         return Work(missing, stale, stale)
     return Work(missing, stale, heads, choices)
@@ -90,13 +91,11 @@ def repair(
     return _run(lm, lease, [*chosen, *behind]), tuple(chosen)
 
 
-def note_repair(
-    lease: Lease, rows: Sequence[int], policy: RepairPolicy, prompt_tokens: int
-) -> None:
+def note_repair(lease: Lease, rows: Sequence[int], policy: RepairPolicy) -> None:
     """Mark rows as repaired, so that they serve only what continues this prompt."""
     for row in rows:
         lease.labels[row] = REPAIRED
-    lease.repair, lease.repaired_for = policy, prompt_tokens
+    lease.repair, lease.repaired_for = policy, len(lease.token_ids)
 
 
 def _run(lm: CausalLM, lease: Lease, rows: Sequence[int]) -> torch.Tensor:

@@ -12,25 +12,24 @@ Run = tuple[int, int]
 """Rows `start … stop` of a module that was encoded apart from what stands before it."""
 
 
-def head_rows(policy: RepairPolicy, modules: Sequence[Run]) -> list[int]:
-    """The first rows of each module.
+def head_rows(policy: RepairPolicy, modules: Sequence[Run], reused: int) -> list[int]:
+    """The first rows of each module; `reused`: how many of the prompt's tokens are reused.
 
     Where `max_ratio` leaves less than `head_tokens` for each, all heads are shortened alike.
     """
-    total = _count(modules)
-    limit = int(policy.max_ratio * total) - query_count(policy, total)
+    limit = int(policy.max_ratio * reused) - query_count(policy, reused)
     length = min(policy.head_tokens, limit // len(modules)) if modules else 0
     return [row for start, stop in modules for row in range(start, min(start + length, stop))]
 
 
-def query_count(policy: RepairPolicy, rows: int) -> int:
-    """How many of so many rows the question chooses."""
-    return int(min(policy.query_ratio, policy.max_ratio) * rows)
+def query_count(policy: RepairPolicy, reused: int) -> int:
+    """How many rows the question chooses."""
+    return int(min(policy.query_ratio, policy.max_ratio) * reused)
 
 
-def spread_rows(policy: RepairPolicy, modules: Sequence[Run]) -> list[int]:
+def spread_rows(policy: RepairPolicy, modules: Sequence[Run], reused: int) -> list[int]:
     """What to repair where attention can't be observed: longer heads, as many rows in all."""
-    count = len(head_rows(policy, modules)) + query_count(policy, _count(modules))
+    count = len(head_rows(policy, modules, reused)) + query_count(policy, reused)
     rows = [(row - start, row) for start, stop in modules for row in range(start, stop)]
     return sorted(row for _, row in sorted(rows)[:count])
 
@@ -40,7 +39,3 @@ def most_attended(rows: Sequence[int], attention: torch.Tensor, count: int) -> l
     candidates = torch.tensor(rows, device=attention.device)
     best = torch.topk(attention[candidates], min(count, len(rows))).indices
     return [rows[index] for index in best.tolist()]
-
-
-def _count(modules: Sequence[Run]) -> int:
-    return sum(stop - start for start, stop in modules)

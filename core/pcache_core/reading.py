@@ -1,0 +1,139 @@
+"""Reading a prompt: its keys and values in a slot, and the logits to continue from."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from pcache_core import assemble, prefill
+from pcache_core.library import ModuleLibrary
+from pcache_core.lm import Batch
+from pcache_core.plan import Candidate, candidates
+from pcache_core.report import Report
+from pcache_core.request import Request
+from pcache_core.slots import COMPUTED, Lease, SlotPool
+
+_KEPT_SLOTS = 4
+_MIN_LITERAL_TOKENS = 64
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Reading:
+    """A prompt that has been read: what to continue from.
+
+    logits: [vocab], fp32. step: appends a token, returns the next logits. close: gives the slot
+    back; called once, whatever happened.
+    """
+
+    logits: torch.Tensor
+    report: Report
+    step: Callable[[int], torch.Tensor]
+    close: Callable[[], None]
+
+
+class PromptReader:
+    """Reads prompts over the states of a library and the slots of earlier requests."""
+
+    def __init__(self, library: ModuleLibrary, min_module_tokens: int) -> None:
+        self._lm = library.lm
+        self._library = library
+        self._min_module_tokens = min_module_tokens
+        self._pool = SlotPool(self._lm.new_slot, _KEPT_SLOTS)
+
+    def read(self, request: Request) -> Reading:
+        """Bring the prompt into a slot, compute what no state holds, repair what is asked for."""
+        if self._lm.support.kind == "no-cache":
+            return self._read_stock(request)
+        clock = _Clock()
+        lease, wishes = self._acquire(request)
+        prefix = len(lease.token_ids)
+        fillings = assemble.load(request.tokens, wishes, self._library)
+        report = assemble.describe(request.tokens, prefix, fillings, request.reuse)
+        report.fallback_reason = request.fallback_reason
+        report.load_ms = clock.lap_ms()
+        assemble.fill(self._lm, lease, fillings)
+        report.assemble_ms = clock.lap_ms()
+        todo = prefill.work(self._lm, lease, request.tokens, fillings, request.repair)
+        logits, attention = prefill.compute(self._lm, lease, todo)
+        report.prefill_ms = clock.lap_ms()
+        repaired = todo.repaired
+        if todo.choices:
+            logits, repaired = prefill.repair(self._lm, lease, todo, attention)
+            report.repair_ms = clock.lap_ms()
+        if request.repair and repaired:
+            prefill.note_repair(lease, repaired, request.repair)
+            assemble.describe_repair(report, request.tokens, repaired)
+        return Reading(
+            logits,
+            report,
+            step=lambda token_id: self._step(lease, token_id),
+            close=lambda: self._release(lease, request),
+        )
+
+    def _acquire(self, request: Request) -> tuple[Lease, list[assemble.Wanted]]:
+        """A slot with as much of the prompt as an earlier request left, and what else is wanted."""
+        tokens = request.tokens
+        wishes = assemble.wanted(tokens, self._candidates(request), self._library)
+        # What is to be repaired starts from states, not from what earlier questions made of them.
+        usable = [] if request.repair else wishes
+        accepts = _accept_nothing if request.reuse == "off" else assemble.row_filter(usable)
+        lease = self._pool.acquire(tokens.token_ids, accepts, request.capacity, request.repair)
+        assemble.keep_whole_modules(lease, wishes)
+        prefix = len(lease.token_ids)
+        return lease, [wish for wish in wishes if wish.candidate.start >= prefix]
+
+    def _candidates(self, request: Request) -> list[Candidate]:
+        if request.reuse in ("off", "exact"):
+            return []
+        return candidates(
+            request.tokens,
+            min_module_tokens=self._min_module_tokens,
+            min_literal_tokens=_MIN_LITERAL_TOKENS,
+        )
+
+    def _read_stock(self, request: Request) -> Reading:
+        """For models whose cache is not rows per token."""
+        clock = _Clock()
+        run = self._lm.stock_run()
+        report = assemble.describe(request.tokens, 0, [], request.reuse)
+        report.fallback_reason = request.fallback_reason
+        logits = run(request.tokens.token_ids)
+        report.prefill_ms = clock.lap_ms()
+        return Reading(logits, report, step=lambda token_id: run([token_id]), close=lambda: None)
+
+    def _step(self, lease: Lease, token_id: int) -> torch.Tensor:
+        """Append a token and return the logits of the next."""
+        token_ids, first = [token_id], len(lease.token_ids)
+        if first == self._lm.support.stable_length:
+            # With this token every rotary frequency changes: no row fits any longer.
+            token_ids, first = [*lease.token_ids, token_id], 0
+        rows = range(first, first + len(token_ids))
+        if rows.stop > lease.slot.capacity:
+            lease.grow(self._lm.new_slot)
+        logits = self._lm.forward(Batch.of_rows(lease.slot, token_ids, rows, rows))
+        lease.append([token_id], COMPUTED)
+        return logits
+
+    def _release(self, lease: Lease, request: Request) -> None:
+        """Give the slot back, empty if nothing in it may serve another request."""
+        if request.reuse == "off" or self._lm.support.is_beyond_stable(len(lease.token_ids)):
+            lease.token_ids.clear()
+            lease.labels.clear()
+        self._pool.release(lease)
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+
+    def lap_ms(self) -> float:
+        """Milliseconds since the last call."""
+        before, self._last = self._last, time.perf_counter()
+        return (self._last - before) * 1000
+
+
+def _accept_nothing(row: int, label: str) -> bool:
+    return False
