@@ -114,5 +114,5 @@ def module_tokens(subject: Subject) -> int:
 
 def repaired_rows(engine: PromptCacheEngine) -> list[int]:
     """Rows that an engine's only request repaired, as it marked them in the slot it gave back."""
-    (lease,) = engine._pool._idle
+    (lease,) = engine._reader._pool._idle
     return [row for row, label in enumerate(lease.labels) if label == REPAIRED]

@@ -34,11 +34,13 @@ from subjects import (
 )
 
 WATCHING = [name for name in REUSING if name not in SEQUENTIAL]
+# For tests of every architecture that runs through our own attention.
+watching_only = pytest.mark.parametrize("subject", WATCHING, indirect=True)
 EVERYTHING = [
     RepairPolicy(head_tokens=0, query_ratio=1.0),
     RepairPolicy(head_tokens=3, query_ratio=1.0),
 ]
-PARTIAL = RepairPolicy(head_tokens=2, query_ratio=0.2)
+PARTIAL = RepairPolicy(head_tokens=8, query_ratio=0.1)
 # Plain, soft-capped in windows, windows, sinks, latent attention; fixed positions; ALiBi and rotary
 # positions through the model's own attention.
 DIVERSE = ["llama", "gemma2", "mistral/sliding", "gpt_oss", "deepseek_v3", "gpt2"]
@@ -57,12 +59,6 @@ def diverse(request: pytest.FixtureRequest, tiny_lm: Callable[..., CausalLM]) ->
     return make_subject(request.param, 1, tiny_lm)
 
 
-@pytest.fixture(scope="module", params=WATCHING)
-def watching(request: pytest.FixtureRequest, tiny_lm: Callable[..., CausalLM]) -> Subject:
-    """Every architecture that runs through our own attention."""
-    return make_subject(request.param, 2, tiny_lm)
-
-
 @pytest.mark.parametrize("policy", EVERYTHING)
 def test_repairing_everything_is_full_prefill(subject: Subject, policy: RepairPolicy) -> None:
     ids = oracle.token_ids(subject.rows(SECOND))
@@ -79,9 +75,10 @@ def test_repaired_rows_give_the_logits_of_one_masked_forward(subject: Subject) -
     engine = subject.engine()
     prefill = engine.prefill(SECOND, "balanced", PARTIAL)
     rows = repaired_rows(engine)
-    assert 0 < len(rows) == prefill.report.repaired_tokens < module_tokens(subject) / 2
+    assert 0 < len(rows) == prefill.report.repaired_tokens < module_tokens(subject)
     assert error(prefill, subject.expected(SECOND, rows)) < TOLERANCE
-    assert error(prefill, subject.expected(SECOND, rows[:-1])) > TOLERANCE
+    others = {row.place for row in subject.rows(SECOND) if row.role == "module"}.difference(rows)
+    assert error(prefill, subject.expected(SECOND, others)) > VISIBLE_DIFFERENCE
     assert error(prefill, subject.expected(SECOND)) > VISIBLE_DIFFERENCE
 
 
@@ -117,7 +114,7 @@ POLICIES = st.builds(
 )
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=10, deadline=None, derandomize=True)
 @given(DOCUMENTS, BETWEEN, st.booleans(), st.sampled_from(["?", "\nWho? A:"]), POLICIES)
 def test_any_policy_on_any_prompt_gives_the_logits_of_one_masked_forward(
     diverse: Subject,
@@ -136,12 +133,13 @@ def test_any_policy_on_any_prompt_gives_the_logits_of_one_masked_forward(
     assert error(prefill, diverse.expected(prompt, rows)) < TOLERANCE
 
 
-def test_watched_attention_is_the_models_own(watching: Subject) -> None:
-    rows = oracle.without_modules(watching.rows(SECOND))
+@watching_only
+def test_watched_attention_is_the_models_own(subject: Subject) -> None:
+    rows = oracle.without_modules(subject.rows(SECOND))
     ids, places = oracle.token_ids(rows), range(len(rows))
-    batch = Batch.of_rows(watching.lm.new_slot(len(ids)), ids, places, places, places[-5:])
-    watching.lm.forward(batch)
-    paid = oracle.attention_paid(watching.twin(), rows, 5)
+    batch = Batch.of_rows(subject.lm.new_slot(len(ids)), ids, places, places, places[-5:])
+    subject.lm.forward(batch)
+    paid = oracle.attention_paid(subject.twin(), rows, 5)
     expected = torch.tensor([paid[place] for place in places])
     # Up to scale: DiffLlama attends twice with the same weights.
     shares = batch.attention / batch.attention.sum()
@@ -149,26 +147,28 @@ def test_watched_attention_is_the_models_own(watching: Subject) -> None:
     assert shares.max() > 3 * shares.min()
 
 
+@watching_only
 @pytest.mark.parametrize("question", ["\nQ? A:", " and so on, yes," * 8 + "\nQ? A:"])
-def test_the_question_chooses_what_it_attends_to_most(watching: Subject, question: str) -> None:
+def test_the_question_chooses_what_it_attends_to_most(subject: Subject, question: str) -> None:
     prompt = Prompt([*SECOND.segments[:-1], Segment(question, "text")])
-    engine = watching.engine()
+    engine = subject.engine()
     engine.prefill(prompt, "balanced", RepairPolicy(head_tokens=0, query_ratio=0.25))
-    rows = watching.rows(prompt)
-    watched = min(watching.lm.count_tokens(question), 64)
-    paid = oracle.attention_paid(watching.twin(), rows, watched)
+    rows = subject.rows(prompt)
+    watched = min(subject.lm.count_tokens(question), 64)
+    paid = oracle.attention_paid(subject.twin(), rows, watched)
     chosen = repaired_rows(engine)
     stale = {row.place for row in rows if row.role == "module"}
-    assert len(chosen) == len(stale) // 4
+    assert len(chosen) >= len(stale) // 4
     least = min(paid[place] for place in chosen)
     most = max(paid[place] for place in stale.difference(chosen))
     assert least > most - TOLERANCE
 
 
-def test_heads_are_repaired_before_the_question_chooses(watching: Subject) -> None:
-    engine = watching.engine()
+@watching_only
+def test_heads_are_repaired_before_the_question_chooses(subject: Subject) -> None:
+    engine = subject.engine()
     engine.prefill(SECOND, "balanced", PARTIAL)
-    rows = watching.rows(SECOND)
+    rows = subject.rows(SECOND)
     modules = [row for row in rows if row.role == "module"]
     starts = {row.group: row.place for row in reversed(modules)}
     heads = {start + i for start in starts.values() for i in range(PARTIAL.head_tokens)}
