@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
-from pcache_core.errors import PromptCacheError
+from pcache_core.errors import OptionError, PromptCacheError
+
+if TYPE_CHECKING:
+    from pcache_core.evaluation.data import QuestionSet
+
+_WIDTH_OF_A_FILE = 120  # columns of output that is not a terminal
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -17,11 +23,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Prompt Cache: reuse of attention states of prompt parts, for LangChain and LlamaIndex.",
 )
-
-
-@app.callback()
-def _commands() -> None:
-    """Keeps `demo` a command of its own while it is the only one."""
 
 
 @app.command(epilog="Example: pcache demo --model Qwen/Qwen2.5-0.5B-Instruct --top-k 6")
@@ -41,6 +42,101 @@ def demo(
 
     documents = Corpus(corpus or default_folder())
     run_demo(CausalLM.from_pretrained(model), documents, top_k=top_k, console=Console())
+
+
+@app.command("eval", epilog="Example: pcache eval --documents 8 --split --modes fast,balanced")
+def evaluate(  # noqa: PLR0913 (each is an option of the command)
+    model: Annotated[
+        str, typer.Option(help="A built-in model, a directory or a hub id.")
+    ] = "builtin:tiny-rag",
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Questions as JSON or JSON lines: question, contexts, answers; or in the shape "
+            "of LongBench, MuSiQue, HotpotQA or 2WikiMQA. Without it, the tiny world is asked."
+        ),
+    ] = None,
+    documents: Annotated[
+        int | None, typer.Option(help="Tiny world: documents of a question.", show_default="8")
+    ] = None,
+    hops: Annotated[
+        int | None, typer.Option(help="Tiny world: 2 for chains of two facts.", show_default="1")
+    ] = None,
+    split: Annotated[
+        bool,
+        typer.Option("--split", help="Tiny world: chunks that name their subject by 'She' only."),
+    ] = False,
+    absent: Annotated[
+        bool, typer.Option("--absent", help="Tiny world: what no document answers.")
+    ] = False,
+    seed: Annotated[
+        int | None, typer.Option(help="Tiny world: draws the questions.", show_default="0")
+    ] = None,
+    questions: Annotated[
+        int | None,
+        typer.Option(min=1, help="How many.", show_default="200 of the tiny world, all of a file"),
+    ] = None,
+    modes: Annotated[
+        str | None,
+        typer.Option(help="Reuse modes to compare with off, by commas.", show_default="all"),
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Ask through the model's own chat template.")
+    ] = False,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 32,
+    dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1 …")] = "auto",
+    curve: Annotated[
+        Path | None,
+        typer.Option(help="Also sweep the repaired share, and plot it into this .svg or .png."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Compare the reuse modes on one question set: accuracy, agreement with off, speed."""
+    from pcache_core import CausalLM
+    from pcache_core.evaluation.curve import check_plot, plot, sweep
+    from pcache_core.evaluation.evaluate import evaluate as ask
+    from pcache_core.params import REUSE_MODES, check_reuse
+
+    names = REUSE_MODES if modes is None else modes.split(",")
+    chosen = [check_reuse(name.strip()) for name in names]
+    world = {"documents": documents, "hops": hops, "split": split, "absent": absent, "seed": seed}
+    given = {
+        name: value for name, value in world.items() if value is not None and value is not False
+    }
+    if curve is not None:
+        check_plot(curve)
+    asked = _questions(data, given, questions)
+    result = ask(
+        CausalLM.from_pretrained(model, dtype=dtype, device=device),
+        asked,
+        modes=chosen,
+        sweep=() if curve is None else sweep(),
+        layout="chat" if chat else "completion",
+        max_tokens=max_tokens,
+    )
+    if as_json:
+        print(json.dumps(result.as_json(), indent=2))
+    else:
+        Console(width=None if sys.stdout.isatty() else _WIDTH_OF_A_FILE).print(result)
+    if curve is not None:
+        plot(result, curve)
+
+
+def _questions(data: Path | None, world: dict[str, Any], count: int | None) -> QuestionSet:
+    """Those of a file, or of the tiny world with the options that were given for it."""
+    from pcache_core.evaluation.data import WorldOptions, tiny_world
+    from pcache_core.evaluation.files import read_questions
+
+    if data is None:
+        return tiny_world(WorldOptions(**world), 200 if count is None else count)
+    if world:
+        options = ", ".join(f"--{name}" for name in world)
+        raise OptionError(
+            f"--data asks what {data} holds, but {options} is for questions of the tiny world; "
+            "leave out one or the other"
+        )
+    return read_questions(data, count)
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ def test_every_question_is_asked_through_both_frameworks_and_compared() -> None:
     for result in results:
         documents = [part for part in result.on.segments if part.kind == "document"]
         assert len(documents) == 8
-        assert {part.source for part in documents} <= {"memory", "prefix"}
+        assert {part.source for part in documents} <= {"memory", "prefix", "repaired"}
         assert result.off.cached_tokens == 0
         assert result.on.prompt_tokens == result.off.prompt_tokens
 

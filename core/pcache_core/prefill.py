@@ -14,7 +14,8 @@ from pcache_core.plan import TokenisedPrompt, computed_rows
 from pcache_core.repair import head_rows, most_attended, query_count, spread_rows
 from pcache_core.slots import COMPUTED, REPAIRED, Lease
 
-_WATCHED_TOKENS = 64
+# The answer begins behind the last token; what it is read from, the last few look for.
+_WATCHED_TOKENS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,15 +65,13 @@ def compute(lm: CausalLM, lease: Lease, todo: Work) -> tuple[torch.Tensor, torch
     """Compute the missing rows; logits of the last, [vocab], and attention to rows, [rows].
 
     Computed tokens see every token before them in the prompt's order. The attention is that of
-    the question, the last run of missing rows; empty if it has nothing to choose. Rows to repair
-    in any case are computed here then, too.
+    the question's last tokens; empty if it has nothing to choose. Rows to repair in any case are
+    computed here then, too.
     """
     if not todo.choices:
         return _run(lm, lease, [*todo.missing, *todo.repaired]), torch.empty(0)
-    first = len(todo.missing)
-    while first > 0 and todo.missing[first - 1] == todo.missing[-1] - (len(todo.missing) - first):
-        first -= 1
-    watched = range(max(first, len(todo.missing) - _WATCHED_TOKENS), len(todo.missing))
+    count = len(todo.missing)
+    watched = range(max(0, count - _WATCHED_TOKENS), count)
     batch = _batch(lease, todo.missing, watched)
     logits = lm.forward(batch)
     return logits, batch.attention

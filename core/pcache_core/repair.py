@@ -35,7 +35,17 @@ def spread_rows(policy: RepairPolicy, modules: Sequence[Run], reused: int) -> li
 
 
 def most_attended(rows: Sequence[int], attention: torch.Tensor, count: int) -> list[int]:
-    """The `count` of the rows with most attention; attention: [rows of the prompt]."""
-    candidates = torch.tensor(rows, device=attention.device)
-    best = torch.topk(attention[candidates], min(count, len(rows))).indices
-    return [rows[index] for index in best.tolist()]
+    """`count` of the rows: those with most attention, each with the row behind it.
+
+    What a token means in its context, models write into the token that follows it as well.
+
+    attention: [rows of the prompt].
+    """
+    by_attention = torch.argsort(attention[torch.tensor(rows)], descending=True, stable=True)
+    candidates = set(rows)
+    chosen: dict[int, None] = {}
+    for index in by_attention.tolist():
+        for row in (rows[index], rows[index] + 1):
+            if row in candidates and len(chosen) < count:
+                chosen[row] = None
+    return list(chosen)

@@ -70,6 +70,10 @@ STAGES = (
     Stage(WorldSpec(documents=(1, 9), alike=0.4, uniform=0.25), max_questions=16, **_MIX),
     Stage(WorldSpec(documents=(2, 12), alike=0.4, uniform=0.15), max_questions=20, **_MIX),
     Stage(WorldSpec(documents=(2, 40), alike=0.4, asides=0.4), max_questions=40, **_MIX),
+    Stage(
+        WorldSpec(documents=(2, 24), alike=0.6, asides=0.65),
+        max_questions=30, absent=0.2, chains=0.25, cut=0.5, other_layouts=True,
+    ),
 )  # fmt: skip
 
 

@@ -17,8 +17,8 @@ from vocabulary import Vocabulary, build
 
 from pcache_core.evaluation.world.contexts import WorldSpec
 
-TEST = Stage(WorldSpec(alike=0.9), 16, 0.2, 0.3)
-SPLIT = Stage(WorldSpec(alike=0.9), 16, cut=1.0)
+TEST = Stage(WorldSpec(alike=0.9, asides=0.65), 16, 0.2, 0.3)
+SPLIT = Stage(WorldSpec(alike=0.9, asides=0.65), 16, cut=1.0)
 WARM_UP_STEPS = 50
 SAVE_EVERY_S = 150
 ALIAS_SCALE = 0.999

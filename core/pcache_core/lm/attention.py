@@ -48,14 +48,17 @@ def slot_attention(  # noqa: PLR0913 (transformers' signature)
         raise UnsupportedAttentionError("position bias and dropout are not supported")
     if query.shape[0] != 1 or key.shape[2] != pcache_batch.num_rows:
         raise UnsupportedAttentionError("keys are not the slot's rows")
-    window = pcache_windows[_layer_index(module)]
+    layer = _layer_index(module)
+    window = pcache_windows[layer]
+    # What a question looks for shows in the upper half; below, tokens look at their neighbours.
+    watches = pcache_batch.watched is not None and layer >= len(pcache_windows) // 2
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     outputs = []
     for span in pcache_batch.spans:
         queries = query[:, :, span.start : span.stop]
         keys, values = _visible(key, span), _visible(value, span)
         group = query.shape[1] // key.shape[1]
-        if pcache_batch.watched is not None:
+        if watches:
             bias = pcache_batch.bias(span, window, group, torch.float32)
             _watch(pcache_batch, span, _weights(queries * scale, keys, bias, softcap, s_aux))
         if softcap is not None or s_aux is not None:

@@ -53,7 +53,8 @@ class Batch:
         being the token's place in the prompt's order, what it may see: rows up to its own.
     num_rows: rows of the slot that take part, written before or by this forward.
     watched: tokens whose attention is added up, as a range of the batch; None for none.
-    attention: [num_rows] fp32, how much the watched tokens attended to each row, over all layers.
+    attention: [num_rows] fp32, how much the watched tokens attended to each row, over the upper
+        half of the layers.
     """
 
     __slots__ = (

@@ -75,7 +75,7 @@ def draw(
     attribute is not enough. Persons are pairs of names never seen in training.
     """
     rng = random.Random(f"{kind}/{documents}/{seed}")
-    spec = WorldSpec(cut=0.75 if kind == "split" else 0.0, alike=0.9)
+    spec = WorldSpec(cut=0.75 if kind == "split" else 0.0, alike=0.9, asides=0.65)
     least = 1 if kind == "absent" else 2
     for _ in range(count):
         while True:
@@ -87,7 +87,7 @@ def draw(
 
 
 def _choices(context: Context, attribute: Attribute) -> int:
-    return sum(fact.attribute is attribute for fact in context.facts)
+    return len({fact.value for fact in context.facts if fact.attribute is attribute})
 
 
 def _chains(rng: random.Random, context: Context) -> list[Question]:

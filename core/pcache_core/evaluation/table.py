@@ -1,0 +1,164 @@
+"""The figures of an evaluation: a row for each reuse mode, as JSON and as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from rich.text import Text
+
+from pcache_core.evaluation.data import QuestionSet
+from pcache_core.evaluation.metrics import exact_match, rouge_l, token_f1
+from pcache_core.evaluation.run import Outcome, Outcomes
+
+_MATCH = {
+    "whole": "exact match compares whole answers, case and punctuation included",
+    "normalised": "exact match compares after SQuAD's normalisation",
+}
+_HEADERS = (
+    "exact\nmatch", "\nF1", "ROUGE\n-L", "agree\noff", "KL\nmean", "KL\nmax",
+    "tokens\nreused", "re-\npaired", "com-\nputed", "TTFT\np50", "TTFT\np95",
+)  # fmt: skip
+_UNITS = "scores and agreement in percent, KL(off ‖ mode) in nats, tokens of a prompt, TTFT in ms"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One reuse mode, or one repair, over all questions.
+
+    exact_match, f1, rouge_l, agreement: means from 0 to 1; agreement is the share of answers equal
+    to those of `off`, letter by letter. kl_mean, kl_max: of the first token of the answer from
+    `off`, in nats. cached, repaired and computed tokens: means over the requests. rouge_l: None
+    where the library for it is missing.
+    """
+
+    reuse: str
+    exact_match: float
+    f1: float
+    rouge_l: float | None
+    agreement: float
+    kl_mean: float
+    kl_max: float
+    cached_tokens: float
+    repaired_tokens: float
+    computed_tokens: float
+    ttft_p50_ms: float
+    ttft_p95_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """A finished evaluation: `print` it with rich, or take `as_json()`.
+
+    max_tokens: of an answer. shortened: questions that had to leave out documents to fit the
+    model. environment: hardware and versions. notes: what a reader has to know beside the figures.
+    """
+
+    model: str
+    questions: QuestionSet
+    rows: tuple[Row, ...]
+    max_tokens: int
+    shortened: int
+    environment: dict[str, str | int]
+    notes: tuple[str, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """One object; shares from 0 to 1, times in milliseconds."""
+        return {
+            "model": self.model,
+            "set": self.questions.description,
+            "seed": self.questions.seed,
+            "questions": len(self.questions.items),
+            "max_tokens": self.max_tokens,
+            "match": self.questions.match,
+            "guesser": self.questions.guesser,
+            "shortened": self.shortened,
+            "environment": self.environment,
+            "notes": list(self.notes),
+            "rows": [asdict(row) for row in self.rows],
+        }
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        seed = "" if self.questions.seed is None else f", seed {self.questions.seed}"
+        count = len(self.questions.items)
+        yield Text(f"{self.model}: {count} questions of {self.questions.description}{seed}\n")
+        yield self._table()
+        yield Text(f"\n{_UNITS}", style="dim")
+        for note in (_MATCH[self.questions.match], *self.notes):
+            yield Text(note, style="dim")
+        versions = (f"{name} {value}" for name, value in self.environment.items())
+        yield Text(", ".join(versions), style="dim")
+
+    def _table(self) -> Table:
+        table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+        table.add_column("\nreuse", no_wrap=True)
+        for header in _HEADERS:
+            table.add_column(header, justify="right", no_wrap=True)
+        if self.questions.guesser is not None:
+            table.add_row("guesser", _percent(self.questions.guesser))
+        for row in self.rows:
+            table.add_row(*_cells(row))
+        return table
+
+
+def summarise(
+    questions: QuestionSet, outcomes: Sequence[Outcomes], names: Sequence[str]
+) -> tuple[Row, ...]:
+    """A row for each way of asking; `outcomes` are in the order of the questions."""
+    return tuple(_row(name, questions, outcomes) for name in names)
+
+
+def _row(name: str, questions: QuestionSet, outcomes: Sequence[Outcomes]) -> Row:
+    def mean(figure: Callable[[Outcome], float]) -> float:
+        return float(np.mean([figure(each[name]) for each in outcomes]))
+
+    pairs = list(zip(questions.items, (each[name].answer for each in outcomes), strict=True))
+    rouge = [rouge_l(answer, item.answers) for item, answer in pairs]
+    ttft_ms = [each[name].report.ttft_ms for each in outcomes]
+    return Row(
+        reuse=name,
+        exact_match=float(
+            np.mean([exact_match(answer, item.answers, questions.match) for item, answer in pairs])
+        ),
+        f1=float(np.mean([token_f1(answer, item.answers) for item, answer in pairs])),
+        rouge_l=_mean_of_known(rouge),
+        agreement=float(np.mean([each[name].answer == each["off"].answer for each in outcomes])),
+        kl_mean=mean(lambda outcome: outcome.kl),
+        kl_max=max(each[name].kl for each in outcomes),
+        cached_tokens=mean(lambda outcome: outcome.report.cached_tokens),
+        repaired_tokens=mean(lambda outcome: outcome.report.repaired_tokens),
+        computed_tokens=mean(lambda outcome: outcome.report.computed_tokens),
+        ttft_p50_ms=float(np.percentile(ttft_ms, 50)),
+        ttft_p95_ms=float(np.percentile(ttft_ms, 95)),
+    )
+
+
+def _mean_of_known(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
+
+
+def _cells(row: Row) -> list[str]:
+    return [
+        row.reuse,
+        *map(_percent, (row.exact_match, row.f1, row.rouge_l, row.agreement)),
+        *map(_nats, (row.kl_mean, row.kl_max)),
+        *(f"{n:.0f}" for n in (row.cached_tokens, row.repaired_tokens, row.computed_tokens)),
+        *map(_ms, (row.ttft_p50_ms, row.ttft_p95_ms)),
+    ]
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.1f}"
+
+
+def _nats(kl: float) -> str:
+    return f"{kl:.0e}" if 0 < kl < 0.001 else f"{kl:.3f}"
+
+
+def _ms(time_ms: float) -> str:
+    return f"{time_ms:.1f}" if time_ms < 100 else f"{time_ms:.0f}"

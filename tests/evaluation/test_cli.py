@@ -1,0 +1,94 @@
+"""`pcache eval`: what it prints, and what it refuses before a model is loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from pcache_core import OptionError
+from pcache_core.params import REUSE_MODES
+from pcache_integrations.cli import app
+
+
+def run(*arguments: str) -> str:
+    result = CliRunner().invoke(app, ["eval", *arguments])
+    if result.exception is not None:
+        raise result.exception
+    return result.stdout
+
+
+def test_json_is_all_there_is_on_standard_output() -> None:
+    figures = json.loads(run("--documents", "3", "--questions", "3", "--max-tokens", "8", "--json"))
+    assert figures["model"] == "builtin:tiny-rag"
+    assert (figures["questions"], figures["seed"]) == (3, 0)
+    rows = {row["reuse"]: row for row in figures["rows"]}
+    assert tuple(rows) == REUSE_MODES
+    assert rows["exact"]["agreement"] == 1
+    assert rows["exact"]["kl_max"] == 0
+    assert rows["exact"]["exact_match"] == rows["off"]["exact_match"]
+    assert set(figures["environment"]) >= {"device", "dtype", "torch", "transformers", "threads"}
+
+
+def test_the_table_has_a_row_for_each_mode_and_the_guesser() -> None:
+    lines = run("--split", "--questions", "2", "--modes", "fast, exact", "--seed", "9").splitlines()
+    assert lines[0] == (
+        "builtin:tiny-rag: 2 questions of the tiny world, split, 8 documents, seed 9"
+    )
+    first_words = [line.split()[0] for line in lines if line.split()]
+    assert first_words[3:7] == ["guesser", "off", "fast", "exact"]
+
+
+def test_a_file_is_asked_in_the_models_chat(tmp_path: Path) -> None:
+    file = tmp_path / "questions.jsonl"
+    record = {"question": "Who?", "contexts": ["Ann is here today, as ever."], "answers": ["Ann"]}
+    file.write_text(json.dumps(record))
+    asked = ("--data", str(file), "--modes", "off", "--max-tokens", "4", "--json")
+    for layout in ((), ("--chat",)):
+        figures = json.loads(run(*asked, *layout))
+        assert (figures["set"], figures["seed"]) == ("questions.jsonl", None)
+        assert (figures["guesser"], figures["match"]) == (None, "normalised")
+
+
+def test_a_curve_repairs_growing_shares(tmp_path: Path) -> None:
+    file = tmp_path / "curve.svg"
+    asked = ("--questions", "1", "--modes", "fast", "--max-tokens", "2", "--json")
+    figures = json.loads(run(*asked, "--curve", str(file)))
+    assert "repaired, % of the reused tokens" in file.read_text("utf-8")
+    rows = {row["reuse"]: row for row in figures["rows"]}
+    for kind in ("heads", "asked"):
+        shares = [
+            (row["repaired_tokens"] / row["cached_tokens"], float(name.strip("%headsk")) / 100)
+            for name, row in rows.items()
+            if name.startswith(kind)
+        ]
+        assert shares == sorted(shares)
+        assert all(repaired <= wanted for repaired, wanted in shares)
+        assert shares[-1][0] > 0.3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--curve", "curve.txt"), r"must end in \.png or \.svg"),
+        (("--curve", "no/such/curve.svg"), "make no/such first"),
+        (("--data", "q.json", "--documents", "8"), "--documents is for questions of the tiny"),
+        (("--data", "q.json", "--split", "--seed", "0"), "--split, --seed is for questions"),
+        (("--data", "missing.json"), r"missing\.json can't be read"),
+        (("--split", "--hops", "2"), "hops=2 and split"),
+        (("--documents", "0"), "documents=0"),
+        (("--modes", "off,best"), "unknown reuse mode 'best'"),
+        (("--modes", ""), "unknown reuse mode ''"),
+        (("--questions", "1", "--device", "tpu7"), "device"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(arguments: tuple[str, ...], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        run(*arguments)
+
+
+def test_options_out_of_range_are_a_usage_error() -> None:
+    assert CliRunner().invoke(app, ["eval", "--questions", "0"]).exit_code == 2
+    assert CliRunner().invoke(app, ["eval", "--max-tokens", "0"]).exit_code == 2
