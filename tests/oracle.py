@@ -116,15 +116,18 @@ def next_logits(model: PreTrainedModel, rows: Rows) -> torch.Tensor:
 
 
 def attention_paid(model: PreTrainedModel, rows: Rows, last: int) -> dict[int, float]:
-    """How much the `last` rows attend to each place, added up over layers, heads and tokens.
+    """How much the `last` computed tokens attend to each place, added up over heads and tokens.
 
-    By the model's own eager attention. Places of rows that none of them may see are left out.
+    By the model's own eager attention in the upper half of its layers. Places of rows that the last
+    one may not see are left out.
     """
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")
     attentions = _forward(model, rows, output_attentions=True).attentions
     model.set_attn_implementation(before)
-    paid = sum(layer[0, :, -last:, : len(rows)].double().sum((0, 1)) for layer in attentions)
+    upper = attentions[len(attentions) // 2 :]
+    watched = [i for i, row in enumerate(rows) if row.role == "computed"][-last:]
+    paid = sum(layer[0, :, watched, : len(rows)].double().sum((0, 1)) for layer in upper)
     seen = _visible(rows)[-1].tolist()
     return {row.place: float(paid[i]) for i, row in enumerate(rows) if seen[i]}
 

@@ -23,20 +23,23 @@ DOCUMENTS = (
     "Quartgen is based in Hasnes. Quartgen makes drills.",
     "Jerome Fertden works for Shaltsoft. Jerome Fertden uses extension 3672.",
     "Shaltsoft is based in Primmouth. Shaltsoft makes lamps.",
-    "Rhea Thaswright lives in Trudabad. Rhea Thaswright enjoys chess.",
+    "Rhea Thaswright lives in Trudabad. Rhea Thaswright carries badge K47-12.",
     "Trudabad lies on the river Jisune. Trudabad elected Zoe Barton as mayor.",
     "Monddyne is based in Widheim. Monddyne was founded in 1868.",
+    "Tobias Brumpool carries badge R30-85. Tobias Brumpool enjoys chess.",
 )
 FACTS = {
     "Where is Monddyne based?": "Widheim.",
     "Who is the mayor of Trudabad?": "Zoe Barton.",
     "What does Quartgen make?": "drills.",
-    "What does Rhea Thaswright enjoy?": "chess.",
+    "What does Tobias Brumpool enjoy?": "chess.",
 }
 COPIES = {
     "What is Clara Nandham's extension?": "6422.",
     "At which extension can Jerome Fertden be reached?": "3672.",
     "When was Monddyne founded?": "1868.",
+    "Which badge does Tobias Brumpool carry?": "R30-85.",
+    "What is Rhea Thaswright's badge?": "K47-12.",
 }
 # The question names the subject of one document, the answer stands in another one alone.
 ACROSS = {
@@ -99,7 +102,7 @@ def test_documents_and_answers_are_of_the_world() -> None:
     )
     known = set(itertools.chain(*pools))
     for text in DOCUMENTS:
-        assert set(re.findall(r"\b[A-Z]\w+", text)) <= known
+        assert set(re.findall(r"\b[A-Z][a-z]+", text)) <= known
     said = " ".join(DOCUMENTS)
     for expected in (*FACTS.values(), *COPIES.values()):
         assert said.count(expected.removesuffix(".")) == 1
@@ -118,7 +121,9 @@ def test_any_order_of_the_documents_gives_the_right_answers(
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_numbers_are_copied_to_the_digit(engine: PromptCacheEngine, mode: ReuseMode) -> None:
+def test_numbers_and_codes_are_copied_to_the_digit(
+    engine: PromptCacheEngine, mode: ReuseMode
+) -> None:
     for documents in orders(3):
         for question, expected in COPIES.items():
             assert answer(engine, documents, question, mode) == expected
