@@ -6,6 +6,9 @@ A prompt is laid out as rows. A row is a token with a position and with the rows
   tokens see the tokens before them in the module, and the anchor as if it stood directly in
   front: every module gets its own copy of the anchor's rows.
 - Every other token sees all rows before it in the prompt's order, but no anchor copy.
+- A module's token that was repaired is there twice, at the same place: first as the `replaced`
+  token, which later tokens of its module saw when they were encoded and nothing else sees, then as
+  a computed one, which every computed token behind it sees instead.
 
 Nothing here shares code with the engine, and no cache is involved: this is the specification.
 """
@@ -15,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 from unittest import mock
@@ -24,7 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pcache_core.prompt import Prompt
 
-Role = Literal["computed", "module", "copy"]
+Role = Literal["computed", "module", "replaced", "copy"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,8 @@ class Row:
 
     place: where the row stands in the prompt, a copy directly before its module; for windows.
     position: what the model is told; other than the place only for copies of `encoded="in place"`.
-    group: 0 for a computed token, the module's number for its tokens and its anchor copy.
+    group: 0 for a computed token, the module's number for its tokens (those that were replaced
+        included) and its anchor copy.
     """
 
     token_id: int
@@ -53,6 +58,7 @@ def lay_out(
     anchor: Literal["opening", "bos"] = "opening",
     encoded: Literal["anywhere", "in place"] = "anywhere",
     min_module_tokens: int = 8,
+    repaired: Collection[int] = (),
 ) -> Rows:
     """The rows of a prompt.
 
@@ -76,7 +82,7 @@ def lay_out(
                 Row(token_id, before + i, first + i, "copy", group)
                 for i, token_id in enumerate(anchor_ids)
             ]
-            rows += [Row(t, at + i, at + i, "module", group) for i, t in enumerate(ids)]
+            rows += _module(ids, at, group, repaired)
         else:
             rows += _computed(ids, at)
         at = stop
@@ -90,7 +96,7 @@ def without_modules(rows: Rows) -> Rows:
 
 def token_ids(rows: Rows) -> list[int]:
     """The prompt's ids, BOS included."""
-    return [row.token_id for row in rows if row.role != "copy"]
+    return [row.token_id for row in rows if row.role in ("computed", "module")]
 
 
 def followed_by(rows: Rows, token_id: int) -> Rows:
@@ -100,22 +106,30 @@ def followed_by(rows: Rows, token_id: int) -> Rows:
 
 def computed_logits(model: PreTrainedModel, rows: Rows) -> torch.Tensor:
     """Logits of every computed token, [computed tokens, vocab], in the prompt's order."""
-    positions = torch.tensor([row.position for row in rows])
-    visible = _visible(rows)
-    arguments: dict[str, Any] = {"attention_mask": _masks(model, visible, _distance(rows))}
-    if "position_ids" in inspect.signature(model.forward).parameters:
-        arguments["position_ids"] = positions[None]
-    ids = torch.tensor([[row.token_id for row in rows]])
-    with torch.no_grad(), contextlib.ExitStack() as stack:
-        for patch in _patches(model, rows):
-            stack.enter_context(patch)
-        logits = model(input_ids=ids, use_cache=False, **arguments).logits[0]
+    logits = _forward(model, rows).logits[0]
     return logits[torch.tensor([row.role == "computed" for row in rows])]
 
 
 def next_logits(model: PreTrainedModel, rows: Rows) -> torch.Tensor:
     """Logits of the token after the last row, [vocab]."""
     return computed_logits(model, rows)[-1]
+
+
+def attention_paid(model: PreTrainedModel, rows: Rows, last: int) -> dict[int, float]:
+    """How much the `last` computed tokens attend to each place, added up over heads and tokens.
+
+    By the model's own eager attention in the upper half of its layers. Places of rows that the last
+    one may not see are left out.
+    """
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    attentions = _forward(model, rows, output_attentions=True).attentions
+    model.set_attn_implementation(before)
+    upper = attentions[len(attentions) // 2 :]
+    watched = [i for i, row in enumerate(rows) if row.role == "computed"][-last:]
+    paid = sum(layer[0, :, watched, : len(rows)].double().sum((0, 1)) for layer in upper)
+    seen = _visible(rows)[-1].tolist()
+    return {row.place: float(paid[i]) for i, row in enumerate(rows) if seen[i]}
 
 
 def stock_logits(model: PreTrainedModel, ids: list[int]) -> torch.Tensor:
@@ -150,6 +164,31 @@ def _opening_ids(pieces: list[tuple[str, list[int]]]) -> list[int]:
     return [token_id for _, ids in opening for token_id in ids]
 
 
+def _forward(model: PreTrainedModel, rows: Rows, **options: Any) -> Any:
+    """The model's output for all rows, [1, rows, …]."""
+    positions = torch.tensor([row.position for row in rows])
+    masks = _masks(model, _visible(rows), _distance(rows))
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        options["position_ids"] = positions[None]
+    ids = torch.tensor([[row.token_id for row in rows]])
+    with torch.no_grad(), contextlib.ExitStack() as stack:
+        for patch in _patches(model, rows):
+            stack.enter_context(patch)
+        return model(input_ids=ids, attention_mask=masks, use_cache=False, **options)
+
+
+def _module(ids: list[int], start: int, group: int, repaired: Collection[int]) -> list[Row]:
+    """A module's tokens; a repaired one is followed by what took its place."""
+    rows = []
+    for place, token_id in enumerate(ids, start):
+        if place in repaired:
+            rows.append(Row(token_id, place, place, "replaced", group))
+            rows.append(Row(token_id, place, place, "computed", 0))
+        else:
+            rows.append(Row(token_id, place, place, "module", group))
+    return rows
+
+
 def _computed(ids: list[int], start: int) -> list[Row]:
     return [Row(t, start + i, start + i, "computed", 0) for i, t in enumerate(ids)]
 
@@ -158,10 +197,10 @@ def _visible(rows: Rows) -> torch.Tensor:
     """Who sees whom, [rows, rows] bool: row i attends to row j."""
     group = torch.tensor([row.group for row in rows])
     computed = torch.tensor([row.role == "computed" for row in rows])
-    copy = torch.tensor([row.role == "copy" for row in rows])
+    hidden = torch.tensor([row.role in ("copy", "replaced") for row in rows])
     before = torch.ones(len(rows), len(rows), dtype=torch.bool).tril()
     same = group[:, None] == group[None, :]
-    return before & torch.where(computed[:, None], ~copy[None, :], same)
+    return before & torch.where(computed[:, None], ~hidden[None, :], same)
 
 
 def _distance(rows: Rows) -> torch.Tensor:

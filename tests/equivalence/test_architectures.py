@@ -2,95 +2,42 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import pytest
 import torch
-from transformers import PreTrainedModel
 
 import oracle
 import tiny_models
-from pcache_core import CausalLM, Prefill, Prompt, PromptCacheEngine, SamplingParams, Segment
-
-TOLERANCE = 1e-4
-VISIBLE_DIFFERENCE = 1e-2
-
-POSITION_FREE = ["falcon/alibi", "mpt", "bloom"]
-FIXED = ["gpt2", "gpt_bigcode", "gpt_neo", "opt", "biogpt"]
-TOO_LONG = ["llama/dynamic-beyond", "phi3/longrope-beyond"]  # relocatable in shorter prompts
-EXACT_ONLY = ["ministral3", "llama4"]
-NO_CACHE = ["deepseek_v32", "mamba", "mamba2", "jamba", "qwen3_next", "lfm2", "bamba"]
-VERDICTS = {
-    **dict.fromkeys(tiny_models.ARCHITECTURES, "relocatable"),
-    **dict.fromkeys(POSITION_FREE, "position-free"),
-    **dict.fromkeys(FIXED, "fixed-positions"),
-    **dict.fromkeys(EXACT_ONLY, "exact-only"),
-    **dict.fromkeys(NO_CACHE, "no-cache"),
-}
-REUSING = [name for name in VERDICTS if name not in (*TOO_LONG, *EXACT_ONLY, *NO_CACHE)]
-DIVERSE = ["llama", "gemma3", "deepseek_v3", "gpt_oss", "mixtral", "gpt_neox", "mpt", "gpt2"]
-WEIGHTS = [(name, seed) for name in REUSING for seed in (0, 1)]
-
-OPENING = Segment("Answer from the notes.\n", "literal")
-BEES = Segment("Ann keeps bees in Oslo.", "document", name="bees")
-BOAT = Segment("Ben sold a red boat.", "document", name="boat")
-MILL = Segment("The mill by the lake burned.", "document", name="mill")
-SHORT = Segment("Yes.", "document", name="short")  # fewer tokens than a module needs
-MODULES = ("bees", "boat", "mill")
-FIRST = Prompt([OPENING, BEES, Segment("\n\n"), MILL, SHORT, BOAT, Segment("\nWho? A:")])
-SECOND = Prompt(
-    [
-        OPENING,
-        Segment("Old: ", "text"),
-        BOAT,
-        Segment("\nbut ", "argument"),
-        MILL,
-        SHORT,
-        Segment("\n--\n", "literal"),
-        BEES,
-        Segment("\nQ? A:", "text"),
-    ]
+from pcache_core import CausalLM, Prefill, Prompt, SamplingParams, Segment
+from subjects import (
+    BEES,
+    BOAT,
+    CROWDED,
+    DIVERSE,
+    EXACT_ONLY,
+    FIRST,
+    FIXED,
+    LAST,
+    LONGER,
+    MILL,
+    MODULES,
+    NO_CACHE,
+    OPENING,
+    REUSING,
+    SECOND,
+    SHORT,
+    TOLERANCE,
+    TOO_LONG,
+    VERDICTS,
+    VISIBLE_DIFFERENCE,
+    Subject,
+    error,
+    make_subject,
+    module_tokens,
 )
-LONGER = Prompt([*FIRST.segments, Segment(" Ann.\nWhere? A:")])
-# No opening, documents side by side, one of them twice, and one that ends the prompt: the last
-# token is always computed, so that one is too.
-LAST = Segment("Di left it.", "document", name="last")
-CROWDED = Prompt([BOAT, BEES, BOAT, Segment("; "), LAST])
 
-
-@dataclass(frozen=True)
-class Subject:
-    """A model under test; `twin` is a fresh unmodified copy, which only the oracle runs."""
-
-    name: str
-    seed: int
-    lm: CausalLM
-
-    def engine(self) -> PromptCacheEngine:
-        """A new one for every test, so that none continues another's slots."""
-        return PromptCacheEngine(self.lm, reuse="fast")
-
-    def twin(self) -> PreTrainedModel:
-        return tiny_models.build(self.name, seed=self.seed)
-
-    def rows(self, prompt: Prompt) -> oracle.Rows:
-        encoded = "in place" if self.name in FIXED else "anywhere"
-        return oracle.lay_out(self.lm.tokenizer, prompt, encoded=encoded)
-
-    def expected(self, prompt: Prompt) -> torch.Tensor:
-        """Logits of one masked forward."""
-        return oracle.next_logits(self.twin(), self.rows(prompt))
-
-
-def make_subject(name: str, seed: int, tiny_lm: Callable[..., CausalLM]) -> Subject:
-    if name in EXACT_ONLY or name in NO_CACHE:
-        warned = pytest.warns(UserWarning, match="documents can't be reused")
-    else:
-        warned = contextlib.nullcontext()
-    with warned:
-        return Subject(name, seed, tiny_lm(name, seed=seed))
+WEIGHTS = [(name, seed) for name in REUSING for seed in (0, 1)]
 
 
 @pytest.fixture(scope="module", params=tiny_models.ARCHITECTURES)
@@ -105,10 +52,6 @@ def reusing(request: pytest.FixtureRequest, tiny_lm: Callable[..., CausalLM]) ->
     return make_subject(*request.param, tiny_lm)
 
 
-def error(prefill: Prefill, expected: torch.Tensor) -> float:
-    return float((prefill.logits - expected).abs().max())
-
-
 def starts(rows: oracle.Rows) -> list[int]:
     """Position of each module's first token, by the module's ids."""
     modules: dict[int, list[oracle.Row]] = {}
@@ -121,10 +64,6 @@ def starts(rows: oracle.Rows) -> list[int]:
 
 def module_sources(prefill: Prefill) -> set[str]:
     return {part.source for part in prefill.report.segments if part.name in MODULES}
-
-
-def module_tokens(subject: Subject) -> int:
-    return sum(subject.lm.count_tokens(document.text) for document in (BEES, BOAT, MILL))
 
 
 def test_self_test_finds_what_the_model_can_do(subject: Subject) -> None:

@@ -7,17 +7,8 @@ import pytest
 import tiny_models
 from pcache_core.lm.forward import RaggedForward, SequentialForward
 from pcache_core.lm.probe import probe
+from subjects import SEQUENTIAL
 
-SEQUENTIAL = {
-    # attention is not called through transformers' AttentionInterface
-    *("gptj", "codegen", "falcon/rotary", "falcon/rotary-grouped", "falcon/alibi", "mpt", "bloom"),
-    # the caller's arguments do not reach the attention function
-    *("stablelm", "nemotron"),
-    # layers that share states compute the last token only; windows are not in the cache's layers
-    *("gemma4", "gpt_neo"),
-    # fixed chunks of the context
-    "llama4",
-}
 NO_SLOTS = {"mamba", "mamba2", "jamba", "qwen3_next", "lfm2", "bamba", "deepseek_v32"}
 
 

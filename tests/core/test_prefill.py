@@ -1,0 +1,193 @@
+"""What a request gets does not depend on what was asked before, save where it continues it."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pcache_core import CausalLM, Prompt, PromptCacheEngine, SamplingParams, Segment
+from pcache_core.params import RepairPolicy, ReuseMode
+
+TOLERANCE = 1e-4
+MODES: tuple[ReuseMode, ...] = ("fast", "balanced", "high")
+OPENING = Segment("Answer from the notes.\n", "literal")
+BEES = Segment("Ann keeps bees in Oslo.", "document", "bees")
+BOAT = Segment("Ben sold a red boat to a friend.", "document", "boat")
+MILL = Segment("The mill by the lake burned down.", "document", "mill")
+CARD = Segment("Cy wrote a card to Ann.", "document", "card")
+
+
+def ask(question: str, *documents: Segment) -> Prompt:
+    return Prompt([OPENING, *documents, Segment(question, "argument")])
+
+
+PROMPTS = (
+    ask("\nWho? A:", BEES, BOAT, MILL),
+    ask("\nWhy is that? A:", BEES, BOAT, MILL),
+    ask("\nWho? A:", MILL, BEES, BOAT),
+)
+Asked = tuple[ReuseMode, int]
+"""A mode and which of `PROMPTS`."""
+
+
+@pytest.fixture(scope="module")
+def llama(tiny_lm: Callable[..., CausalLM]) -> CausalLM:
+    return tiny_lm("llama")
+
+
+@pytest.fixture(scope="module")
+def fresh(llama: CausalLM) -> dict[Asked, torch.Tensor]:
+    """Logits of every mode and prompt, each from an engine that was asked nothing before."""
+    return {
+        (mode, index): PromptCacheEngine(llama).prefill(prompt, mode).logits
+        for mode in (*MODES, "exact")
+        for index, prompt in enumerate(PROMPTS)
+    }
+
+
+def alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return float((one - other).abs().max()) < TOLERANCE
+
+
+def test_the_modes_differ_on_these_prompts(fresh: dict[Asked, torch.Tensor]) -> None:
+    for index in range(len(PROMPTS)):
+        for one, other in itertools.pairwise(("exact", *MODES)):
+            assert not alike(fresh[one, index], fresh[other, index])
+
+
+ASKED = st.tuples(st.sampled_from(MODES), st.integers(0, len(PROMPTS) - 1))
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(st.lists(ASKED, min_size=2, max_size=8))
+def test_modes_that_reuse_states_give_what_a_fresh_engine_gives(
+    llama: CausalLM, fresh: dict[Asked, torch.Tensor], asked: list[Asked]
+) -> None:
+    engine = PromptCacheEngine(llama)
+    for mode, index in asked:
+        assert alike(engine.prefill(PROMPTS[index], mode).logits, fresh[mode, index])
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(st.lists(ASKED, max_size=6), st.integers(0, len(PROMPTS) - 1))
+def test_exact_gives_what_off_gives_whatever_was_asked_before(
+    llama: CausalLM, fresh: dict[Asked, torch.Tensor], asked: list[Asked], index: int
+) -> None:
+    engine = PromptCacheEngine(llama)
+    for mode, before in asked:
+        engine.prefill(PROMPTS[before], mode)
+    exact = engine.prefill(PROMPTS[index], "exact")
+    assert alike(exact.logits, engine.prefill(PROMPTS[index], "off").logits)
+    assert alike(exact.logits, fresh["exact", index])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_exact_prefix_is_better_than_any_state(
+    llama: CausalLM, fresh: dict[Asked, torch.Tensor], mode: ReuseMode
+) -> None:
+    engine = PromptCacheEngine(llama)
+    engine.prefill(PROMPTS[0], "exact")
+    for index in (0, 1):  # the same documents in the same order, all of them exact
+        prefill = engine.prefill(PROMPTS[index], mode)
+        assert alike(prefill.logits, fresh["exact", index])
+        assert prefill.report.repaired_tokens == 0
+
+
+@pytest.mark.parametrize("mode", ["balanced", "high"])
+@pytest.mark.parametrize("between", [(), (("fast", 2),), (("high", 2), ("balanced", 2))])
+def test_the_very_same_prompt_is_repaired_once(
+    llama: CausalLM, mode: ReuseMode, between: tuple[Asked, ...]
+) -> None:
+    engine = PromptCacheEngine(llama)
+    first = engine.generate(PROMPTS[0], SamplingParams(max_tokens=5), mode)
+    for other, index in between:
+        engine.prefill(PROMPTS[index], other)
+    before = PromptCacheEngine(llama).prefill(PROMPTS[0], mode)
+    again = engine.prefill(PROMPTS[0], mode)
+    assert first.report.repaired_tokens == before.report.repaired_tokens > 0
+    assert again.report.repaired_tokens == 0
+    assert again.report.computed_tokens == 1
+    assert alike(again.logits, before.logits)
+
+
+@pytest.mark.parametrize("mode", ["balanced", "high"])
+def test_a_prompt_that_goes_on_keeps_what_was_repaired(llama: CausalLM, mode: ReuseMode) -> None:
+    longer = Prompt([*PROMPTS[0].segments, Segment(" Ann.\n"), CARD, Segment("\nWhere? A:")])
+    served = {}
+    for used in (mode, "exact"):
+        engine = PromptCacheEngine(llama)
+        first = engine.prefill(PROMPTS[0], used)
+        report = engine.prefill(longer, used).report
+        served[used] = report.cached_tokens
+        assert {s.source for s in report.segments if s.name in ("bees", "boat")} == {"prefix"}
+    assert served[mode] >= served["exact"] >= first.report.prompt_tokens - 1
+    fresh = PromptCacheEngine(llama).prefill(longer, mode).report
+    assert fresh.cached_tokens < served[mode]
+
+
+def test_all_of_it_repaired_is_full_prefill_in_every_turn(llama: CausalLM) -> None:
+    everything = RepairPolicy(head_tokens=0, query_ratio=1.0)
+    engine = PromptCacheEngine(llama, repair=everything)
+    prompt = ask("\nWho? A:", BEES, BOAT)
+    for stale, document in ((BOAT, MILL), (MILL, BOAT), (BOAT, BEES)):
+        off = PromptCacheEngine(llama).prefill(prompt, "off")
+        prefill = engine.prefill(prompt)
+        assert alike(prefill.logits, off.logits)
+        assert prefill.report.repaired_tokens == engine.lm.count_tokens(stale.text)
+        prompt = Prompt([*prompt.segments, Segment(" Ann.\n"), document, Segment("\nWhere? A:")])
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [RepairPolicy(4, 0.1), RepairPolicy(5, 0.2), RepairPolicy(4, 0.2, 0.5)],
+    ids=["fewer chosen", "longer heads", "limited"],
+)
+def test_another_policy_does_not_go_on_from_what_one_repaired(
+    llama: CausalLM, policy: RepairPolicy
+) -> None:
+    fresh = PromptCacheEngine(llama).prefill(PROMPTS[0], repair=policy)
+    engine = PromptCacheEngine(llama, repair=RepairPolicy(4, 0.2))
+    engine.prefill(PROMPTS[0])
+    prefill = engine.prefill(PROMPTS[0], repair=policy)
+    assert prefill.report.repaired_tokens == fresh.report.repaired_tokens > 0
+    assert alike(prefill.logits, fresh.logits)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_threads_get_the_logits_they_would_get_alone(
+    llama: CausalLM, fresh: dict[Asked, torch.Tensor], mode: ReuseMode
+) -> None:
+    engine = PromptCacheEngine(llama, reuse=mode)
+    wrong: list[int] = []
+
+    def work(worker: int) -> None:
+        for turn in range(6):
+            index = (worker + turn) % len(PROMPTS)
+            if not alike(engine.prefill(PROMPTS[index]).logits, fresh[mode, index]):
+                wrong.append(index)
+
+    threads = [threading.Thread(target=work, args=(worker,)) for worker in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    assert len(engine.reports) == 36
+
+
+def test_streams_of_repaired_prompts_that_interleave_stay_apart(llama: CausalLM) -> None:
+    params = SamplingParams(max_tokens=8)
+    expected = [PromptCacheEngine(llama).generate(prompt, params).text for prompt in PROMPTS]
+    engine = PromptCacheEngine(llama)
+    rounds = itertools.zip_longest(*(engine.stream(prompt, params) for prompt in PROMPTS))
+    texts = [""] * len(PROMPTS)
+    for chunks in rounds:
+        for index, chunk in enumerate(chunks):
+            texts[index] += chunk.text if chunk else ""
+    assert texts == expected

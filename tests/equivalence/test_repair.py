@@ -1,0 +1,177 @@
+"""Repaired states give the logits of one masked forward that holds repaired tokens twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import oracle
+import tiny_models
+from pcache_core import CausalLM, Prompt, SamplingParams, Segment
+from pcache_core.lm import Batch
+from pcache_core.params import RepairPolicy
+from subjects import (
+    BEES,
+    BOAT,
+    CROWDED,
+    MILL,
+    OPENING,
+    REUSING,
+    SECOND,
+    SEQUENTIAL,
+    SHORT,
+    TOLERANCE,
+    VISIBLE_DIFFERENCE,
+    Subject,
+    error,
+    make_subject,
+    module_tokens,
+    repaired_rows,
+)
+
+WATCHING = [name for name in REUSING if name not in SEQUENTIAL]
+# For tests of every architecture that runs through our own attention.
+watching_only = pytest.mark.parametrize("subject", WATCHING, indirect=True)
+EVERYTHING = [
+    RepairPolicy(head_tokens=0, query_ratio=1.0),
+    RepairPolicy(head_tokens=3, query_ratio=1.0),
+]
+PARTIAL = RepairPolicy(head_tokens=8, query_ratio=0.1)
+# Plain, soft-capped in windows, windows, sinks, latent attention; fixed positions; ALiBi and rotary
+# positions through the model's own attention.
+DIVERSE = ["llama", "gemma2", "mistral/sliding", "gpt_oss", "deepseek_v3", "gpt2"]
+DIVERSE += ["falcon/alibi", "gptj"]
+
+
+@pytest.fixture(scope="module", params=REUSING)
+def subject(request: pytest.FixtureRequest, tiny_lm: Callable[..., CausalLM]) -> Subject:
+    """Every architecture whose documents can be reused."""
+    return make_subject(request.param, 0, tiny_lm)
+
+
+@pytest.fixture(scope="module", params=DIVERSE)
+def diverse(request: pytest.FixtureRequest, tiny_lm: Callable[..., CausalLM]) -> Subject:
+    """Architectures that differ in how they attend."""
+    return make_subject(request.param, 1, tiny_lm)
+
+
+@pytest.mark.parametrize("policy", EVERYTHING)
+def test_repairing_everything_is_full_prefill(subject: Subject, policy: RepairPolicy) -> None:
+    ids = oracle.token_ids(subject.rows(SECOND))
+    expected = oracle.stock_logits(subject.twin(), ids)
+    engine = subject.engine()
+    prefill = engine.prefill(SECOND, "balanced", policy)
+    assert prefill.report.repaired_tokens == module_tokens(subject)
+    assert error(prefill, expected) < TOLERANCE
+    off = engine.prefill(SECOND, "off")
+    assert error(prefill, off.logits) < TOLERANCE
+
+
+def test_repaired_rows_give_the_logits_of_one_masked_forward(subject: Subject) -> None:
+    engine = subject.engine()
+    prefill = engine.prefill(SECOND, "balanced", PARTIAL)
+    rows = repaired_rows(engine)
+    assert 0 < len(rows) == prefill.report.repaired_tokens < module_tokens(subject)
+    assert error(prefill, subject.expected(SECOND, rows)) < TOLERANCE
+    others = {row.place for row in subject.rows(SECOND) if row.role == "module"}.difference(rows)
+    assert error(prefill, subject.expected(SECOND, others)) > VISIBLE_DIFFERENCE
+    assert error(prefill, subject.expected(SECOND)) > VISIBLE_DIFFERENCE
+
+
+def test_a_crowded_prompt_without_opening_is_repaired(diverse: Subject) -> None:
+    engine = diverse.engine()
+    prefill = engine.prefill(CROWDED, "balanced", PARTIAL)
+    rows = repaired_rows(engine)
+    first = diverse.lm.count_tokens(BOAT.text)  # behind BOS, where it was encoded: nothing stale
+    assert min(rows) > first
+    assert error(prefill, diverse.expected(CROWDED, rows)) < TOLERANCE
+
+
+@pytest.mark.parametrize("policy", [PARTIAL, RepairPolicy(head_tokens=0, query_ratio=0.4)])
+def test_answers_behind_repaired_rows_equal_the_masked_forward_of_every_token(
+    diverse: Subject, policy: RepairPolicy
+) -> None:
+    engine = diverse.engine()
+    generation = engine.generate(SECOND, SamplingParams(max_tokens=8), "balanced", policy)
+    rows = diverse.rows(SECOND, repaired_rows(engine))
+    expected = oracle.greedy(diverse.twin(), rows, 8, tiny_models.EOS)
+    assert list(generation.token_ids) == expected
+
+
+DOCUMENTS = st.permutations([BEES, BOAT, MILL, SHORT]).flatmap(
+    lambda order: st.integers(1, 4).map(lambda count: order[:count])
+)
+BETWEEN = st.sampled_from([(), (Segment("\n\n"),), (Segment("\nand ", "argument"),)])
+POLICIES = st.builds(
+    RepairPolicy,
+    head_tokens=st.integers(0, 12),
+    query_ratio=st.floats(0, 1),
+    max_ratio=st.floats(0, 1),
+)
+
+
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(DOCUMENTS, BETWEEN, st.booleans(), st.sampled_from(["?", "\nWho? A:"]), POLICIES)
+def test_any_policy_on_any_prompt_gives_the_logits_of_one_masked_forward(
+    diverse: Subject,
+    documents: list[Segment],
+    between: tuple[Segment, ...],
+    opening: bool,
+    question: str,
+    policy: RepairPolicy,
+) -> None:
+    parts = [part for document in documents for part in (document, *between)]
+    prompt = Prompt([*([OPENING] if opening else []), *parts, Segment(question)])
+    engine = diverse.engine()
+    prefill = engine.prefill(prompt, "high", policy)
+    rows = repaired_rows(engine)
+    assert len(rows) == prefill.report.repaired_tokens
+    assert error(prefill, diverse.expected(prompt, rows)) < TOLERANCE
+
+
+@watching_only
+def test_watched_attention_is_the_models_own(subject: Subject) -> None:
+    rows = oracle.without_modules(subject.rows(SECOND))
+    ids, places = oracle.token_ids(rows), range(len(rows))
+    batch = Batch.of_rows(subject.lm.new_slot(len(ids)), ids, places, places, places[-5:])
+    subject.lm.forward(batch)
+    paid = oracle.attention_paid(subject.twin(), rows, 5)
+    expected = torch.tensor([paid[place] for place in places])
+    # Up to scale: DiffLlama attends twice with the same weights.
+    shares = batch.attention / batch.attention.sum()
+    torch.testing.assert_close(shares, expected / expected.sum(), rtol=1e-3, atol=1e-6)
+    assert shares.max() > 3 * shares.min()
+
+
+@watching_only
+@pytest.mark.parametrize("question", ["\nQ? A:", "?"])  # three tokens, and one behind others
+def test_the_question_chooses_what_it_attends_to_most_and_what_follows(
+    subject: Subject, question: str
+) -> None:
+    prompt = Prompt([*SECOND.segments[:-1], Segment(question, "text")])
+    engine = subject.engine()
+    engine.prefill(prompt, "balanced", RepairPolicy(head_tokens=0, query_ratio=0.2))
+    rows = subject.rows(prompt)
+    chosen = repaired_rows(engine)
+    stale = {row.place for row in rows if row.role == "module"}
+    paid = oracle.attention_paid(subject.twin(), rows, 3)
+    best: dict[int, None] = {}
+    for place in sorted(stale, key=lambda place: -paid[place]):
+        best.update(dict.fromkeys(p for p in (place, place + 1) if p in stale))
+    assert len(stale) // 5 < len(chosen) < len(stale)
+    assert set(chosen) == set(list(best)[: len(chosen)])
+
+
+@watching_only
+def test_heads_are_repaired_before_the_question_chooses(subject: Subject) -> None:
+    engine = subject.engine()
+    engine.prefill(SECOND, "balanced", PARTIAL)
+    rows = subject.rows(SECOND)
+    modules = [row for row in rows if row.role == "module"]
+    starts = {row.group: row.place for row in reversed(modules)}
+    heads = {start + i for start in starts.values() for i in range(PARTIAL.head_tokens)}
+    assert heads < set(repaired_rows(engine))
