@@ -81,7 +81,7 @@ class Rules:
             return Attribute(
                 (),
                 self.name_pattern,
-                "a name: a letter or '_', then letters, digits, '.', '_' and '-'",
+                "a name: a letter or '_', then up to 127 letters, digits, '.', '_' or '-'",
             )
         return Attribute(tuple(str(value.text) for value in node.iter(f"{_RNG}value")))
 
