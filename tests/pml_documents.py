@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape
+from random import Random
 
 from hypothesis import strategies as st
 
@@ -196,71 +198,56 @@ def _quoted(value: str) -> str:
 
 _TAGS = [
     *("schema", "prompt", "module", "union", "param", "parameter", "slot", "scaffold"),
-    *("system", "user", "assistant", "document", "a", "b", "x:y", "1", ""),
+    *("system", "user", "assistant", "document", "a", "b", "docs", "x:y", "1", ""),
 ]
 _NAMES = ["name", "schema", "len", "length", "cache", "src", "scaffold", "modules", "max-tokens"]
 _NAMES += ["xml:space", "xmlns", "xmlns:x", "x:name", "a", "0"]
-_VALUES = [
-    "a",
-    "b",
-    "a b",
-    "1",
-    "0",
-    "-1",
-    "true",
-    "preserve",
-    "",
-    "&",
-    "&amp;",
-    "<",
-    "../x",
-    "9" * 20,
-]
+_VALUES = ["a", "b", "a b", "1", "0", "-1", "true", "preserve", "", "&", "&amp;", "<", "../x"]
+_VALUES += ["9" * 20, "é", "a\nb"]
 _BITS = [
     *("<!--c-->", "<!--", "-->", "<![CDATA[<b>]]>", "<![CDATA[", "]]>", "<?pi x?>", "<?", "&lt;"),
     *("&#0;", "&#x41;", "&#xD800;", "&foo;", "&", "<", ">", "\0", "\ufeff", "\ufffe", "\r", "text"),
     *("<!DOCTYPE a [<!ENTITY b 'c'>]>", "<xi:include href='/etc/passwd'/>", "\x1b", "  \n  ", "🦜"),
+    *("<a/>", "<b c='d'/>", "<docs><document>d</document></docs>", "<user>u</user>", "'", '"', "="),
+    *("<module name='a'>m</module>", "<slot name='docs'/>", "<param name='c' len='2'/>", "\ud800"),
 ]
-_elements = st.deferred(
-    lambda: st.one_of(
-        st.sampled_from(_BITS),
-        st.builds(
-            lambda tag, attributes, inside, end: (
-                f"<{tag}{''.join(f' {n}={q}{v}{q}' for n, v, q in attributes)}>"
-                f"{''.join(inside)}</{end if end is not None else tag}>"
-            ),
-            st.sampled_from(_TAGS),
-            st.lists(
-                st.tuples(
-                    st.sampled_from(_NAMES), st.sampled_from(_VALUES), st.sampled_from("\"'")
-                ),
-                max_size=3,
-            ),
-            st.lists(_elements, max_size=3),
-            st.sampled_from([None] * 12 + ["a", "module"]),
-        ),
+
+
+def random_document(random: Random, files: Sequence[bytes]) -> str | bytes:
+    """A document that may be PML, nearly so, or bytes: made of PML's parts, or a file changed."""
+    match random.randrange(8):
+        case 0:
+            return random.randbytes(random.randrange(60))
+        case 1:
+            return "".join(_random_element(random, 0) for _ in range(random.randrange(4)))
+        case 2 | 3:
+            root, name = random.choice([("schema", "name"), ("prompt", "schema")])
+            inside = "".join(_random_element(random, 0) for _ in range(random.randrange(5)))
+            return f"<{root} {name}='a'>{inside}</{root}>"
+    return _changed(random, random.choice(files))
+
+
+def _random_element(random: Random, depth: int) -> str:
+    if depth > 3 or random.random() < 0.4:
+        return random.choice(_BITS)
+    tag = random.choice(_TAGS)
+    quote = random.choice("\"'")
+    attributes = "".join(
+        f" {random.choice(_NAMES)}={quote}{random.choice(_VALUES)}{quote}"
+        for _ in range(random.randrange(3))
     )
-)
-"""Text that looks like PML: tags that are known, attributes that may be, and what breaks XML."""
+    inside = "".join(_random_element(random, depth + 1) for _ in range(random.randrange(4)))
+    end = tag if random.random() < 0.95 else random.choice(_TAGS)
+    return f"<{tag}{attributes}>{inside}</{end}>"
 
 
-@st.composite
-def documents(draw: st.DrawFn) -> str | bytes:
-    """A document that may be PML, nearly so, or bytes."""
-    kind = draw(st.sampled_from(["elements", "changed", "bytes", "rooted"]))
-    if kind == "bytes":
-        return draw(st.binary(max_size=60))
-    if kind == "elements":
-        return "".join(draw(st.lists(_elements, max_size=3)))
-    if kind == "rooted":
-        root = draw(st.sampled_from(["schema name", "prompt schema"]))
-        inside = "".join(draw(st.lists(_elements, max_size=4)))
-        return f"<{root}='a'>{inside}</{root.split()[0]}>"
-    data = bytearray(to_xml(draw(schemas())).encode())
-    for _ in range(draw(st.integers(0, 3))):
-        at = draw(st.integers(0, len(data)))
-        stop = draw(st.integers(at, min(len(data), at + 9)))
-        data[at:stop] = draw(
-            st.one_of(st.binary(max_size=4), st.sampled_from(_BITS).map(str.encode))
-        )
+def _changed(random: Random, file: bytes) -> bytes:
+    """A file with up to three spans cut, doubled, replaced by bits or by bytes."""
+    data = bytearray(file)
+    for _ in range(random.randrange(4)):
+        start = random.randrange(len(data) + 1)
+        stop = min(len(data), start + random.choice([0, 1, 3, 40]))
+        span = bytes(data[start:stop])
+        bit = random.choice(_BITS).encode(errors="surrogatepass")
+        data[start:stop] = random.choice([b"", span * 2, bit, bit, random.randbytes(2)])
     return bytes(data)
