@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import time
 from pathlib import Path
 
@@ -245,6 +246,25 @@ def test_twenty_thousand_modules_and_scaffolds_are_read_in_time() -> None:
     scaffolds = f"<scaffold modules='{' '.join(names)}'/>" + "<scaffold modules='m0 m1'/>" * 9_000
     assert len(parse_schema(f"<schema name='s'>{modules}{scaffolds}</schema>").children) == 18_001
     assert time.process_time() - started < 20
+
+
+def peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def test_names_are_not_kept_when_a_document_has_been_read() -> None:
+    def read(number: int) -> None:
+        names = [f"n{number}.{index}.{'x' * 40_000}" for index in range(20)]
+        uses = "".join(f"<{name}/>" for name in names)
+        with pytest.raises(PMLError):
+            parse_prompt(f"<prompt schema='s'>{uses}<document/></prompt>")
+
+    for number in range(5):
+        read(number)
+    before = peak_bytes()
+    for number in range(5, 125):
+        read(number)
+    assert peak_bytes() - before < 50 * 2**20  # all names together have 96 MB
 
 
 def test_limits_can_be_set_and_are_checked() -> None:
