@@ -18,7 +18,7 @@ from pcache_core.params import ReuseMode, SamplingParams
 from pcache_core.prompt import Prompt, Segment
 from pcache_core.report import EncodeReport, Report, SegmentReport
 from pcache_core.results import Chunk, Generation, Prefill
-from pcache_core.store import MemoryStore, ModuleStore
+from pcache_core.store import DiskStore, MemoryStore, ModuleStore
 
 __all__ = [
     "BudgetError",
@@ -26,6 +26,7 @@ __all__ = [
     "ChatTemplateError",
     "Chunk",
     "ContextLengthError",
+    "DiskStore",
     "EncodeReport",
     "Generation",
     "MemoryStore",
