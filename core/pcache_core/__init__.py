@@ -18,7 +18,7 @@ from pcache_core.params import ReuseMode, SamplingParams
 from pcache_core.prompt import Prompt, Segment
 from pcache_core.report import EncodeReport, Report, SegmentReport
 from pcache_core.results import Chunk, Generation, Prefill
-from pcache_core.store import DiskStore, MemoryStore, ModuleStore
+from pcache_core.store import DiskStore, MemoryStore, ModuleStore, TieredStore
 
 __all__ = [
     "BudgetError",
@@ -46,4 +46,5 @@ __all__ = [
     "SegmentReport",
     "StateMismatchError",
     "StoreError",
+    "TieredStore",
 ]

@@ -86,9 +86,7 @@ def test_the_seal_is_xxh3_over_every_byte_before_it() -> None:
 
 
 @pytest.mark.parametrize("seal", [PLAIN, KEYED], ids=["checksum", "hmac"])
-def test_a_flipped_bit_in_any_byte_is_found(
-    seal: Seal, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_flipped_bit_in_any_byte_is_found(seal: Seal, capsys: pytest.CaptureFixture[str]) -> None:
     key, state = make(5, 6)
     content = stored(key, state, seal)
     found = 0
