@@ -232,14 +232,23 @@ def test_a_bad_queue_is_refused(queue_bytes: Any) -> None:
 
 
 EXITING = """
-import os, sys
+import os, sys, threading
 from pcache_core import DiskStore, MemoryStore, TieredStore
 from stored_states import make
 store = TieredStore([MemoryStore(), DiskStore(sys.argv[1])])
 for tokens in range(30):
     store.put(*make(tokens, 1, copies=100))
 if sys.argv[2] == "fork":
-    child = os.fork()
+    forked = threading.Event()
+    def hold():
+        with store._writer._changed:
+            held.set()
+            forked.wait()
+    held = threading.Event()
+    threading.Thread(target=hold).start()
+    held.wait()
+    child = os.fork()  # while another thread, which the child does not have, holds the lock
+    forked.set()
     key, state = make(777, 1)
     store.put(key, state)
     store.flush()
