@@ -105,6 +105,17 @@ def read_layout(header: bytes | memoryview, total_nbytes: int) -> Layout:
 
     Raises: StateMismatchError: not a header this version would write, or the length is not its.
     """
+    layout = parse_header(header)
+    if layout.nbytes != total_nbytes:
+        raise StateMismatchError(f"it has {total_nbytes:,} bytes and should have {layout.nbytes:,}")
+    return layout
+
+
+def parse_header(header: bytes | memoryview) -> Layout:
+    """Parse what `header_nbytes` delimits.
+
+    Raises: StateMismatchError: not a header this version would write.
+    """
     try:
         metadata = json.loads(bytes(header[PREFIX_BYTES:]))["__metadata__"]
         layout = _layout(Record.parse(metadata))
@@ -112,8 +123,6 @@ def read_layout(header: bytes | memoryview, total_nbytes: int) -> Layout:
         raise StateMismatchError(f"its header is not a state's ({type(error).__name__})") from None
     if layout.header != bytes(header):
         raise StateMismatchError("its header is not as it was written")
-    if layout.nbytes != total_nbytes:
-        raise StateMismatchError(f"it has {total_nbytes:,} bytes and should have {layout.nbytes:,}")
     return layout
 
 
