@@ -150,6 +150,8 @@ def _natural(text: str) -> int:
 
 def _integers(values: object) -> tuple[int, ...]:
     """Raises: ValueError: anything but a list of integers from 0 up."""
-    if not isinstance(values, list) or any(type(v) is not int or v < 0 for v in values):
+    if not isinstance(values, list) or not set(map(type, values)) <= {int}:
+        raise ValueError("not a list of integers")
+    if values and min(values) < 0:
         raise ValueError("not a list of natural numbers")
     return tuple(values)
