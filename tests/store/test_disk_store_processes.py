@@ -88,7 +88,7 @@ def start(script: str, *arguments: str) -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str], line: str = "") -> dict[str, Any]:
-    output, _ = process.communicate(line + "\n", timeout=240)
+    output, _ = process.communicate(line + "\n", timeout=280)
     assert process.returncode == 0
     result: dict[str, Any] = json.loads(output.splitlines()[-1])
     return result

@@ -264,7 +264,7 @@ def test_what_waits_is_written_before_the_interpreter_exits(tmp_path: Path, how:
     subprocess.run(
         [sys.executable, "-c", EXITING, str(tmp_path), how],
         check=True,
-        timeout=120,
+        timeout=280,
         env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
     )
     store = DiskStore(tmp_path)
