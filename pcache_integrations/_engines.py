@@ -5,13 +5,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import Any
 from weakref import WeakValueDictionary
 
-from pcache_core import CausalLM, MemoryStore, PromptCacheEngine
+from pcache_core import CausalLM, DiskStore, MemoryStore, PromptCacheEngine, TieredStore
 from pcache_core.errors import OptionError
 from pcache_core.params import RepairPolicy, check_repair, check_reuse
-from pcache_core.store import ModuleStore
+from pcache_core.store import CostAware, ModuleStore
 
 _loaded: WeakValueDictionary[tuple[str, str, str], CausalLM] = WeakValueDictionary()
 _loading = threading.Lock()
@@ -33,20 +34,42 @@ def load_lm(model: str, dtype: str = "auto", device: str = "auto") -> CausalLM:
 
 
 def check_store(spec: str) -> None:
-    """Whether `build_store` takes `spec`. Raises: OptionError: it does not."""
-    if spec == "memory":
-        return
-    kind = "a store at a URL" if "://" in spec else "a store on disk"
-    raise OptionError(
-        f"store={spec!r}: {kind} is not supported by this version; use store='memory', "
-        "or pass engine=PromptCacheEngine(lm, store=...) with a store of your own"
-    )
+    """Whether `build_store` takes `spec`. No folder is made and no server is asked.
+
+    Raises: OptionError: it does not. DependencyError: a package it needs is not installed.
+    """
+    if not isinstance(spec, str) or not spec.strip():
+        raise OptionError(
+            f"store={spec!r} must be 'memory', a folder's path, 'redis://host:port/database' or "
+            "the URL of an object store such as 's3://bucket/folder'"
+        )
+    if "://" in spec:
+        _remote_store(spec)
+    elif spec != "memory" and get_close_matches(spec.lower(), ["memory"], cutoff=0.75):
+        raise OptionError(f"store={spec!r}: did you mean 'memory'? A folder is './{spec}'")
 
 
 def build_store(spec: str) -> ModuleStore:
-    """The store that `spec` names. Raises: OptionError: this version has no such store."""
+    """The store that `spec` names: memory alone, or memory before a folder or a server.
+
+    Raises: OptionError, DependencyError: as `check_store`. StoreError: the folder can't be made.
+    """
     check_store(spec)
-    return MemoryStore()
+    if spec == "memory":
+        return MemoryStore()
+    lasting = _remote_store(spec) if "://" in spec else DiskStore(spec)
+    return TieredStore([MemoryStore(policy=CostAware()), lasting])
+
+
+def _remote_store(url: str) -> ModuleStore:
+    """A store that connects when it is first used; its package is imported only here."""
+    if url.partition("://")[0] in ("redis", "rediss", "valkey", "unix"):
+        from pcache_core.store.redis import RedisStore
+
+        return RedisStore(url)
+    from pcache_core.store.object import ObjectStore
+
+    return ObjectStore(url)
 
 
 ENGINE_OPTIONS = ("model", "store", "dtype", "device", "namespace", "repair")

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from pcache_core.errors import OptionError, PromptCacheError
+from pcache_integrations.cli_store import app as store_app
 
 if TYPE_CHECKING:
     from pcache_core.evaluation.data import QuestionSet
@@ -23,6 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Prompt Cache: reuse of attention states of prompt parts, for LangChain and LlamaIndex.",
 )
+app.add_typer(store_app)
 
 
 @app.command(epilog="Example: pcache demo --model Qwen/Qwen2.5-0.5B-Instruct --top-k 6")

@@ -6,8 +6,10 @@ from pcache_core.errors import (
     BudgetError,
     ChatTemplateError,
     ContextLengthError,
+    DependencyError,
     ModelError,
     OptionError,
+    PMLError,
     PromptCacheError,
     PromptError,
     StateMismatchError,
@@ -18,7 +20,7 @@ from pcache_core.params import RepairPolicy, ReuseMode, SamplingParams
 from pcache_core.prompt import Prompt, Segment
 from pcache_core.report import EncodeReport, Report, SegmentReport
 from pcache_core.results import Chunk, Generation, Prefill
-from pcache_core.store import MemoryStore, ModuleStore
+from pcache_core.store import DiskStore, MemoryStore, ModuleStore, TieredStore
 
 __all__ = [
     "BudgetError",
@@ -26,6 +28,8 @@ __all__ = [
     "ChatTemplateError",
     "Chunk",
     "ContextLengthError",
+    "DependencyError",
+    "DiskStore",
     "EncodeReport",
     "Generation",
     "MemoryStore",
@@ -33,6 +37,7 @@ __all__ = [
     "ModelError",
     "ModuleStore",
     "OptionError",
+    "PMLError",
     "Prefill",
     "Prompt",
     "PromptCacheEngine",
@@ -46,4 +51,5 @@ __all__ = [
     "SegmentReport",
     "StateMismatchError",
     "StoreError",
+    "TieredStore",
 ]

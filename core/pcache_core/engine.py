@@ -34,7 +34,7 @@ from pcache_core.reading import PromptReader
 from pcache_core.report import EncodeReport, Report
 from pcache_core.request import Request, check_request
 from pcache_core.results import Chunk, Generation, Prefill
-from pcache_core.store import MemoryStore, ModuleStore
+from pcache_core.store import MemoryStore, ModuleStore, StoreStats
 
 _KEPT_REPORTS = 256
 
@@ -202,6 +202,10 @@ class PromptCacheEngine:
     def tokenise(self, prompt: Prompt) -> TokenisedPrompt:
         """The prompt's token ids, the same for every reuse mode."""
         return tokenise(prompt, self.lm.text.ids, self.lm.text.bos_ids)
+
+    def stats(self) -> StoreStats:
+        """What the store holds, its hits and misses, by tier where it has several."""
+        return self.store.stats()
 
     def _check(
         self,

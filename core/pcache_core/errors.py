@@ -10,7 +10,8 @@ PromptCacheError
 ├── OptionError           an argument is out of range or unknown (ValueError)
 │   └── BudgetError       a byte budget that can't hold what it is for
 ├── StateMismatchError    a state is of another shape, model or dtype
-└── StoreError            a store can't be reached or written
+├── StoreError            a store can't be reached or written
+└── DependencyError       an optional package is not installed (ImportError)
 ```
 Every message says what was wrong, what was given, the limit and the remedy.
 """
@@ -73,3 +74,7 @@ class StateMismatchError(PromptCacheError):
 
 class StoreError(PromptCacheError):
     """A store can't be reached or written."""
+
+
+class DependencyError(PromptCacheError, ImportError):
+    """An optional package is not installed; the message has the command that installs it."""

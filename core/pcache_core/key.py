@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import re
 import struct
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 
 from pcache_core.errors import OptionError
 
@@ -17,9 +17,9 @@ _NAMESPACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 def digest(fields: Iterable[bytes]) -> str:
     """SHA-256 over length-prefixed fields, as hex: no two field lists share an input."""
     sha = hashlib.sha256()
-    for field in fields:
-        sha.update(struct.pack("<Q", len(field)))
-        sha.update(field)
+    for content in fields:
+        sha.update(struct.pack("<Q", len(content)))
+        sha.update(content)
     return sha.hexdigest()
 
 
@@ -29,29 +29,20 @@ def pack_ids(token_ids: Sequence[int]) -> bytes:
 
 
 @dataclass(frozen=True, slots=True)
-class ModuleKey:
-    """Names a state in a store.
-
-    digest: 64 hex digits over format version, model, dtype, namespace, anchor, tokens and, where
-        the model can't relocate, the position.
-    token_ids: compared with the stored ones on every hit.
-    """
-
-    digest: str
-    token_ids: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class KeySpace:
     """Makes the keys of one model in one namespace.
 
     model: fingerprint of configuration and weights. dtype: of the states.
+    model_name, decode: no part of any key; a store that lasts notes the name and the text's start,
+        so that people can tell its states apart.
     Raises: OptionError: the namespace has other characters than letters, digits and `._-`.
     """
 
     model: str
     dtype: str
     namespace: str
+    model_name: str = field(default="", compare=False)
+    decode: Callable[[Sequence[int]], str] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.namespace, str) or not _NAMESPACE.fullmatch(self.namespace):
@@ -76,4 +67,24 @@ class KeySpace:
             pack_ids(token_ids),
             b"any" if position is None else str(position).encode(),
         )
-        return ModuleKey(digest(fields), tuple(token_ids))
+        return ModuleKey(
+            digest(fields), tuple(token_ids), self, anchor_ids=tuple(anchor_ids), position=position
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleKey:
+    """Names a state in a store.
+
+    digest: 64 hex digits over format version, model, dtype, namespace, anchor, tokens and, where
+        the model can't relocate, the position.
+    token_ids: compared with the stored ones on every hit.
+    space, anchor_ids, position: what the digest was made of, for stores that note it beside the
+        state; None and empty where the key was not made by a `KeySpace`.
+    """
+
+    digest: str
+    token_ids: tuple[int, ...]
+    space: KeySpace | None = field(default=None, compare=False, repr=False)
+    anchor_ids: tuple[int, ...] = field(default=(), compare=False, repr=False)
+    position: int | None = field(default=None, compare=False, repr=False)

@@ -36,7 +36,9 @@ class ModuleLibrary:
     def __init__(self, lm: CausalLM, store: ModuleStore, namespace: str) -> None:
         self.lm = lm
         self._store = store
-        self._keys = KeySpace(lm.fingerprint, str(lm.dtype), namespace)
+        self._keys = KeySpace(
+            lm.fingerprint, str(lm.dtype), namespace, model_name=lm.name, decode=lm.text.decode
+        )
 
     @property
     def budget_bytes(self) -> int | None:

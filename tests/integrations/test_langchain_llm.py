@@ -48,7 +48,8 @@ class TestOptions:
             ({"temperature": -1}, "temperature"),
             ({"max_tokens": 0}, "max_tokens"),
             ({"max_tokens": "many"}, "max_tokens"),
-            ({"store": "redis://localhost"}, "store='memory'"),
+            ({"store": "nosuch://localhost"}, "can't be a store"),
+            ({"store": "memroy"}, "did you mean 'memory'"),
             ({"max_token": 5}, "did you mean 'max_tokens'"),
         ],
     )

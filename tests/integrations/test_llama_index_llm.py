@@ -331,7 +331,8 @@ class TestOptions:
             ({"max_tokens": 0}, "max_tokens"),
             ({"max_tokens": "many"}, "max_tokens"),
             ({"context_window": 0}, "context_window"),
-            ({"store": "redis://localhost"}, "store='memory'"),
+            ({"store": "nosuch://localhost"}, "can't be a store"),
+            ({"store": "memroy"}, "did you mean 'memory'"),
             ({"max_token": 5}, "did you mean 'max_tokens'"),
         ],
     )

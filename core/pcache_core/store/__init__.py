@@ -1,6 +1,22 @@
 """Where states are kept between requests."""
 
-from pcache_core.store.base import Hit, ModuleStore, StoreStats, Tier
+from pcache_core.store.base import BatchStore, Hit, ModuleStore, StoreStats, Tier, get_many
+from pcache_core.store.disk import DiskStore
 from pcache_core.store.memory import MemoryStore
+from pcache_core.store.policy import CostAware, EvictionPolicy, LeastRecentlyUsed
+from pcache_core.store.tiered import TieredStore
 
-__all__ = ["Hit", "MemoryStore", "ModuleStore", "StoreStats", "Tier"]
+__all__ = [
+    "BatchStore",
+    "CostAware",
+    "DiskStore",
+    "EvictionPolicy",
+    "Hit",
+    "LeastRecentlyUsed",
+    "MemoryStore",
+    "ModuleStore",
+    "StoreStats",
+    "Tier",
+    "TieredStore",
+    "get_many",
+]

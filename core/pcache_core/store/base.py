@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
@@ -15,16 +16,25 @@ Tier = Literal["memory", "disk", "remote"]
 class StoreStats:
     """A store's contents and its history since it was made.
 
+    states, nbytes: None where counting them would mean asking a server for every key.
     budget_bytes: None where the store has no limit of its own.
+    damaged: entries that were dropped because they were altered, cut or another model's.
+    failures: calls that failed because the store could not be reached, read or written.
+    load_ms: time spent in look-ups that hit.
+    tiers: of a tiered store, each tier's own.
     """
 
     tier: Tier
-    states: int
-    nbytes: int
+    states: int | None
+    nbytes: int | None
     budget_bytes: int | None
     hits: int
     misses: int
     evictions: int
+    damaged: int = 0
+    failures: int = 0
+    load_ms: float = 0.0
+    tiers: tuple[StoreStats, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,3 +63,18 @@ class ModuleStore(Protocol):
 
     def stats(self) -> StoreStats:
         """Counts so far."""
+
+
+@runtime_checkable
+class BatchStore(ModuleStore, Protocol):
+    """A store that finds several states faster together than one by one."""
+
+    def get_many(self, keys: Sequence[ModuleKey]) -> list[Hit | None]:
+        """What `get` would return for each key, in order."""
+
+
+def get_many(store: ModuleStore, keys: Sequence[ModuleKey]) -> list[Hit | None]:
+    """Look several keys up, together where the store can."""
+    if isinstance(store, BatchStore):
+        return store.get_many(keys)
+    return [store.get(key) for key in keys]

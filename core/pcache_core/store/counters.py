@@ -1,0 +1,115 @@
+"""A store's history in numbers, and its troubles in few words."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+
+from pcache_core.store.base import StoreStats, Tier
+
+logger = logging.getLogger(__name__)
+
+
+class Counters:
+    """Counts of one store. Thread-safe."""
+
+    def __init__(self, tier: Tier, budget_bytes: int | None) -> None:
+        self.tier: Tier = tier
+        self.budget_bytes = budget_bytes
+        self._lock = threading.Lock()
+        self._hits = 0
+        self._misses = 0
+        self._evictions = 0
+        self._damaged = 0
+        self._failures = 0
+        self._load_ms = 0.0
+
+    def hit(self, started: float) -> None:
+        """A look-up that began at `started` (`time.perf_counter`) found its state."""
+        elapsed_ms = (time.perf_counter() - started) * 1000
+        with self._lock:
+            self._hits += 1
+            self._load_ms += elapsed_ms
+
+    def missed(self) -> None:
+        """A look-up found nothing it could use."""
+        with self._lock:
+            self._misses += 1
+
+    def evicted(self, states: int) -> None:
+        """States were given up for room."""
+        with self._lock:
+            self._evictions += states
+
+    def dropped(self) -> None:
+        """An entry was damaged or another model's."""
+        with self._lock:
+            self._damaged += 1
+
+    def failed(self) -> None:
+        """A call could not be carried out."""
+        with self._lock:
+            self._failures += 1
+
+    def stats(self, states: int | None, nbytes: int | None) -> StoreStats:
+        """Everything counted so far, beside what the store holds now."""
+        with self._lock:
+            return StoreStats(
+                tier=self.tier,
+                states=states,
+                nbytes=nbytes,
+                budget_bytes=self.budget_bytes,
+                hits=self._hits,
+                misses=self._misses,
+                evictions=self._evictions,
+                damaged=self._damaged,
+                failures=self._failures,
+                load_ms=self._load_ms,
+            )
+
+
+class Outage:
+    """Says once that a store stopped working, and once that it works again. Thread-safe.
+
+    what: the store and what it was doing, for the message.
+    retry_s: after a failure, `is_over` is False for so long: a dead server costs one time-out in
+        each such while, not one a request.
+    """
+
+    def __init__(self, what: str, counters: Counters, *, retry_s: float = 0.0) -> None:
+        self._what = what
+        self._counters = counters
+        self._retry_s = retry_s
+        self._retry_at = 0.0
+        self._is_out = False
+        self._lock = threading.Lock()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it is time to try (again)."""
+        return not self._is_out or time.monotonic() >= self._retry_at
+
+    def failed(self, error: BaseException) -> None:
+        """Note a failure; the first since the store last worked is a warning."""
+        self._counters.failed()
+        with self._lock:
+            self._retry_at = time.monotonic() + self._retry_s
+            is_new, self._is_out = not self._is_out, True
+        if is_new:
+            logger.warning(
+                "%s failed (%s: %s); requests go on without it, and this is said once until it "
+                "works again",
+                self._what,
+                type(error).__name__,
+                error,
+            )
+
+    def worked(self) -> None:
+        """Note a success; the first after a failure is reported."""
+        if not self._is_out:
+            return
+        with self._lock:
+            was_out, self._is_out = self._is_out, False
+        if was_out:
+            logger.info("%s works again", self._what)

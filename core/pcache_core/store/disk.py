@@ -1,0 +1,182 @@
+"""States in a folder, one file each: they survive the process, and processes share them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+import torch
+
+from pcache_core.errors import OptionError, StateMismatchError, StoreError
+from pcache_core.key import ModuleKey
+from pcache_core.kv import KVState
+from pcache_core.store import serde
+from pcache_core.store.base import Hit, StoreStats
+from pcache_core.store.counters import Counters, Outage
+from pcache_core.store.folder import Entry, StateFolder, Usage
+from pcache_core.store.memory import check_budget
+from pcache_core.store.packing import check_storage_dtype
+from pcache_core.store.record import StorageDtype
+from pcache_core.store.seal import Seal
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_DISK_BUDGET_BYTES = 32 * 2**30
+
+
+class DiskStore:
+    """A byte-bounded store in a folder, least recently used out first.
+
+    path: the folder, made with mode 0700 if it is not there; files have mode 0600. Whoever can read
+        them can read the texts: a state is as secret as what it was made from.
+    budget_bytes: of the files together, also when several processes share the folder; None for no
+        limit but the disk's.
+    storage_dtype: how numbers are kept. `int8` takes a quarter of fp32's room and loses a little;
+        states come back in the model's dtype. Stores of different `storage_dtype` may share a
+        folder, and do not see each other's states.
+    hmac_key: see `Seal`.
+
+    Every file is checked from the first byte to the last when it is read; one that is damaged,
+    or another model's, is removed and counts as a miss. Where the folder can't be read or written,
+    look-ups miss and `put` keeps nothing, with one warning until it works again.
+
+    States are memory-mapped: files must never be changed in place, only replaced.
+
+    Raises: OptionError: a path that is no path; unknown storage dtype; a bad key. BudgetError: the
+        budget is not positive. StoreError: the folder can't be made.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        budget_bytes: int | None = DEFAULT_DISK_BUDGET_BYTES,
+        *,
+        storage_dtype: StorageDtype = "auto",
+        hmac_key: bytes | None = None,
+    ) -> None:
+        self.path = _checked_path(path)
+        self.storage_dtype = check_storage_dtype(storage_dtype)
+        self._budget_bytes = None if budget_bytes is None else check_budget(budget_bytes)
+        self._seal = Seal(hmac_key)
+        self._folder = StateFolder(self.path)
+        self._counters = Counters("disk", self._budget_bytes)
+        self._reading = Outage(f"reading states in {self.path}", self._counters)
+        self._writing = Outage(f"writing states to {self.path}", self._counters)
+        try:
+            self._folder.create()
+        except OSError as error:
+            raise StoreError(
+                f"no folder for states at {str(self.path)!r}: {error.strerror or error}; "
+                "give a folder that exists or can be made"
+            ) from error
+
+    def get(self, key: ModuleKey) -> Hit | None:
+        """The state, mapped into memory, if it is there and whole; it becomes the most recent."""
+        started = time.perf_counter()
+        path = self._folder.path(self._name(key))
+        try:
+            entry, raw = _mapped(path)
+            state = serde.decode(raw, key, self._seal)
+        except FileNotFoundError:
+            self._counters.missed()
+            return None
+        except StateMismatchError as error:
+            self._drop(path, error)
+            return None
+        except OSError as error:
+            self._reading.failed(error)
+            self._counters.missed()
+            return None
+        self._folder.used(entry)
+        self._reading.worked()
+        self._counters.hit(started)
+        return Hit(state, "disk")
+
+    def get_many(self, keys: Sequence[ModuleKey]) -> list[Hit | None]:
+        """What `get` returns for each key."""
+        return [self.get(key) for key in keys]
+
+    def put(self, key: ModuleKey, state: KVState) -> bool:
+        """Write the state and make room for it; False if it can't be kept.
+
+        A state under the same key is replaced. The disk has it when this returns.
+        """
+        name = self._name(key)
+        try:
+            buffers = serde.encode(key, state, self.storage_dtype, self._seal, int(time.time()))
+        except StateMismatchError as error:
+            logger.warning("a state is not kept: %s", error)
+            return False
+        nbytes = sum(buffer.nbytes for buffer in buffers)
+        if self._budget_bytes is not None and nbytes > self._budget_bytes:
+            return False
+        try:
+            self._folder.write(name, buffers)
+            if self._budget_bytes is not None:
+                self._counters.evicted(self._folder.evict(self._budget_bytes))
+        except OSError as error:
+            self._writing.failed(error)
+            return False
+        self._writing.worked()
+        return True
+
+    def contains(self, key: ModuleKey) -> bool:
+        """Whether a file of this name is there; what is in it, only `get` finds out."""
+        return os.path.exists(self._folder.path(self._name(key)))
+
+    def delete(self, key: ModuleKey) -> None:
+        """Remove the state's file if it is there."""
+        self._remove(self._folder.path(self._name(key)))
+
+    def stats(self) -> StoreStats:
+        """Counts so far, and what the folder holds now, other processes' states included."""
+        try:
+            usage = self._folder.usage()
+        except OSError as error:
+            self._reading.failed(error)
+            usage = Usage(0, 0)
+        return self._counters.stats(usage.states, usage.nbytes)
+
+    def _name(self, key: ModuleKey) -> str:
+        return key.digest if self.storage_dtype == "auto" else f"{key.digest}.{self.storage_dtype}"
+
+    def _drop(self, path: Path, error: StateMismatchError) -> None:
+        logger.warning("dropped the stored state %s: %s", path.name, error)
+        self._counters.dropped()
+        self._counters.missed()
+        self._remove(path)
+
+    def _remove(self, path: Path) -> None:
+        try:
+            self._folder.remove(path)
+        except OSError as error:
+            self._writing.failed(error)
+
+
+def _checked_path(path: object) -> Path:
+    if not isinstance(path, (str, os.PathLike)) or not str(path):
+        raise OptionError(f"path must name a folder, got {path!r}")
+    return Path(os.path.abspath(os.path.expanduser(os.fspath(path))))
+
+
+def _mapped(path: Path) -> tuple[Entry, torch.Tensor]:
+    """A file's bytes, [bytes] uint8, mapped privately: writing to them changes no file.
+
+    Raises: OSError: it is not there or can't be read. StateMismatchError: it is no regular file, or
+        empty.
+    """
+    status = os.stat(path, follow_symlinks=False)
+    if not stat.S_ISREG(status.st_mode) or status.st_size == 0:
+        raise StateMismatchError("it is empty or no regular file")
+    os.close(os.open(path, os.O_RDONLY))  # torch's own error does not say why it can't be read
+    try:
+        storage = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=status.st_size)
+    except RuntimeError as error:
+        raise OSError(str(error).splitlines()[0]) from error
+    raw = torch.empty(0, dtype=torch.uint8).set_(cast(torch.UntypedStorage, storage))
+    return Entry.of(path, status), raw

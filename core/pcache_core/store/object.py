@@ -1,0 +1,184 @@
+"""States in object storage, or any other place that fsspec reaches."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any, TypeVar
+
+import torch
+
+from pcache_core.errors import DependencyError, OptionError, StateMismatchError
+from pcache_core.key import ModuleKey
+from pcache_core.kv import KVState
+from pcache_core.store import serde
+from pcache_core.store.base import Hit, StoreStats
+from pcache_core.store.counters import Counters, Outage
+from pcache_core.store.folder import SUFFIX
+from pcache_core.store.packing import check_storage_dtype
+from pcache_core.store.record import StorageDtype
+from pcache_core.store.seal import Seal
+
+try:
+    import fsspec
+except ImportError as error:
+    raise DependencyError(
+        "ObjectStore needs the fsspec package; pip install 'pcache-integrations[fsspec]'"
+    ) from error
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+_FIRST_READ_BYTES = 2**20
+_PARALLEL_READS = 8
+_RETRY_S = 1.0
+# Where an object appears when all of it has arrived. Elsewhere it is renamed when it has.
+_ATOMIC = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "oss", "r2", "memory"}
+
+
+class ObjectStore:
+    """A store at an fsspec URL, one object a state: `s3://bucket/states`, `gs://…`, `memory://…`.
+
+    storage_options: passed to the file system, such as keys, endpoints and time-outs.
+    storage_dtype, hmac_key: as for `DiskStore`.
+
+    The storage bounds the bytes (lifecycle rules). Where it can't be reached, look-ups miss and
+    `put` keeps nothing; that is said once, and it is tried again after a second.
+
+    Raises: OptionError: an unknown protocol or storage dtype. DependencyError: the protocol's
+        package is not installed.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        storage_options: Mapping[str, Any] | None = None,
+        storage_dtype: StorageDtype = "auto",
+        hmac_key: bytes | None = None,
+    ) -> None:
+        self.storage_dtype = check_storage_dtype(storage_dtype)
+        self._seal = Seal(hmac_key)
+        self._files, self._root = _open(url, dict(storage_options or {}))
+        protocol = self._files.protocol
+        names = {protocol} if isinstance(protocol, str) else set(protocol)
+        self._is_atomic = bool(names & _ATOMIC)
+        self._counters = Counters("remote", None)
+        self._storage = Outage(
+            f"the store at {url.partition('?')[0]}", self._counters, retry_s=_RETRY_S
+        )
+
+    def get(self, key: ModuleKey) -> Hit | None:
+        """The state if its object is there and whole."""
+        started = time.perf_counter()
+        path = self._path(key)
+        try:
+            content = self._ask(lambda: self._read(path, key))
+            if content is None:
+                self._counters.missed()
+                return None
+            state = serde.decode(torch.frombuffer(content, dtype=torch.uint8), key, self._seal)
+        except StateMismatchError as error:
+            logger.warning("dropped the stored state %s: %s", path, error)
+            self._counters.dropped()
+            self._counters.missed()
+            self.delete(key)
+            return None
+        self._counters.hit(started)
+        return Hit(state, "remote")
+
+    def get_many(self, keys: Sequence[ModuleKey]) -> list[Hit | None]:
+        """What `get` returns for each key; several are read at a time."""
+        if len(keys) < 2:
+            return [self.get(key) for key in keys]
+        with ThreadPoolExecutor(min(_PARALLEL_READS, len(keys))) as pool:
+            return list(pool.map(self.get, keys))
+
+    def put(self, key: ModuleKey, state: KVState) -> bool:
+        """Write the state's object; False if that failed."""
+        try:
+            buffers = serde.encode(key, state, self.storage_dtype, self._seal, int(time.time()))
+        except StateMismatchError as error:
+            logger.warning("a state is not kept: %s", error)
+            return False
+        content = b"".join(buffers)
+        return bool(self._ask(lambda: self._write(self._path(key), content)))
+
+    def contains(self, key: ModuleKey) -> bool:
+        """Whether its object is there; False if that can't be found out."""
+        return bool(self._ask(lambda: self._files.exists(self._path(key))))
+
+    def delete(self, key: ModuleKey) -> None:
+        """Remove the state's object if it is there."""
+        self._ask(lambda: self._files.rm_file(self._path(key)))
+
+    def stats(self) -> StoreStats:
+        """Counts so far. What the storage holds in all is not known here."""
+        return self._counters.stats(states=None, nbytes=None)
+
+    def _path(self, key: ModuleKey) -> str:
+        suffix = "" if self.storage_dtype == "auto" else f".{self.storage_dtype}"
+        return f"{self._root}/{key.digest[:2]}/{key.digest}{suffix}{SUFFIX}"
+
+    def _ask(self, question: Callable[[], T]) -> T | None:
+        """The answer; None if there is no such object, or the storage can't be reached."""
+        if not self._storage.is_over:
+            return None
+        answer = None
+        try:
+            answer = question()
+        except StateMismatchError:
+            raise
+        except FileNotFoundError:
+            pass
+        except Exception as error:  # every file system has exceptions of its own
+            self._storage.failed(error)
+            return None
+        self._storage.worked()
+        return answer
+
+    def _read(self, path: str, key: ModuleKey) -> bytearray:
+        """The object's bytes: its beginning, then as much as its header says, and no more.
+
+        Raises: StateMismatchError: the header is not that of a state of this key.
+        """
+        content = bytearray(self._files.cat_file(path, start=0, end=_FIRST_READ_BYTES))
+        header_nbytes = serde.header_nbytes(bytes(content[: serde.PREFIX_BYTES]))
+        if header_nbytes > len(content):
+            content += self._files.cat_file(path, start=len(content), end=header_nbytes)
+        layout = serde.parse_header(bytes(content[:header_nbytes]))
+        layout.record.check_is_of(key)
+        if len(content) == _FIRST_READ_BYTES or layout.nbytes > len(content):
+            content += self._files.cat_file(path, start=len(content), end=layout.nbytes + 1)
+        return content
+
+    def _write(self, path: str, content: bytes) -> bool:
+        self._files.makedirs(path.rpartition("/")[0], exist_ok=True)
+        if self._is_atomic:
+            self._files.pipe_file(path, content)
+            return True
+        temporary = f"{path}.{secrets.token_hex(8)}.tmp"
+        try:
+            self._files.pipe_file(temporary, content)
+            self._files.mv(temporary, path)
+        except BaseException:
+            with suppress(Exception):
+                self._files.rm_file(temporary)
+            raise
+        return True
+
+
+def _open(url: object, options: dict[str, Any]) -> tuple[Any, str]:
+    if not isinstance(url, str) or "://" not in url:
+        raise OptionError(f"{url!r} is no URL; use such as s3://bucket/folder")
+    try:
+        files, root = fsspec.core.url_to_fs(url, **options)
+    except ImportError as error:
+        raise DependencyError(f"no file system for {url.partition('://')[0]}: {error}") from error
+    except ValueError as error:
+        raise OptionError(f"{url.partition('?')[0]!r} can't be a store: {error}") from None
+    return files, str(root).rstrip("/")

@@ -1,0 +1,297 @@
+"""States on a Redis or Valkey server, shared by machines.
+
+A state is kept as chunks under names of their own and a manifest that names them. The manifest is
+written last, so a state is seen whole or not at all; chunks whose writer was interrupted expire.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import secrets
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import islice
+from typing import TypeVar, cast
+
+import torch
+
+from pcache_core.errors import DependencyError, OptionError, StateMismatchError
+from pcache_core.key import ModuleKey
+from pcache_core.kv import KVState
+from pcache_core.store import serde
+from pcache_core.store.base import Hit, StoreStats
+from pcache_core.store.counters import Counters, Outage
+from pcache_core.store.packing import check_storage_dtype
+from pcache_core.store.record import StorageDtype
+from pcache_core.store.seal import Seal
+
+try:
+    import redis
+    from redis.backoff import NoBackoff
+    from redis.retry import Retry
+except ImportError as error:
+    raise DependencyError(
+        "RedisStore needs the redis package; pip install 'pcache-integrations[redis]'"
+    ) from error
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+_Answers = list[bytes | None]
+
+CHUNK_BYTES = 2**20
+_BATCH_CHUNKS = 16
+_RETRY_S = 1.0
+# Chunks that no manifest names yet, and those of a manifest that is about to expire.
+_UNFINISHED_S = 600
+_GRACE_S = 60
+_MANIFEST = re.compile(rb"([0-9a-f]{16}):([1-9][0-9]{0,6}):([1-9][0-9]{0,12})")
+_SCHEMES = {"redis": "redis", "rediss": "rediss", "unix": "unix", "valkey": "redis"}
+
+
+@dataclass(frozen=True, slots=True)
+class _Manifest:
+    """Names the chunks of a state. writing: tells one writing of it from another."""
+
+    writing: str
+    chunks: int
+    nbytes: int
+
+    @staticmethod
+    def parse(text: bytes) -> _Manifest:
+        """Raises: StateMismatchError: not a manifest."""
+        match = _MANIFEST.fullmatch(text)
+        if match is None:
+            raise StateMismatchError("its manifest is not as it was written")
+        manifest = _Manifest(match[1].decode(), int(match[2]), int(match[3]))
+        if manifest.chunks != -(-manifest.nbytes // CHUNK_BYTES):
+            raise StateMismatchError("its manifest contradicts itself")
+        return manifest
+
+    def text(self) -> str:
+        return f"{self.writing}:{self.chunks}:{self.nbytes}"
+
+    def names(self, name: str) -> list[str]:
+        return [f"{name}:{self.writing}:{index}" for index in range(self.chunks)]
+
+
+class RedisStore:
+    """A store on a server that other processes and machines use as well.
+
+    url: `redis://[user:password@]host[:port][/database]`, `rediss://` (TLS), `valkey://` or
+        `unix://path`. Whoever can read the database can read the texts.
+    ttl_s: seconds a state is kept after it was written; None for as long as the server keeps it.
+    timeout_s: of a connection and of each answer; values are chunks of 1 MiB.
+    storage_dtype, hmac_key: as for `DiskStore`.
+
+    The server bounds the bytes (`maxmemory`, `maxmemory-policy allkeys-lru`). When it can't be
+    reached, look-ups miss and `put` keeps nothing; that is said once, and it is tried again after
+    a second. Nothing here raises because of the server.
+
+    Raises: OptionError: a bad URL, time or storage dtype.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        ttl_s: int | None = None,
+        timeout_s: float = 2.0,
+        storage_dtype: StorageDtype = "auto",
+        hmac_key: bytes | None = None,
+    ) -> None:
+        self.storage_dtype = check_storage_dtype(storage_dtype)
+        self._ttl_s = _checked_ttl(ttl_s)
+        self._seal = Seal(hmac_key)
+        self._client = _client(url, timeout_s)
+        self._counters = Counters("remote", None)
+        place = _without_password(url)
+        self._server = Outage(f"the store at {place}", self._counters, retry_s=_RETRY_S)
+        self._writing = Outage(f"writing states to {place}", self._counters)
+
+    def get(self, key: ModuleKey) -> Hit | None:
+        """The state if the server has it whole."""
+        return self.get_many([key])[0]
+
+    def get_many(self, keys: Sequence[ModuleKey]) -> list[Hit | None]:
+        """What `get` returns for each key, in few round trips."""
+        names = list(dict.fromkeys(self._name(key) for key in keys))
+        contents = self._ask(lambda: self._contents(names)) or {}
+        return [self._hit(key, contents.get(self._name(key))) for key in keys]
+
+    def put(self, key: ModuleKey, state: KVState) -> bool:
+        """Send the state; False if the server did not take all of it."""
+        try:
+            buffers = serde.encode(key, state, self.storage_dtype, self._seal, int(time.time()))
+        except StateMismatchError as error:
+            logger.warning("a state is not kept: %s", error)
+            return False
+        nbytes = sum(buffer.nbytes for buffer in buffers)
+        manifest = _Manifest(secrets.token_hex(8), -(-nbytes // CHUNK_BYTES), nbytes)
+        return bool(self._ask(lambda: self._written(self._name(key), manifest, buffers)))
+
+    def contains(self, key: ModuleKey) -> bool:
+        """Whether the server names it; False if the server can't be asked."""
+        return bool(self._ask(lambda: self._client.exists(self._name(key))))
+
+    def delete(self, key: ModuleKey) -> None:
+        """Remove the state if the server has it; an outage is noted like any other."""
+        self._ask(lambda: self._remove(self._name(key)))
+
+    def stats(self) -> StoreStats:
+        """Counts so far. What the server holds in all is not known here."""
+        return self._counters.stats(states=None, nbytes=None)
+
+    def _name(self, key: ModuleKey) -> str:
+        suffix = "" if self.storage_dtype == "auto" else f".{self.storage_dtype}"
+        return f"pcache:{key.digest}{suffix}"
+
+    def _ask(self, question: Callable[[], T]) -> T | None:
+        """The server's answer; None while it can't be reached."""
+        if not self._server.is_over:
+            return None
+        try:
+            answer = question()
+        except (redis.RedisError, OSError) as error:
+            self._server.failed(error)
+            return None
+        self._server.worked()
+        return answer
+
+    def _contents(self, names: Sequence[str]) -> dict[str, tuple[float, bytes]]:
+        """The stored bytes of those that are there and complete, and the ms each one took."""
+        if not names:
+            return {}
+        contents: dict[str, tuple[float, bytes]] = {}
+        for name, text in zip(names, cast(_Answers, self._client.mget(names)), strict=True):
+            if text is None:
+                continue
+            started = time.perf_counter()
+            try:
+                content = self._content(name, _Manifest.parse(text))
+            except StateMismatchError:
+                content = b""  # dropped like any other damaged state
+            if content is not None:
+                contents[name] = ((time.perf_counter() - started) * 1000, content)
+        return contents
+
+    def _content(self, name: str, manifest: _Manifest) -> bytes | None:
+        """All chunks, one after another; None if one is gone or of another length."""
+        chunks: list[bytes] = []
+        for batch in _batches(manifest.names(name)):
+            with self._client.pipeline(transaction=False) as pipeline:
+                for chunk_name in batch:
+                    pipeline.get(chunk_name)
+                chunks += pipeline.execute()
+            if any(chunk is None for chunk in chunks):
+                return None
+        return b"".join(chunks)
+
+    def _hit(self, key: ModuleKey, found: tuple[float, bytes] | None) -> Hit | None:
+        if found is None:
+            self._counters.missed()
+            return None
+        started = time.perf_counter() - found[0] / 1000
+        try:
+            raw = torch.frombuffer(bytearray(found[1]), dtype=torch.uint8)
+            state = serde.decode(raw, key, self._seal)
+        except (StateMismatchError, ValueError) as error:  # ValueError: no bytes at all
+            logger.warning("dropped the stored state %s: %s", self._name(key), error)
+            self._counters.dropped()
+            self._counters.missed()
+            self.delete(key)
+            return None
+        self._counters.hit(started)
+        return Hit(state, "remote")
+
+    def _written(self, name: str, manifest: _Manifest, buffers: Sequence[memoryview]) -> bool:
+        try:
+            self._send(name, manifest, buffers)
+        except redis.ResponseError as error:  # out of memory, a read-only replica
+            self._writing.failed(error)
+            return False
+        self._writing.worked()
+        return True
+
+    def _send(self, name: str, manifest: _Manifest, buffers: Sequence[memoryview]) -> None:
+        """Chunks first, the manifest last, then the chunks it replaces go."""
+        names = manifest.names(name)
+        for batch in _batches(zip(names, _chunks(buffers), strict=True)):
+            with self._client.pipeline(transaction=False) as pipeline:
+                for chunk_name, chunk in batch:
+                    pipeline.set(chunk_name, chunk, ex=_UNFINISHED_S)
+                pipeline.execute()
+        with self._client.pipeline(transaction=True) as pipeline:
+            for chunk_name in names:
+                if self._ttl_s is None:
+                    pipeline.persist(chunk_name)
+                else:
+                    pipeline.expire(chunk_name, self._ttl_s + _GRACE_S)
+            pipeline.set(name, manifest.text(), ex=self._ttl_s, get=True)
+            replaced = pipeline.execute()[-1]
+        self._remove_chunks(name, replaced)
+
+    def _remove(self, name: str) -> None:
+        self._remove_chunks(name, cast("bytes | None", self._client.getdel(name)))
+
+    def _remove_chunks(self, name: str, manifest: bytes | None) -> None:
+        if manifest is None:
+            return
+        with suppress(StateMismatchError):
+            for batch in _batches(_Manifest.parse(manifest).names(name)):
+                self._client.unlink(*batch)
+
+
+def _batches(items: Iterable[T]) -> Iterator[Sequence[T]]:
+    iterator = iter(items)
+    while batch := list(islice(iterator, _BATCH_CHUNKS)):
+        yield batch
+
+
+def _chunks(buffers: Sequence[memoryview]) -> Iterator[bytes]:
+    """The buffers' bytes, one after another, in pieces of one length; the last may be shorter."""
+    waiting = bytearray()
+    for buffer in buffers:
+        for start in range(0, buffer.nbytes, CHUNK_BYTES):
+            waiting += buffer[start : start + CHUNK_BYTES]
+            if len(waiting) >= CHUNK_BYTES:
+                yield bytes(waiting[:CHUNK_BYTES])
+                del waiting[:CHUNK_BYTES]
+    if waiting:
+        yield bytes(waiting)
+
+
+def _client(url: object, timeout_s: object) -> redis.Redis:
+    """A client that connects when it is first used, and once more when a connection has died."""
+    if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)) or timeout_s <= 0:
+        raise OptionError(f"timeout_s={timeout_s!r} must be a number of seconds above 0")
+    scheme, separator, rest = str(url).partition("://")
+    if not separator or scheme not in _SCHEMES:
+        raise OptionError(
+            f"{_without_password(str(url))!r} is no address of a server; "
+            "use redis://host:port/database, rediss://, valkey:// or unix://path"
+        )
+    try:
+        return redis.Redis.from_url(
+            f"{_SCHEMES[scheme]}://{rest}",
+            socket_timeout=timeout_s,
+            socket_connect_timeout=timeout_s,
+            retry=Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
+        )
+    except (ValueError, TypeError) as error:
+        raise OptionError(f"{_without_password(str(url))!r} is no address: {error}") from None
+
+
+def _checked_ttl(ttl_s: object) -> int | None:
+    whole = isinstance(ttl_s, int) and not isinstance(ttl_s, bool) and ttl_s > 0
+    if ttl_s is None or whole:
+        return ttl_s  # type: ignore[return-value]
+    raise OptionError(f"ttl_s={ttl_s!r} must be a whole number of seconds above 0, or None")
+
+
+def _without_password(url: str) -> str:
+    """The address as it may be logged."""
+    scheme, _, rest = url.partition("://")
+    return f"{scheme}://{rest.rpartition('@')[2].partition('?')[0]}"

@@ -1,0 +1,63 @@
+"""The last bytes of a stored state: a checksum against damage, or an HMAC against forgery."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import Protocol
+
+import xxhash
+
+from pcache_core.errors import OptionError
+
+SEAL_BYTES: Mapping[str, int] = MappingProxyType({"xxh3-128": 16, "hmac-sha256": 32})
+_MIN_KEY_BYTES = 16
+
+
+class _Hash(Protocol):
+    def update(self, data: memoryview, /) -> None: ...
+    def digest(self) -> bytes: ...
+
+
+class Seal:
+    """Seals and checks stored states.
+
+    hmac_key: a secret of 16 bytes or more. States that were sealed without it are not served, so
+        that nobody who can write to the store can plant one. Without a key the seal finds damage,
+        not intent.
+    Raises: OptionError: the key is no bytes or too short.
+    """
+
+    def __init__(self, hmac_key: bytes | None = None) -> None:
+        if hmac_key is not None and (
+            not isinstance(hmac_key, bytes) or len(hmac_key) < _MIN_KEY_BYTES
+        ):
+            got = f"{len(hmac_key)} bytes" if isinstance(hmac_key, bytes) else type(hmac_key)
+            raise OptionError(
+                f"hmac_key must be {_MIN_KEY_BYTES} bytes or more, got {got}; "
+                "make one with secrets.token_bytes(32)"
+            )
+        self._key = hmac_key
+        self.name = "xxh3-128" if hmac_key is None else "hmac-sha256"
+
+    @property
+    def nbytes(self) -> int:
+        """Length of a seal."""
+        return SEAL_BYTES[self.name]
+
+    def of(self, buffers: Iterable[memoryview]) -> bytes:
+        """The seal of the buffers' bytes, one after another."""
+        state: _Hash = (
+            xxhash.xxh3_128()
+            if self._key is None
+            else hmac.new(self._key, digestmod=hashlib.sha256)
+        )
+        for buffer in buffers:
+            state.update(buffer)
+        return state.digest()
+
+    def fits(self, content: memoryview, seal: memoryview) -> bool:
+        """Whether `seal` is that of `content`; takes the same time wherever they differ."""
+        return hmac.compare_digest(self.of([content]), bytes(seal))

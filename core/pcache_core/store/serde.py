@@ -1,0 +1,153 @@
+"""States ↔ bytes: a safetensors file whose last tensor seals everything before it.
+
+```
+u64  length of the header, little-endian
+     header: JSON of metadata and tensors, padded with spaces so that tensors start on 64 bytes
+     keys.0, values.0, keys.1, …   (int8: their scales before them)
+     seal: checksum or HMAC of every byte before it
+```
+Any safetensors reader can open it. Ours accepts one header for each state, the one it would write
+itself, byte for byte; so every length, shape and offset is known to be right, and the file's length
+to be exactly theirs, before a tensor is made.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass
+
+import torch
+
+from pcache_core.errors import StateMismatchError
+from pcache_core.key import ModuleKey
+from pcache_core.kv import KVState
+from pcache_core.store import packing
+from pcache_core.store.record import Record, StorageDtype
+from pcache_core.store.seal import SEAL_BYTES, Seal
+
+PREFIX_BYTES = 8
+MAX_HEADER_BYTES = 64 * 2**20
+_ALIGNMENT = 64
+_SEAL = "seal"
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where things are in a stored state.
+
+    header: the bytes before the first tensor. nbytes: of the whole, the seal included.
+    """
+
+    record: Record
+    header: bytes
+    offsets: dict[str, tuple[packing.Field, int]]
+    nbytes: int
+
+
+def encode(
+    key: ModuleKey, state: KVState, storage: StorageDtype, seal: Seal, created: int
+) -> list[memoryview]:
+    """The stored form, as buffers to be written one after another.
+
+    Raises: StateMismatchError: the state is not of the key's tokens, its tensors do not fit its
+        shapes, or their dtype can't be kept.
+    """
+    if state.token_ids != key.token_ids or not (state.keys and state.token_ids):
+        raise StateMismatchError("the state to be stored is empty or of other tokens than its key")
+    state.check(state.stacks, state.keys[0].dtype)
+    layout = _layout(Record.of(key, state, storage, seal.name, created))
+    packed = packing.pack(state, layout.record)
+    buffers = [memoryview(layout.header)]
+    buffers += [_bytes_of(packed[name]) for name in layout.offsets if name != _SEAL]
+    return [*buffers, memoryview(seal.of(buffers))]
+
+
+def decode(raw: torch.Tensor, key: ModuleKey, seal: Seal) -> KVState:
+    """The state in `raw`, [bytes] uint8; its tensors are views of `raw` where no dtype changes.
+
+    Raises: StateMismatchError: damaged, of another key, or sealed otherwise.
+    """
+    view = raw.numpy().data
+    layout = read_layout(view[: header_nbytes(view[:PREFIX_BYTES])], len(view))
+    record = layout.record
+    record.check_is_of(key)
+    if record.seal != seal.name:
+        raise StateMismatchError(f"it is sealed with {record.seal}, this store's is {seal.name}")
+    end = layout.nbytes - seal.nbytes
+    if not seal.fits(view[:end], view[end:]):
+        raise StateMismatchError("its bytes are not those that were written")
+
+    def tensor(name: str) -> torch.Tensor:
+        field, start = layout.offsets[name]
+        return raw[start : start + field.nbytes].view(field.dtype).reshape(field.shape)
+
+    return packing.unpack(record, tensor)
+
+
+def header_nbytes(prefix: bytes | memoryview) -> int:
+    """Bytes before the first tensor, read from the first eight.
+
+    Raises: StateMismatchError: cut short, or longer than any header of ours.
+    """
+    if len(prefix) < PREFIX_BYTES:
+        raise StateMismatchError("it is cut short")
+    (length,) = struct.unpack("<Q", prefix[:PREFIX_BYTES])
+    if length > MAX_HEADER_BYTES:
+        raise StateMismatchError(
+            f"its header claims {length:,} bytes, the limit is {MAX_HEADER_BYTES:,}"
+        )
+    return PREFIX_BYTES + int(length)
+
+
+def read_layout(header: bytes | memoryview, total_nbytes: int) -> Layout:
+    """Parse a header of a file of `total_nbytes`.
+
+    Raises: StateMismatchError: not a header this version would write, or the length is not its.
+    """
+    layout = parse_header(header)
+    if layout.nbytes != total_nbytes:
+        raise StateMismatchError(f"it has {total_nbytes:,} bytes and should have {layout.nbytes:,}")
+    return layout
+
+
+def parse_header(header: bytes | memoryview) -> Layout:
+    """Parse what `header_nbytes` delimits.
+
+    Raises: StateMismatchError: not a header this version would write.
+    """
+    try:
+        metadata = json.loads(bytes(header[PREFIX_BYTES:]))["__metadata__"]
+        layout = _layout(Record.parse(metadata))
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise StateMismatchError(f"its header is not a state's ({type(error).__name__})") from None
+    if layout.header != bytes(header):
+        raise StateMismatchError("its header is not as it was written")
+    return layout
+
+
+def _layout(record: Record) -> Layout:
+    seal = packing.Field(_SEAL, torch.uint8, (SEAL_BYTES[record.seal],))
+    table: dict[str, object] = {"__metadata__": record.metadata()}
+    starts: dict[str, tuple[packing.Field, int]] = {}
+    end = 0
+    for field in (*packing.fields(record), seal):
+        starts[field.name] = (field, end)
+        table[field.name] = {
+            "dtype": packing.DTYPE_CODES[field.dtype],
+            "shape": field.shape,
+            "data_offsets": (end, end + field.nbytes),
+        }
+        end += field.nbytes
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-(PREFIX_BYTES + len(text)) % _ALIGNMENT)
+    if len(text) > MAX_HEADER_BYTES:
+        raise StateMismatchError(f"a state of {len(record.token_ids):,} tokens has no header")
+    header = struct.pack("<Q", len(text)) + text
+    offsets = {name: (field, len(header) + start) for name, (field, start) in starts.items()}
+    return Layout(record, header, offsets, len(header) + end)
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    """A contiguous CPU tensor's bytes, not copied."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data

@@ -1,0 +1,147 @@
+"""`pcache inspect` and `pcache clear`: folders of states."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from pcache_core.errors import OptionError
+from pcache_core.store.inspect import Selection, StoredState, clear_states, stored_states
+
+app = typer.Typer()
+
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
+_MOST_HITS = 999
+
+Folder = Annotated[Path, typer.Argument(help="The folder that a DiskStore was given.")]
+Model = Annotated[
+    str | None, typer.Option(help="Only this model's: its name, or how its fingerprint starts.")
+]
+Namespace = Annotated[str | None, typer.Option(help="Only this namespace's.")]
+Document = Annotated[
+    str | None, typer.Option(help="Only this document's: its first words, or its key's start.")
+]
+OlderThan = Annotated[
+    str | None, typer.Option(help="Only what was written longer ago, such as 90s, 30m, 12h, 7d.")
+]
+
+
+@app.command(epilog="Example: pcache inspect ~/states --namespace default --limit 20")
+def inspect(  # noqa: PLR0913 (one parameter an option)
+    path: Folder,
+    model: Model = None,
+    namespace: Namespace = None,
+    document: Document = None,
+    older_than: OlderThan = None,
+    limit: Annotated[int, typer.Option(min=1, help="States to show, latest used first.")] = 50,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+) -> None:
+    """List the states in a folder: text, tokens, bytes, age and hits."""
+    selection = Selection(model, namespace, document, _seconds(older_than))
+    states = sorted(stored_states(path, selection), key=lambda state: state.idle_s)
+    if as_json:
+        for state in states[:limit]:
+            print(json.dumps(_row(state)))
+        return
+    console = Console()
+    console.print(_table(states[:limit]))
+    total = sum(state.nbytes for state in states)
+    console.print(f"{len(states)} states, {_bytes(total)}" + _unshown(len(states), limit))
+
+
+@app.command(epilog="Example: pcache clear ~/states --model builtin:tiny-rag --older-than 30d")
+def clear(  # noqa: PLR0913 (one parameter an option)
+    path: Folder,
+    model: Model = None,
+    namespace: Namespace = None,
+    document: Document = None,
+    older_than: OlderThan = None,
+    everything: Annotated[bool, typer.Option("--all", help="Every state in the folder.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Don't ask.")] = False,
+) -> None:
+    """Remove states from a folder, by model, namespace, document or age."""
+    selection = Selection(model, namespace, document, _seconds(older_than))
+    if everything == (selection != Selection()):
+        raise OptionError(
+            "say which states: --model, --namespace, --document, --older-than, or --all alone"
+        )
+    states = list(stored_states(path, selection))
+    total = _bytes(sum(state.nbytes for state in states))
+    if states and not yes:
+        typer.confirm(f"Remove {len(states)} states, {total}?", abort=True)
+    removed = clear_states(path, selection)
+    print(f"removed {len(removed)} states, {_bytes(sum(state.nbytes for state in removed))}")
+
+
+def _table(states: Sequence[StoredState]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("text", ratio=1, no_wrap=True, overflow="ellipsis")
+    for name in ("model", "namespace"):
+        table.add_column(name, no_wrap=True)
+    for name in ("tokens", "bytes", "age", "hits"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for state in states:
+        record = state.record
+        if record is None:
+            start, model, namespace, tokens = f"(unreadable) {state.path.name}", "", "", ""
+        else:
+            start = " ".join(record.text.split()) or record.digest[:16]
+            model, namespace = record.model_name or record.model[:12], record.namespace
+            tokens = str(len(record.token_ids))
+        hits = f"{state.hits}+" if state.hits == _MOST_HITS else str(state.hits)
+        cells = (start, model, namespace, tokens, _bytes(state.nbytes), _age(state.age_s), hits)
+        table.add_row(*(Text(cell) for cell in cells))  # text of documents is never markup
+    return table
+
+
+def _row(state: StoredState) -> dict[str, object]:
+    record = state.record
+    return {
+        "key": record.digest if record else None,
+        "text": record.text if record else None,
+        "model": (record.model_name or record.model) if record else None,
+        "namespace": record.namespace if record else None,
+        "storage": record.storage if record else None,
+        "tokens": len(record.token_ids) if record else None,
+        "bytes": state.nbytes,
+        "age_s": round(state.age_s, 3),
+        "idle_s": round(state.idle_s, 3),
+        "hits": state.hits,
+        "path": str(state.path),
+    }
+
+
+def _seconds(text: str | None) -> float | None:
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhdw])", text)
+    if match is None:
+        raise OptionError(f"--older-than {text!r} is no time; use such as 90s, 30m, 12h, 7d, 4w")
+    return float(match[1]) * _UNITS[match[2]]
+
+
+def _unshown(states: int, limit: int) -> str:
+    return f"; {limit} shown, --limit shows more" if states > limit else ""
+
+
+def _bytes(nbytes: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.1f} TB"
+
+
+def _age(seconds: float) -> str:
+    for unit, length in reversed(_UNITS.items()):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"

@@ -1,0 +1,121 @@
+"""The disk store and several processes: killed ones, ones that write the same, fresh ones."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+KILLED = """
+import json, os, random, signal, sys, time
+import torch
+torch.set_num_threads(1)
+from pcache_core import DiskStore
+from stored_states import make, same
+
+folder, rounds = sys.argv[1], int(sys.argv[2])
+pairs = [make(n, copies=400) for n in range(24)]
+chance = random.Random(0)
+cut_off = whole = damaged = 0
+for _ in range(rounds):
+    child = os.fork()
+    if child == 0:
+        store = DiskStore(folder, budget_bytes=10**7)
+        while True:
+            for key, state in chance.sample(pairs, len(pairs)):
+                store.put(key, state)
+    time.sleep(chance.uniform(0.002, 0.03))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    chance.random()
+    store = DiskStore(folder)
+    for key, state in pairs:
+        hit = store.get(key)
+        whole += hit is not None
+        damaged += hit is not None and not same(hit.state, state)
+    damaged += store.stats().damaged
+    names = [name for _, _, names in os.walk(folder) for name in names]
+    cut_off = sum(name.endswith(".tmp") for name in names)
+print(json.dumps({"killed": rounds, "cut_off": cut_off, "whole": whole, "damaged": damaged}))
+"""
+
+ENGINE = """
+import json, sys
+import torch
+torch.set_num_threads(1)
+import tiny_models
+from pcache_core import CausalLM, DiskStore, Prompt, PromptCacheEngine, Segment
+
+lm = CausalLM(tiny_models.build("llama", seed=3), tiny_models.tiny_tokenizer())
+store = DiskStore(sys.argv[1])
+engine = PromptCacheEngine(lm, store, "fast")
+texts = [f"Document {n}: the river runs past mill number {n}, and on." for n in range(40)]
+start = sys.stdin.readline()
+encoded = engine.encode(texts, progress=False) if start.strip() == "encode" else None
+prompt = Prompt([
+    Segment("Read:\\n", "literal"),
+    *(Segment(text, "document") for text in texts[2:5]),
+    Segment("\\nWhere is the mill?", "text"),
+])
+prefill = engine.prefill(prompt)
+print(json.dumps({
+    "encoded": encoded and encoded.encoded,
+    "tokens": prefill.report.encoded_tokens,
+    "sources": [s.source for s in prefill.report.segments],
+    "logits": prefill.logits.tolist(),
+    "damaged": store.stats().damaged,
+    "states": store.stats().states,
+}))
+"""
+
+
+def start(script: str, *arguments: str) -> subprocess.Popen[str]:
+    paths = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
+    return subprocess.Popen(
+        [sys.executable, "-c", script, *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+    )
+
+
+def finish(process: subprocess.Popen[str], line: str = "") -> dict[str, Any]:
+    output, _ = process.communicate(line + "\n", timeout=280)
+    assert process.returncode == 0
+    result: dict[str, Any] = json.loads(output.splitlines()[-1])
+    return result
+
+
+def test_a_hundred_killed_writers_leave_no_partial_file_under_a_final_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    counts = finish(start(KILLED, str(tmp_path), "100"))
+    print(counts)
+    assert counts["damaged"] == 0
+    assert counts["cut_off"] > 10, "too few were killed while they wrote"
+    assert counts["whole"] > 100
+
+
+def test_two_processes_that_encode_one_corpus_agree_and_a_third_encodes_nothing(
+    tmp_path: Path,
+) -> None:
+    both = [start(ENGINE, str(tmp_path)) for _ in range(2)]
+    for process in both:
+        assert process.stdin is not None
+        process.stdin.write("encode\n")
+        process.stdin.flush()
+    first, second = (finish(process) for process in both)
+    third = finish(start(ENGINE, str(tmp_path)), "serve")
+    assert first["logits"] == second["logits"] == third["logits"]
+    assert (third["tokens"], third["sources"][1:4]) == (0, ["disk"] * 3)
+    assert first["states"] == second["states"] == third["states"]
+    assert [run["damaged"] for run in (first, second, third)] == [0, 0, 0]
+    assert not list(tmp_path.rglob("*.tmp"))

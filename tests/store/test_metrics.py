@@ -1,0 +1,52 @@
+"""Metrics: what a scrape reads is what happened, tier by tier."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+
+from pcache_core import DiskStore, MemoryStore, OptionError, TieredStore
+from pcache_core.store.metrics import register
+from stored_states import make
+
+
+def test_a_scrape_shows_hits_misses_and_bytes_by_tier(tmp_path: Path) -> None:
+    disk = DiskStore(tmp_path, budget_bytes=10**6)
+    key, state = make(1, 2)
+    disk.put(key, state)
+    store = TieredStore([MemoryStore(10**5), disk])
+    registry = CollectorRegistry()
+    register({"corpus": store}, registry)
+    for _ in range(3):
+        store.get(key)
+    store.get(make(7, 7)[0])
+
+    def value(name: str, tier: str) -> float | None:
+        return registry.get_sample_value(f"pcache_store_{name}", {"store": "corpus", "tier": tier})
+
+    assert [value("hits_total", tier) for tier in ("memory", "disk")] == [2, 1]
+    assert [value("misses_total", tier) for tier in ("memory", "disk")] == [2, 1]
+    assert value("bytes", "memory") == state.nbytes
+    assert value("bytes", "disk") == sum(p.stat().st_size for p in tmp_path.rglob("*.safetensors"))
+    assert value("budget_bytes", "disk") == 10**6
+    elapsed = value("load_milliseconds_total", "disk")
+    assert elapsed is not None
+    assert 0 < elapsed < 60_000
+    assert b"pcache_store_evictions_total" in generate_latest(registry)
+
+
+def test_stores_of_one_registry_are_told_apart_and_registered_once() -> None:
+    registry = CollectorRegistry()
+    stores = {"one": MemoryStore(100), "two": MemoryStore(200)}
+    collector = register(stores, registry)
+    budgets = [
+        registry.get_sample_value("pcache_store_budget_bytes", {"store": name, "tier": "memory"})
+        for name in stores
+    ]
+    assert budgets == [100, 200]
+    with pytest.raises(OptionError, match="register all its stores together"):
+        register({"three": MemoryStore()}, registry)
+    registry.unregister(collector)
+    register({"three": MemoryStore()}, registry)

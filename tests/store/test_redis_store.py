@@ -1,0 +1,342 @@
+"""The Redis store against a real server that is killed, full, slow or lying."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+
+from pcache_core import MemoryStore, OptionError, TieredStore
+from pcache_core.store import ModuleStore
+from pcache_core.store import redis as redis_store
+from pcache_core.store.redis import CHUNK_BYTES, RedisStore
+from redis_server import Server
+from stored_states import make, same
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    running = Server(tmp_path)
+    yield running
+    running.kill()
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[redis.Redis]:
+    with redis.Redis(port=server.port) as connection:
+        yield connection
+
+
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+
+
+def soon_again() -> None:
+    """Until a store that saw an outage tries again."""
+    time.sleep(redis_store._RETRY_S + 0.05)
+
+
+LARGE = make(1, 2, copies=7_000)  # more than three chunks
+
+
+def test_a_state_comes_back_bit_by_bit_in_another_store_object(
+    server: Server, client: redis.Redis
+) -> None:
+    key, state = LARGE
+    store = RedisStore(server.url)
+    assert isinstance(store, ModuleStore)
+    assert store.get(key) is None
+    assert not store.contains(key)
+    assert store.put(key, state)
+    assert store.contains(key)
+    hit = RedisStore(server.url).get(key)
+    assert hit is not None
+    assert hit.tier == "remote"
+    assert same(hit.state, state)
+    lengths = sorted(client.strlen(name) for name in client.keys("*:*:*:*"))
+    assert len(lengths) > 3
+    assert lengths[1:] == [CHUNK_BYTES] * (len(lengths) - 1)
+    store.delete(key)
+    store.delete(key)
+    assert store.get(key) is None
+    assert client.dbsize() == 0
+
+
+def test_a_state_written_again_replaces_its_chunks(server: Server, client: redis.Redis) -> None:
+    store = RedisStore(server.url)
+    store.put(*LARGE)
+    before = client.dbsize()
+    store.put(*LARGE)
+    assert client.dbsize() == before
+    assert store.get(LARGE[0]) is not None
+
+
+def test_several_states_come_in_order_each_once(server: Server) -> None:
+    store = RedisStore(server.url)
+    pairs = [make(n, n) for n in range(4)]
+    for key, state in pairs[::2]:
+        store.put(key, state)
+    hits = store.get_many([key for key, _ in (*pairs, pairs[0])])
+    assert [hit is not None for hit in hits] == [True, False, True, False, True]
+    assert (store.stats().hits, store.stats().misses) == (3, 2)
+    assert store.get_many([]) == []
+
+
+def test_states_expire_with_all_their_chunks(server: Server, client: redis.Redis) -> None:
+    RedisStore(server.url, ttl_s=100).put(*LARGE)
+    lives = sorted(client.ttl(name) for name in client.keys("*"))
+    assert 90 <= lives[0] <= 100
+    assert all(100 < life <= 160 for life in lives[1:])
+    RedisStore(server.url).put(*LARGE)
+    assert {client.ttl(name) for name in client.keys("*")} == {-1}
+
+
+def test_chunks_of_a_writer_that_died_expire_and_are_never_read(
+    server: Server, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = RedisStore(server.url)
+    key, state = LARGE
+    monkeypatch.setattr(redis_store, "_BATCH_CHUNKS", 1)
+    sent = 0
+    execute = redis.client.Pipeline.execute
+
+    def dying(pipeline: Any, *arguments: Any) -> Any:
+        nonlocal sent
+        sent += 1
+        if sent > 2:
+            raise redis.ConnectionError("killed")
+        return execute(pipeline, *arguments)
+
+    monkeypatch.setattr(redis.client.Pipeline, "execute", dying)
+    assert not store.put(key, state)
+    monkeypatch.undo()
+    assert client.dbsize() == 2
+    assert all(0 < client.ttl(name) <= 600 for name in client.keys("*"))
+    assert RedisStore(server.url).get(key) is None
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "manifest", "contradiction", "type", "nothing"])
+def test_damage_is_a_miss_and_goes(
+    server: Server, client: redis.Redis, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = RedisStore(server.url)
+    key, state = LARGE
+    store.put(key, state)
+    name = f"pcache:{key.digest}"
+    chunk = sorted(client.keys(f"{name}:*"))[1]
+    if damage == "flip":
+        client.setrange(chunk, 77, b"\x55\xaa")
+    elif damage == "cut":
+        client.set(chunk, client.getrange(chunk, 0, 999))
+    elif damage == "manifest":
+        client.set(name, "../../etc/passwd")
+    elif damage == "contradiction":
+        client.set(name, f"{'0' * 16}:9999999:10")
+    elif damage == "type":
+        client.delete(name)
+        client.lpush(name, "list")
+    else:
+        client.set(name, "")
+    assert store.get(key) is None
+    if damage == "type":  # MGET calls it absent
+        client.delete(name)
+    assert not client.exists(name)
+    assert store.put(key, state)
+    hit = store.get(key)
+    assert hit is not None
+    assert same(hit.state, state)
+
+
+def test_a_chunk_that_the_server_evicted_is_a_miss_and_is_written_again(
+    server: Server, client: redis.Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = RedisStore(server.url)
+    key, state = LARGE
+    store.put(key, state)
+    client.delete(client.keys(f"pcache:{key.digest}:*")[0])
+    assert store.get(key) is None
+    assert warnings(caplog) == []
+    assert store.put(key, state)
+    assert store.get(key) is not None
+
+
+def test_another_models_state_under_the_right_name_is_a_miss(
+    server: Server, client: redis.Redis
+) -> None:
+    store = RedisStore(server.url)
+    (key, _), (other, state) = make(1, 2), make(1, 3)
+    store.put(other, state)
+    names = client.keys(f"pcache:{other.digest}*")
+    for name in names:
+        client.rename(name, name.replace(other.digest.encode(), key.digest.encode()))
+    assert store.contains(key)
+    assert store.get(key) is None
+    assert not store.contains(key)
+
+
+def test_no_server_is_a_miss_with_one_warning_and_no_password_in_it(
+    server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.kill()
+    store = RedisStore(f"redis://:secret@127.0.0.1:{server.port}/0")
+    key, state = make(1, 2)
+    assert store.get(key) is None
+    assert not store.put(key, state)
+    assert not store.contains(key)
+    store.delete(key)
+    soon_again()
+    assert store.get(key) is None
+    (warning,) = warnings(caplog)
+    assert "redis://127.0.0.1" in warning
+    assert "secret" not in warning
+    stats = store.stats()
+    assert (stats.misses, stats.states, stats.nbytes) == (2, None, None)
+    assert stats.failures == 2
+
+
+def test_a_server_that_comes_back_is_used_again(
+    server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    store = RedisStore(server.url)
+    key, state = LARGE
+    assert store.put(key, state)
+    server.kill()
+    assert store.get(key) is None
+    server.start()
+    soon_again()
+    assert store.get(key) is None  # it kept nothing
+    assert store.put(key, state)
+    assert store.get(key) is not None
+    assert len(warnings(caplog)) == 1
+    assert any("works again" in record.getMessage() for record in caplog.records)
+
+
+def test_a_restart_between_two_calls_goes_unnoticed(server: Server) -> None:
+    """A connection that died is made anew within the call."""
+    store = RedisStore(server.url)
+    store.put(*make(1, 2))
+    server.kill()
+    server.start()
+    assert store.put(*make(1, 2))
+    assert store.stats().failures == 0
+
+
+def test_a_server_that_is_killed_in_mid_load_gives_right_states_or_none(
+    server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = RedisStore(server.url)
+    pairs = [make(n, n, copies=6_000) for n in range(6)]
+    keys = [key for key, _ in pairs]
+    wrong: list[object] = []
+    served = 0
+    stop = threading.Event()
+
+    def load() -> None:
+        nonlocal served
+        try:
+            while not stop.is_set():
+                for (key, state), hit in zip(pairs, store.get_many(keys), strict=True):
+                    if hit is None:
+                        store.put(key, state)
+                    else:
+                        served += 1
+                        if not same(hit.state, state):
+                            wrong.append(key)
+        except BaseException as error:
+            wrong.append(error)
+
+    thread = threading.Thread(target=load)
+    thread.start()
+    for _ in range(4):
+        time.sleep(0.6)
+        server.kill()
+        time.sleep(0.1)
+        server.start()
+        time.sleep(0.7)
+    time.sleep(0.8)
+    stop.set()
+    thread.join()
+    stats = store.stats()
+    print(f"{served} states served, {stats.misses} misses, {stats.failures} failures, 4 kills")
+    assert wrong == []
+    assert served > 0
+    assert stats.failures > 0
+    assert stats.damaged == 0
+
+
+def test_a_server_that_does_not_answer_costs_one_time_out(caplog: pytest.LogCaptureFixture) -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen(8)
+        store = RedisStore(f"redis://127.0.0.1:{silent.getsockname()[1]}", timeout_s=0.2)
+        started = time.monotonic()
+        assert [store.get(make(n, n)[0]) for n in range(20)] == [None] * 20
+        assert time.monotonic() - started < 0.9
+    assert len(warnings(caplog)) == 1
+
+
+def test_a_full_server_keeps_serving_and_says_so_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = Server(tmp_path, "--maxmemory", "6mb", "--maxmemory-policy", "noeviction")
+    try:
+        store = RedisStore(server.url)
+        small = make(1, 2)
+        assert store.put(*small)
+        kept = [store.put(*make(n, n, copies=7_000)) for n in range(3)]
+        assert kept[-1] is False
+        assert store.get(small[0]) is not None
+    finally:
+        server.kill()
+    assert len(warnings(caplog)) == 1
+    assert "writing states" in warnings(caplog)[0]
+
+
+def test_as_a_tier_an_outage_loses_no_request(server: Server) -> None:
+    store = TieredStore([MemoryStore(), RedisStore(server.url)])
+    key, state = make(1, 2)
+    server.kill()
+    assert store.put(key, state)
+    store.flush()
+    hit = store.get(key)
+    assert hit is not None
+    assert hit.tier == "memory"
+    assert store.get(make(3, 4)[0]) is None
+
+
+def test_fewer_bits_and_a_key(server: Server) -> None:
+    key, state = make(1, 2, copies=500)
+    quantised = RedisStore(server.url, storage_dtype="int8", hmac_key=b"x" * 16)
+    assert quantised.put(key, state)
+    assert RedisStore(server.url).get(key) is None
+    hit = quantised.get(key)
+    assert hit is not None
+    assert (hit.state.keys[0] - state.keys[0]).abs().max() < 0.05
+    assert RedisStore(server.url, storage_dtype="int8").get(key) is None
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"url": "localhost"},
+        {"url": "http://localhost"},
+        {"url": "redis://localhost:many"},
+        {"url": None},
+        {"url": "redis://localhost", "ttl_s": 0},
+        {"url": "redis://localhost", "ttl_s": 1.5},
+        {"url": "redis://localhost", "timeout_s": 0},
+        {"url": "redis://localhost", "storage_dtype": "int4"},
+        {"url": "redis://localhost", "hmac_key": b"short"},
+    ],
+)
+def test_bad_arguments_are_refused(arguments: dict[str, Any]) -> None:
+    with pytest.raises(OptionError):
+        RedisStore(**arguments)
