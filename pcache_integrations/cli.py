@@ -16,6 +16,7 @@ from pcache_integrations.cli_store import app as store_app
 if TYPE_CHECKING:
     from pcache_core.evaluation.data import QuestionSet
 
+_QUESTIONS = 400  # one question is a quarter of a point
 _WIDTH_OF_A_FILE = 120  # columns of output that is not a terminal
 
 app = typer.Typer(
@@ -76,7 +77,7 @@ def evaluate(  # noqa: PLR0913 (each is an option of the command)
     ] = None,
     questions: Annotated[
         int | None,
-        typer.Option(min=1, help="How many.", show_default="200 of the tiny world, all of a file"),
+        typer.Option(min=1, help="How many.", show_default="400 of the tiny world, all of a file"),
     ] = None,
     modes: Annotated[
         str | None,
@@ -131,7 +132,7 @@ def _questions(data: Path | None, world: dict[str, Any], count: int | None) -> Q
     from pcache_core.evaluation.files import read_questions
 
     if data is None:
-        return tiny_world(WorldOptions(**world), 200 if count is None else count)
+        return tiny_world(WorldOptions(**world), _QUESTIONS if count is None else count)
     if world:
         options = ", ".join(f"--{name}" for name in world)
         raise OptionError(

@@ -137,7 +137,7 @@ def _check_integer(name: str, value: object) -> None:
 
 REPAIR: dict[ReuseMode, RepairPolicy] = {
     "balanced": RepairPolicy(head_tokens=0, query_ratio=0.15),
-    "high": RepairPolicy(head_tokens=8, query_ratio=0.6, max_ratio=0.7),
+    "high": RepairPolicy(head_tokens=0, query_ratio=0.75),
 }
 """What the modes that repair do, where nothing else is asked for.
 

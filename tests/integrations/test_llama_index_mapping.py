@@ -178,7 +178,7 @@ class TestQueryEngines:
         engine.query("Where does Clara Nandham work?")
         engine.query(QUESTION)
         sources = [s.source for s in llm.engine.reports[-1].segments if s.kind == "document"]
-        assert set(sources) <= {"prefix", "memory"}
+        assert set(sources) <= {"prefix", "memory", "repaired"}
 
     def test_nodes_of_equal_text_and_short_ones_keep_their_names(self, llm: PromptCacheLLM) -> None:
         twin = FOUND[0].model_copy(update={"id_": "twin"})
