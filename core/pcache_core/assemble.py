@@ -53,6 +53,11 @@ def wanted(
     return result
 
 
+def module_tokens(wishes: Sequence[Wanted]) -> int:
+    """Tokens of all modules, the opening not counted."""
+    return sum(len(w.module.token_ids) for w in wishes if not w.candidate.is_opening)
+
+
 def row_filter(wishes: Sequence[Wanted]) -> Accepts:
     """Which rows of an earlier slot may serve: computed ones, or from a state that is wanted.
 

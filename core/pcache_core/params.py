@@ -21,9 +21,9 @@ class RepairPolicy:
     A document that was encoded apart knows nothing of the documents before it. Repair recomputes
     the first `head_tokens` of each such document (EPIC, ICML 2025), and then those of their tokens
     that the question attends to most (ProphetKV, ICML 2026), as many as `query_ratio` of the
-    prompt's reused tokens.
+    tokens in the prompt's documents and long template texts.
 
-    max_ratio: limits both together, as a share of the reused tokens; in a prompt of many short
+    max_ratio: limits both together, as a share of the same tokens; in a prompt of many short
         documents it shortens the heads, not the share that the question chooses.
 
     `RepairPolicy(head_tokens=0, query_ratio=1.0)` computes what a full prefill computes.

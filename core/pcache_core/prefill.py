@@ -40,8 +40,13 @@ def work(
     tokens: TokenisedPrompt,
     fillings: Sequence[Filling],
     policy: RepairPolicy | None,
+    reusable: int,
 ) -> Work:
-    """Say what has to be computed. Takes note in the lease of what its rows hold."""
+    """Say what has to be computed. Takes note in the lease of what its rows hold.
+
+    reusable: how many of the prompt's tokens are of modules, whatever serves them this time: the
+        policy's shares are of these, so that what is repaired doesn't depend on earlier requests.
+    """
     prefix = len(lease.token_ids)
     filled = [(f.candidate.start, f.candidate.stop) for f in fillings]
     missing = tuple(computed_rows(len(tokens.token_ids), [(0, prefix), *filled]))
@@ -51,11 +56,10 @@ def work(
     if policy is None or not stale or is_same_prompt:
         return Work(missing)
     fresh = [run for run, f in zip(filled, fillings, strict=True) if not f.exact]
-    reused = len(tokens.token_ids) - len(missing)
     if not lm.watches:
-        return Work(missing, stale, tuple(spread_rows(policy, fresh, reused)))
-    heads = tuple(head_rows(policy, fresh, reused))
-    choices = min(query_count(policy, reused), len(stale) - len(heads))
+        return Work(missing, stale, tuple(spread_rows(policy, fresh, reusable)))
+    heads = tuple(head_rows(policy, fresh, reusable))
+    choices = min(query_count(policy, reusable), len(stale) - len(heads))
     if len(heads) + choices == len(stale):
         return Work(missing, stale, stale)
     return Work(missing, stale, heads, choices)

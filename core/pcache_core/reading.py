@@ -48,15 +48,24 @@ class PromptReader:
         if self._lm.support.kind == "no-cache":
             return self._read_stock(request)
         clock = _Clock()
-        lease, wishes = self._acquire(request)
+        wishes = assemble.wanted(request.tokens, self._candidates(request), self._library)
+        lease = self._acquire(request, wishes)
         prefix = len(lease.token_ids)
-        fillings = assemble.load(request.tokens, wishes, self._library)
+        beyond = [wish for wish in wishes if wish.candidate.start >= prefix]
+        fillings = assemble.load(request.tokens, beyond, self._library)
         report = assemble.describe(request.tokens, prefix, fillings, request.reuse)
         report.fallback_reason = request.fallback_reason
         report.load_ms = clock.lap_ms()
         assemble.fill(self._lm, lease, fillings)
         report.assemble_ms = clock.lap_ms()
-        todo = prefill.work(self._lm, lease, request.tokens, fillings, request.repair)
+        todo = prefill.work(
+            self._lm,
+            lease,
+            request.tokens,
+            fillings,
+            request.repair,
+            reusable=assemble.module_tokens(wishes),
+        )
         logits, attention = prefill.compute(self._lm, lease, todo)
         report.prefill_ms = clock.lap_ms()
         repaired = todo.repaired
@@ -73,17 +82,15 @@ class PromptReader:
             close=lambda: self._release(lease, request),
         )
 
-    def _acquire(self, request: Request) -> tuple[Lease, list[assemble.Wanted]]:
-        """A slot with as much of the prompt as an earlier request left, and what else is wanted."""
-        tokens = request.tokens
-        wishes = assemble.wanted(tokens, self._candidates(request), self._library)
+    def _acquire(self, request: Request, wishes: list[assemble.Wanted]) -> Lease:
+        """A slot with as much of the prompt as an earlier request left."""
         # What is to be repaired starts from states, not from what earlier questions made of them.
         usable = [] if request.repair else wishes
         accepts = _accept_nothing if request.reuse == "off" else assemble.row_filter(usable)
-        lease = self._pool.acquire(tokens.token_ids, accepts, request.capacity, request.repair)
+        token_ids = request.tokens.token_ids
+        lease = self._pool.acquire(token_ids, accepts, request.capacity, request.repair)
         assemble.keep_whole_modules(lease, wishes)
-        prefix = len(lease.token_ids)
-        return lease, [wish for wish in wishes if wish.candidate.start >= prefix]
+        return lease
 
     def _candidates(self, request: Request) -> list[Candidate]:
         if request.reuse in ("off", "exact"):

@@ -13,13 +13,16 @@ Run = tuple[int, int]
 
 
 def head_rows(policy: RepairPolicy, modules: Sequence[Run], reused: int) -> list[int]:
-    """The first rows of each module; `reused`: how many of the prompt's tokens are reused.
+    """The first rows of each module; `reused`: how many of the prompt's tokens states may fill.
 
     Where `max_ratio` leaves less than `head_tokens` for each, all heads are shortened alike.
     """
     limit = int(policy.max_ratio * reused) - query_count(policy, reused)
-    length = min(policy.head_tokens, limit // len(modules)) if modules else 0
-    return [row for start, stop in modules for row in range(start, min(start + length, stop))]
+    lengths = sorted(stop - start for start, stop in modules)
+    longest = min(policy.head_tokens, lengths[-1]) if lengths else 0
+    while longest and sum(min(longest, length) for length in lengths) > limit:
+        longest -= 1
+    return [row for start, stop in modules for row in range(start, min(start + longest, stop))]
 
 
 def query_count(policy: RepairPolicy, reused: int) -> int:

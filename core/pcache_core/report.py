@@ -51,7 +51,8 @@ class Report:
     ttft_ms: from the call to the first token (or to the logits, for a prefill alone); holds
         `load_ms` (states fetched or encoded), `assemble_ms` (copied and moved into place),
         `prefill_ms` (the forward over the computed tokens) and `repair_ms` (the choice of tokens
-        to repair and the forward over them).
+        to repair and the forward over them; 0 where nothing had to be chosen, and one forward did
+        both).
     """
 
     segments: tuple[SegmentReport, ...]

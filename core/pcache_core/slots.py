@@ -142,4 +142,5 @@ def _continues(lease: Lease, token_ids: Sequence[int], repair: RepairPolicy | No
     """Whether the prompt is the one that rows were repaired for, or goes on behind it."""
     if repair is None or lease.repair != repair:
         return False
-    return _alike(lease, token_ids) >= lease.repaired_for - 1
+    count = lease.repaired_for
+    return lease.token_ids[:count] == list(token_ids[:count])

@@ -129,7 +129,7 @@ class CachedModel(BaseLanguageModel[Any]):
     @property
     def _identifying_params(self) -> dict[str, Any]:
         """Everything that answers depend on: the key of LangChain's response caches."""
-        options = {name: getattr(self, name) for name in ("model", "dtype", *_OF_A_CALL)}
+        options = {name: getattr(self, name) for name in ("model", "dtype", "repair", *_OF_A_CALL)}
         # LangChain keeps the stop strings of the call under "stop".
         return {**options, "default_stop": self.stop}
 

@@ -246,8 +246,6 @@ class TestReport:
             assert segment.repaired_tokens == sum(piece.start <= row < piece.stop for row in rows)
             most = segment.repaired_tokens > segment.num_tokens / 2
             assert (segment.source == "repaired") == most
-        # Where all of a short prompt is repaired, nothing is to be chosen and one forward does it.
-        assert report.repair_ms > 0 or (policy is None and mode == "high")
         assert report.ttft_ms >= sum(
             (report.load_ms, report.assemble_ms, report.prefill_ms, report.repair_ms)
         )

@@ -38,6 +38,7 @@ WATCHING = [name for name in REUSING if name not in SEQUENTIAL]
 watching_only = pytest.mark.parametrize("subject", WATCHING, indirect=True)
 EVERYTHING = [
     RepairPolicy(head_tokens=0, query_ratio=1.0),
+    RepairPolicy(head_tokens=10**6, query_ratio=0),
     RepairPolicy(head_tokens=3, query_ratio=1.0),
 ]
 PARTIAL = RepairPolicy(head_tokens=8, query_ratio=0.1)
