@@ -1,0 +1,303 @@
+"""A Jinja2 template's tree made a raw schema tree.
+
+What is conditional becomes a module, what excludes each other a union, a loop a slot, an expression
+a parameter. Macros, blocks and other templates are followed wherever the template says by name
+which one it means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from jinja2 import Environment, nodes
+
+from pcache_core.errors import TemplateError
+from pcache_templates.chat_tag import role_of
+from pcache_templates.jinja_names import expression_name, names_in
+from pcache_templates.jinja_source import MacroDefinition, Source, macros_of
+from pcache_templates.names import xml_name
+from pcache_templates.schema import (
+    Module,
+    Node,
+    Param,
+    Path,
+    Role,
+    Slot,
+    Text,
+    Union,
+    ValueKind,
+    walk,
+)
+
+
+@dataclass(frozen=True)
+class BlockDefinition:
+    """A `block` tag and the template it is in."""
+
+    node: nodes.Block
+    source: Source
+
+
+# A block's definitions, the one that counts first, those that `super()` reaches after it.
+_Chain = tuple[BlockDefinition, ...]
+
+
+@dataclass(frozen=True)
+class _Scope:
+    """Where the walk is. path: of the calls and includes that led here."""
+
+    source: Source
+    path: Path = ()
+    macros: Mapping[str, MacroDefinition] = field(default_factory=dict)
+    blocks: Mapping[str, _Chain] = field(default_factory=dict)
+    # What `super()` writes, and what `caller()` does and where that was written.
+    parents: _Chain = ()
+    caller: tuple[nodes.CallBlock, _Scope] | None = None
+    # Variables that hold one of the things that a loop goes through.
+    items: frozenset[str] = frozenset()
+    # What is being expanded, so that recursion ends.
+    stack: frozenset[int] = frozenset()
+
+    def path_of(self, node: nodes.Node) -> Path:
+        return (*self.path, (self.source.name, self.source.numbers[id(node)]))
+
+
+def template_nodes(source: Source) -> list[Node]:
+    """The raw tree of a template.
+
+    Raises: TemplateError: it has a tag, or uses one, in a way that no schema can express.
+    """
+    tree = _root(source, _Scope(source))
+    if any(isinstance(node, Role) for node in walk(tuple(tree))):
+        return _turns_only(tree)  # what is written around turns is in none of them
+    return tree
+
+
+def _turns_only(tree: Iterable[Node]) -> list[Node]:
+    kept: list[Node] = []
+    for node in tree:
+        if not any(isinstance(below, Role) for below in walk((node,))):
+            continue
+        match node:
+            case Module():
+                kept.append(replace(node, children=tuple(_turns_only(node.children))))
+            case Union():
+                members = [m for m in _turns_only(node.members) if isinstance(m, Module)]
+                kept.append(Union(tuple(members)))
+            case _:
+                kept.append(node)
+    return kept
+
+
+def _root(source: Source, scope: _Scope) -> list[Node]:
+    """A whole template, with the one that it extends."""
+    if id(source.tree) in scope.stack:
+        raise source.error(source.tree, "the template includes or extends itself")
+    blocks = dict(scope.blocks)
+    for block in source.tree.find_all(nodes.Block):
+        blocks[block.name] = (*blocks.get(block.name, ()), BlockDefinition(block, source))
+    scope = replace(
+        scope,
+        source=source,
+        macros={**scope.macros, **macros_of(source)},
+        blocks=blocks,
+        stack=scope.stack | {id(source.tree)},
+    )
+    extends = list(source.tree.find_all(nodes.Extends))
+    if not extends:
+        return _visit_all(source.tree.body, scope)
+    tag = extends[0]
+    if len(extends) > 1 or tag not in source.tree.body:
+        raise source.error(tag, "extends stands in a condition; a schema has one parent template")
+    before = source.tree.body[: source.tree.body.index(tag)]
+    parent = source.load(_constant_name(tag, scope), tag)
+    return [*_visit_all(before, scope), *_root(parent, scope)]
+
+
+def _visit_all(body: Iterable[nodes.Node], scope: _Scope) -> list[Node]:
+    return [made for node in body for made in _visit(node, scope)]
+
+
+def _visit(node: nodes.Node, scope: _Scope) -> list[Node]:
+    for kind, make in _MAKERS.items():
+        if isinstance(node, kind):
+            return make(node, scope)
+    tag = type(node).__name__
+    raise scope.source.error(node, f"the tag {tag!r} of an extension has no counterpart in PML")
+
+
+def _constant_name(node: nodes.Extends | nodes.Include, scope: _Scope) -> str:
+    if isinstance(node.template, nodes.Const) and isinstance(node.template.value, str):
+        return node.template.value
+    tag = type(node).__name__.lower()
+    raise scope.source.error(node, f"{tag} computes the template's name; write the name out")
+
+
+def _output(node: nodes.Output, scope: _Scope) -> list[Node]:
+    return [made for child in node.nodes for made in _expression(child, scope)]
+
+
+def _expression(node: nodes.Expr, scope: _Scope) -> list[Node]:
+    path = scope.path_of(node)
+    if (text := _constant(node, scope.source.environment)) is not None:
+        return [Text(text, path)]
+    if isinstance(node, nodes.Call) and (called := _call(node, path, scope)) is not None:
+        return called
+    kind: ValueKind = "document" if names_in(node) & scope.items else "argument"
+    return [Param(expression_name(node), kind=kind, origin=path)]
+
+
+def _constant(node: nodes.Expr, environment: Environment) -> str | None:
+    """What the node always writes; None if that is known only at run time."""
+    if isinstance(node, nodes.TemplateData):
+        return node.data
+    if environment.finalize is not None or environment.autoescape is not False:
+        return None
+    try:
+        return str(node.as_const(nodes.EvalContext(environment)))
+    except Exception:  # as the compiler does, which tries the same
+        return None
+
+
+def _call(node: nodes.Call, path: Path, scope: _Scope) -> list[Node] | None:
+    """What a call of a macro, of `caller` or of `super` writes; None for any other call."""
+    name = expression_name(node.node)
+    if name == "caller" and scope.caller is not None:
+        block, outer = scope.caller
+        inner = replace(outer, path=path, stack=scope.stack)
+        return [Module("caller", tuple(_visit_all(block.body, inner)))]
+    if name == "super" and scope.parents:
+        body = _block_body(scope.parents, replace(scope, path=path))
+        return [Module(f"super-{scope.parents[0].node.name}", tuple(body))]
+    return _macro(node, path, scope, None)
+
+
+def _macro(
+    call: nodes.Call, path: Path, scope: _Scope, caller: nodes.CallBlock | None
+) -> list[Node] | None:
+    definition = scope.macros.get(expression_name(call.node))
+    if definition is None or id(definition.node) in scope.stack:
+        return None
+    macro = definition.node
+    same_template = definition.source is scope.source
+    inner = _Scope(
+        definition.source,
+        path,
+        macros=scope.macros if same_template else macros_of(definition.source),
+        blocks=scope.blocks,
+        caller=(caller, scope) if caller is not None else None,
+        items=_passed_items(call, macro, scope.items),
+        stack=scope.stack | {id(macro)},
+    )
+    return [Module(f"call-{macro.name}", tuple(_visit_all(macro.body, inner)))]
+
+
+def _passed_items(call: nodes.Call, macro: nodes.Macro, items: frozenset[str]) -> frozenset[str]:
+    """The macro's parameters that get one of the caller's items."""
+    given = dict(zip((parameter.name for parameter in macro.args), call.args, strict=False))
+    given |= {keyword.key: keyword.value for keyword in call.kwargs}
+    return frozenset(name for name, argument in given.items() if names_in(argument) & items)
+
+
+def _call_block(node: nodes.CallBlock, scope: _Scope) -> list[Node]:
+    if (role := role_of(node)) is not None:
+        return [Role(role, tuple(_visit_all(node.body, scope)))]
+    callee = node.call.node
+    if isinstance(callee, nodes.ExtensionAttribute):
+        tag = callee.identifier.rsplit(".", 1)[-1]
+        raise scope.source.error(node, f"the tag of {tag} has no counterpart in PML")
+    path = scope.path_of(node)
+    called = _macro(node.call, path, scope, node)
+    return called or [Param(xml_name(["call", expression_name(callee)]), origin=path)]
+
+
+def _filter_block(node: nodes.FilterBlock, scope: _Scope) -> list[Node]:
+    return [Param(f"filter-{node.filter.name}", origin=scope.path_of(node))]
+
+
+def _if(node: nodes.If, scope: _Scope) -> list[Node]:
+    branches = [
+        Module(f"if-{expression_name(branch.test)}", tuple(_visit_all(branch.body, scope)))
+        for branch in (node, *node.elif_)
+    ]
+    if node.else_:
+        branches.append(Module("else", tuple(_visit_all(node.else_, scope))))
+    return [Union(tuple(branches))]
+
+
+def _for(node: nodes.For, scope: _Scope) -> list[Node]:
+    targets = [node.target, *node.target.find_all(nodes.Name)]
+    items = frozenset(target.name for target in targets if isinstance(target, nodes.Name))
+    body = _visit_all(node.body, replace(scope, items=scope.items | items))
+    made: list[Node] = []
+    if body:
+        made.append(Slot(f"for-{expression_name(node.target)}", tuple(body), scope.path_of(node)))
+    if node.else_:
+        made.append(Module("else", tuple(_visit_all(node.else_, scope))))
+    return made
+
+
+def _include(node: nodes.Include, scope: _Scope) -> list[Node]:
+    source = _included(node, scope)
+    if source is None:
+        return []
+    path = (*scope.path, (scope.source.name, scope.source.numbers[id(node)]))
+    inner = _Scope(source, path, items=scope.items, stack=scope.stack)
+    if node.with_context:
+        inner = replace(inner, macros=scope.macros)
+    else:
+        inner = replace(inner, path=scope.path, items=frozenset())
+    assert source.name is not None
+    return [Module(f"include-{source.name}", tuple(_root(source, inner)))]
+
+
+def _included(node: nodes.Include, scope: _Scope) -> Source | None:
+    """The included template, the first that exists of several; None where it may be missing."""
+    template = node.template
+    choices = template.items if isinstance(template, nodes.List | nodes.Tuple) else [template]
+    for choice in choices:
+        name = _constant_name(nodes.Include(choice, lineno=node.lineno), scope)
+        try:
+            return scope.source.load(name, node)
+        except TemplateError:
+            if not node.ignore_missing and choice is choices[-1]:
+                raise
+    return None
+
+
+def _block(node: nodes.Block, scope: _Scope) -> list[Node]:
+    return [Module(f"block-{node.name}", tuple(_block_body(scope.blocks[node.name], scope)))]
+
+
+def _block_body(chain: _Chain, scope: _Scope) -> list[Node]:
+    definition, *parents = chain
+    inner = replace(scope, source=definition.source, parents=tuple(parents))
+    return _visit_all(definition.node.body, inner)
+
+
+def _body(node: Any, scope: _Scope) -> list[Node]:
+    return _visit_all(node.body, scope)
+
+
+def _nothing(node: nodes.Node, scope: _Scope) -> list[Node]:
+    return []
+
+
+# What is made of each kind of statement.
+_MAKERS: dict[Any, Callable[[Any, _Scope], list[Node]]] = {
+    nodes.Output: _output,
+    nodes.If: _if,
+    nodes.For: _for,
+    nodes.CallBlock: _call_block,
+    nodes.FilterBlock: _filter_block,
+    nodes.Include: _include,
+    nodes.Block: _block,
+    nodes.With: _body,
+    nodes.Scope: _body,
+    nodes.ScopedEvalContextModifier: _body,
+    # These write nothing.
+    (nodes.Assign, nodes.AssignBlock, nodes.Macro, nodes.Import, nodes.FromImport): _nothing,
+    (nodes.ExprStmt, nodes.Break, nodes.Continue, nodes.EvalContextModifier): _nothing,
+}
