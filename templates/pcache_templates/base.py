@@ -9,6 +9,7 @@ from functools import cached_property
 from pcache_core.errors import TemplateError
 from pcache_core.prompt import Prompt, Segment
 from pcache_templates.pml import to_pml
+from pcache_templates.prompt_pml import to_prompt_pml
 from pcache_templates.schema import Node, Path, Place, Schema
 from pcache_templates.settle import settle
 from pcache_templates.trace import Traced, segments_of
@@ -54,6 +55,9 @@ class Schematic(ABC):
     def _segments(self, traced: Traced) -> list[Segment]:
         return segments_of(traced, self._places)
 
+    def _prompt_pml(self, traced: Traced) -> str:
+        return to_prompt_pml(self.schema, traced)
+
 
 class PromptTemplate(Schematic):
     """A template that is rendered with named values."""
@@ -73,3 +77,10 @@ class PromptTemplate(Schematic):
         Raises: PromptError: nothing was written.
         """
         return Prompt(self.segments(**values))
+
+    def prompt_pml(self, /, **values: object) -> str:
+        """Render a prompt as PML: the schema's modules that it uses, with their arguments.
+
+        Raises: TemplateError: as `trace` and `schema` do, or the prompt does not fit the schema.
+        """
+        return self._prompt_pml(self.trace(values))

@@ -15,7 +15,6 @@ from jinja2 import (
     Template,
     TemplateNotFound,
 )
-from jinja2.exceptions import TemplateError as JinjaError
 from jinja2.exceptions import TemplateSyntaxError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -117,12 +116,12 @@ class JinjaTemplate(PromptTemplate):
         """Render. Raises: TemplateError: a value is missing or the template fails."""
         try:
             return concat([self._template.render(values)])
-        except TemplateSyntaxError as error:
+        except TemplateSyntaxError as error:  # of a template that this one includes
             raise TemplateError(
                 f"{error.name or self._label}:{error.lineno}: {error.message}"
             ) from error
-        except JinjaError as error:
-            what = error.message or type(error).__name__
+        except Exception as error:
+            what = str(error) or type(error).__name__
             raise TemplateError(f"{self._label}:{_line_of(error)}: {what}") from error
 
     def turns(self, values: Mapping[str, object]) -> list[Turn]:
@@ -143,6 +142,12 @@ class JinjaTemplate(PromptTemplate):
             )
         return [ChatTurn(role, tuple(self._segments(concat([text])))) for role, text in turns]
 
+    def prompt_pml(self, /, **values: object) -> str:
+        """Render a prompt as PML; of a template with chat tags, what is in them."""
+        turns: list[Turn] = []
+        traced = self.trace({**values, TURNS: turns})
+        return self._prompt_pml(concat(turn.text for turn in turns) if turns else traced)
+
     @cached_property
     def _template(self) -> Template:
         return self._environment.from_string(self._text)
@@ -151,7 +156,7 @@ class JinjaTemplate(PromptTemplate):
         return template_nodes(self._source)
 
 
-def _line_of(error: JinjaError) -> int:
+def _line_of(error: Exception) -> int:
     """The line of the main template that was being rendered; Jinja puts it into the traceback."""
     frames = extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if frame.filename == "<template>"]

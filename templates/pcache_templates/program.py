@@ -60,6 +60,10 @@ class PromptProgram(Schematic, Generic[P]):
         """Run: a prompt. Raises: PromptError: nothing was yielded."""
         return Prompt(self.segments(*args, **kwargs))
 
+    def prompt_pml(self, *args: P.args, **kwargs: P.kwargs) -> str:
+        """Run: a prompt as PML. Raises: TemplateError: there is no schema or it does not fit."""
+        return self._prompt_pml(trace.concat(self(*args, **kwargs)))
+
     def trace(self, text: object, frame: FrameType) -> Traced:
         """The traced text of what a frame of the function has just yielded.
 

@@ -106,7 +106,7 @@ def _visit_all(body: Iterable[ast.stmt], scope: _Scope) -> list[Node]:
 
 def _visit(node: ast.stmt, scope: _Scope) -> list[Node]:
     if not any(True for _ in yields_in([node])):
-        return []
+        return [_BREAK] if _may_leave(node) else []
     match node:
         case ast.If():
             return [Union(tuple(_branches(node, scope)))]
@@ -125,6 +125,15 @@ def _visit(node: ast.stmt, scope: _Scope) -> list[Node]:
             raise scope.code.error(
                 node, f"a yield inside of {statement!r} can't be expressed; yield after it"
             )
+
+
+# Ends a run of text: what follows may be missing where what stands before is not.
+_BREAK = Module("break", ())
+
+
+def _may_leave(node: ast.stmt) -> bool:
+    """Whether a statement may end the program, or the loop that it is in."""
+    return any(isinstance(n, ast.Return | ast.Break | ast.Continue) for n in ast.walk(node))
 
 
 def _branches(node: ast.If, scope: _Scope) -> Iterator[Module]:

@@ -78,11 +78,15 @@ Node = Text | Param | Module | Union | Slot | Role
 
 
 class Place(NamedTuple):
-    """What the schema calls a place in the template. param: None for the module's own text."""
+    """What the schema calls a place in the template.
+
+    param: None for the module's own text. slot: the one that the place is written into.
+    """
 
     module: str
     param: str | None = None
     kind: ValueKind = "argument"
+    slot: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -121,20 +121,21 @@ class _Settler:
     def _slot(self, slot: Slot) -> list[Node]:
         """The slot, and beside it the texts that are written into it again and again."""
         name = self._names.take(xml_name(slot.name))
-        self.places[slot.origin] = Place(name)
+        self.places[slot.origin] = Place(name, slot=name)
         modules: dict[str, Module] = {}
         for leaf in walk(slot.body):
             if isinstance(leaf, Param):
-                self.places[leaf.origin] = Place(name, xml_name(leaf.name), leaf.kind)
-            elif isinstance(leaf, Slot):
-                self.places[leaf.origin] = Place(name)
-            elif isinstance(leaf, Text) and not any(map(str.isalnum, leaf.text)):
-                self.places[leaf.origin] = Place(name)  # a bullet or a blank is no module
-            elif isinstance(leaf, Text):
+                place = Place(name, xml_name(leaf.name), leaf.kind, slot=name)
+            elif isinstance(leaf, Text) and any(map(str.isalnum, leaf.text)):
                 if leaf.text not in modules:
                     text_name = self._names.take(f"{name}-text-{len(modules) + 1}")
                     modules[leaf.text] = Module(text_name, (Text(leaf.text),))
-                self.places[leaf.origin] = Place(modules[leaf.text].name)
+                place = Place(modules[leaf.text].name, slot=name)
+            elif isinstance(leaf, Text | Slot):
+                place = Place(name, slot=name)  # a bullet or a blank is no module
+            else:
+                continue
+            self.places[leaf.origin] = place
         return [Slot(name), *modules.values()]
 
 

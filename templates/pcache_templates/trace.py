@@ -82,14 +82,14 @@ def segments_of(traced: Traced, places: Mapping[Path, Place]) -> list[Segment]:
 
 
 def _named(span: Span, places: Mapping[Path, Place]) -> tuple[SegmentKind, str | None]:
-    place = _place_of(span.path, places)
+    place = place_of(span.path, places)
     if place is None:
         return span.kind, None
     kind: SegmentKind = place.kind if place.param and span.kind == "argument" else span.kind
     return kind, place.param or place.module
 
 
-def _place_of(path: Path, places: Mapping[Path, Place]) -> Place | None:
+def place_of(path: Path, places: Mapping[Path, Place]) -> Place | None:
     """The innermost place that the schema knows of."""
     for end in range(len(path), 0, -1):
         if path[:end] in places:
