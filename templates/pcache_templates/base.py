@@ -27,7 +27,7 @@ class Schematic(ABC):
         self._lengths = dict(lengths or {})
 
     @abstractmethod
-    def _nodes(self) -> Iterable[Node]:
+    def raw_nodes(self) -> Iterable[Node]:
         """The template as a raw tree. Raises: TemplateError: it can't be expressed."""
 
     @cached_property
@@ -37,7 +37,7 @@ class Schematic(ABC):
         Raises: TemplateError: the template does what a schema can't express.
         Raises: OptionError: a length is for no parameter.
         """
-        return settle(self._name, self._nodes(), self._lengths)
+        return settle(self._name, self.raw_nodes(), self._lengths)
 
     @property
     def pml(self) -> str:

@@ -51,7 +51,8 @@ class _FlatTemplate(PromptTemplate):
             for number, part in enumerate(self._parts)
         )
 
-    def _nodes(self) -> Iterable[Node]:
+    def raw_nodes(self) -> Iterable[Node]:
+        """As the base class."""
         for number, part in enumerate(self._parts):
             if isinstance(part, str):
                 yield Text(part, (number,))
@@ -121,7 +122,8 @@ class BraceTemplate(_FlatTemplate):
     def _fill(self, field: _Field, values: Mapping[str, object]) -> str:
         return str(values.get(field.name, field.source))
 
-    def _nodes(self) -> Iterable[Node]:
+    def raw_nodes(self) -> Iterable[Node]:
+        """As the base class."""
         for number, part in enumerate(self._parts):
             if isinstance(part, str):
                 yield Text(part, (number,))

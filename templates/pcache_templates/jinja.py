@@ -152,7 +152,8 @@ class JinjaTemplate(PromptTemplate):
     def _template(self) -> Template:
         return self._environment.from_string(self._text)
 
-    def _nodes(self) -> Iterable[Node]:
+    def raw_nodes(self) -> Iterable[Node]:
+        """As the base class."""
         return template_nodes(self._source)
 
 

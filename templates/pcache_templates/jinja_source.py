@@ -60,6 +60,18 @@ class MacroDefinition:
     source: Source
 
 
+@dataclass(frozen=True)
+class BlockDefinition:
+    """A `block` tag and the template it is in."""
+
+    node: nodes.Block
+    source: Source
+
+
+# The one that counts first, those that `super()` reaches after it.
+BlockChain = tuple[BlockDefinition, ...]
+
+
 def macros_of(source: Source) -> dict[str, MacroDefinition]:
     """The macros that a template can call by a name that means nothing else in it."""
     found: dict[str, MacroDefinition] = {}

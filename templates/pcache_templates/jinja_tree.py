@@ -16,7 +16,13 @@ from jinja2 import Environment, nodes
 from pcache_core.errors import TemplateError
 from pcache_templates.chat_tag import role_of
 from pcache_templates.jinja_names import expression_name, names_in
-from pcache_templates.jinja_source import MacroDefinition, Source, macros_of
+from pcache_templates.jinja_source import (
+    BlockChain,
+    BlockDefinition,
+    MacroDefinition,
+    Source,
+    macros_of,
+)
 from pcache_templates.names import xml_name
 from pcache_templates.schema import (
     Module,
@@ -33,27 +39,15 @@ from pcache_templates.schema import (
 
 
 @dataclass(frozen=True)
-class BlockDefinition:
-    """A `block` tag and the template it is in."""
-
-    node: nodes.Block
-    source: Source
-
-
-# A block's definitions, the one that counts first, those that `super()` reaches after it.
-_Chain = tuple[BlockDefinition, ...]
-
-
-@dataclass(frozen=True)
 class _Scope:
     """Where the walk is. path: of the calls and includes that led here."""
 
     source: Source
     path: Path = ()
     macros: Mapping[str, MacroDefinition] = field(default_factory=dict)
-    blocks: Mapping[str, _Chain] = field(default_factory=dict)
+    blocks: Mapping[str, BlockChain] = field(default_factory=dict)
     # What `super()` writes, and what `caller()` does and where that was written.
-    parents: _Chain = ()
+    parents: BlockChain = ()
     caller: tuple[nodes.CallBlock, _Scope] | None = None
     # Variables that hold one of the things that a loop goes through.
     items: frozenset[str] = frozenset()
@@ -271,7 +265,7 @@ def _block(node: nodes.Block, scope: _Scope) -> list[Node]:
     return [Module(f"block-{node.name}", tuple(_block_body(scope.blocks[node.name], scope)))]
 
 
-def _block_body(chain: _Chain, scope: _Scope) -> list[Node]:
+def _block_body(chain: BlockChain, scope: _Scope) -> list[Node]:
     definition, *parents = chain
     inner = replace(scope, source=definition.source, parents=tuple(parents))
     return _visit_all(definition.node.body, inner)

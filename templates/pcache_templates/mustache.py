@@ -61,7 +61,8 @@ class MustacheTemplate(PromptTemplate):
         """Render. Raises: TemplateError: a section's value is a function."""
         return trace.concat(_write(self._tags, [_Scope(values, is_item=False)]))
 
-    def _nodes(self) -> Iterable[Node]:
+    def raw_nodes(self) -> Iterable[Node]:
+        """As the base class."""
         return _nodes(self._tags)
 
 

@@ -92,7 +92,8 @@ class PromptProgram(Schematic, Generic[P]):
             return [Slot(xml_name(["from", self.label]), (), path)]
         return program_nodes(self._source.code, partial(self._find, (*stack, self.label)), path)
 
-    def _nodes(self) -> list[Node]:
+    def raw_nodes(self) -> list[Node]:
+        """As the base class."""
         return self.nodes(())
 
     def _find(self, stack: tuple[str, ...], expression: ast.expr) -> Called | None:
