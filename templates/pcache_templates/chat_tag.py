@@ -10,6 +10,9 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.runtime import Context
 
+from pcache_templates import trace
+from pcache_templates.trace import Traced
+
 ROLES = ("system", "user", "assistant")
 # The variable that turns are collected in; no template can spell its name.
 TURNS = "turns of the chat"
@@ -19,11 +22,14 @@ class Turn(NamedTuple):
     """A turn that a template has written."""
 
     role: str
-    text: str
+    text: Traced
 
 
 class ChatTag(Extension):
-    """Collects what is written between the tags as a turn, and writes it."""
+    """Collects what is written between the tags as a turn, and writes it.
+
+    White space around it is not part of the turn.
+    """
 
     tags = {"chat"}
 
@@ -41,7 +47,7 @@ class ChatTag(Extension):
         return nodes.CallBlock(call, [], [], body).set_lineno(line)
 
     def _collect(self, context: Context, role: str, caller: Callable[[], str]) -> str:
-        text = caller()
+        text = trace.strip(trace.concat([caller()]))
         turns = context.resolve_or_missing(TURNS)
         if isinstance(turns, list):
             turns.append(Turn(role, text))

@@ -40,16 +40,24 @@ class _FlatTemplate(PromptTemplate):
     def _parse(self, source: str) -> Iterator[str | _Field]: ...
 
     @abstractmethod
+    def _is_filled(self, field: _Field, values: Mapping[str, object]) -> bool:
+        """Whether the field is replaced, or stays as it is written."""
+
+    @abstractmethod
     def _fill(self, field: _Field, values: Mapping[str, object]) -> str: ...
 
     def trace(self, values: Mapping[str, object]) -> Traced:
         """Render. Raises: TemplateError: a value is missing or can't be written."""
-        return trace.concat(
-            trace.literal((number,), part)
-            if isinstance(part, str)
-            else trace.value((number,), self._fill(part, values))
-            for number, part in enumerate(self._parts)
-        )
+        return trace.concat(self._written(values))
+
+    def _written(self, values: Mapping[str, object]) -> Iterator[Traced]:
+        for number, part in enumerate(self._parts):
+            if isinstance(part, str):
+                yield trace.literal((number,), part)
+            elif self._is_filled(part, values):
+                yield trace.value((number,), self._fill(part, values))
+            else:
+                yield trace.literal((number,), part.source)
 
     def raw_nodes(self) -> Iterable[Node]:
         """As the base class."""
@@ -90,6 +98,9 @@ class FormatTemplate(_FlatTemplate):
             converted = f"!{conversion}" if conversion else ""
             yield _Field(name, f"{{{name}{converted}{':' if spec else ''}{spec}}}")
 
+    def _is_filled(self, field: _Field, values: Mapping[str, object]) -> bool:
+        return True
+
     def _fill(self, field: _Field, values: Mapping[str, object]) -> str:
         try:
             return Formatter().vformat(field.source, (), values)
@@ -119,8 +130,11 @@ class BraceTemplate(_FlatTemplate):
         if position < len(source):
             yield source[position:]
 
+    def _is_filled(self, field: _Field, values: Mapping[str, object]) -> bool:
+        return field.name in values
+
     def _fill(self, field: _Field, values: Mapping[str, object]) -> str:
-        return str(values.get(field.name, field.source))
+        return str(values[field.name])
 
     def raw_nodes(self) -> Iterable[Node]:
         """As the base class."""

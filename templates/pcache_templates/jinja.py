@@ -140,7 +140,7 @@ class JinjaTemplate(PromptTemplate):
             raise TemplateError(
                 f'{self._label}: no turn was written; mark turns with {{% chat role="user" %}}'
             )
-        return [ChatTurn(role, tuple(self._segments(concat([text])))) for role, text in turns]
+        return [ChatTurn(role, tuple(self._segments(text))) for role, text in turns]
 
     def prompt_pml(self, /, **values: object) -> str:
         """Render a prompt as PML; of a template with chat tags, what is in them."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from jinja2 import Environment, nodes
+from jinja2 import nodes
 
 from pcache_core.errors import TemplateError
 from pcache_templates.chat_tag import role_of
@@ -25,6 +25,7 @@ from pcache_templates.jinja_source import (
 )
 from pcache_templates.names import xml_name
 from pcache_templates.schema import (
+    MAX_NODES,
     Module,
     Node,
     Param,
@@ -34,8 +35,10 @@ from pcache_templates.schema import (
     Text,
     Union,
     ValueKind,
+    are_too_many,
     walk,
 )
+from pcache_templates.turns import stripped, turns_only
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,16 @@ class _Scope:
     caller: tuple[nodes.CallBlock, _Scope] | None = None
     # Variables that hold one of the things that a loop goes through.
     items: frozenset[str] = frozenset()
+    # Whether an `autoescape` tag may be in force.
+    in_autoescape: bool = False
     # What is being expanded, so that recursion ends.
     stack: frozenset[int] = frozenset()
+
+    @property
+    def escapes(self) -> bool:
+        """Whether values may be escaped; what macros write is then no longer traced."""
+        context = nodes.EvalContext(self.source.environment, self.source.name)
+        return self.in_autoescape or context.autoescape
 
     def path_of(self, node: nodes.Node) -> Path:
         return (*self.path, (self.source.name, self.source.numbers[id(node)]))
@@ -64,25 +75,9 @@ def template_nodes(source: Source) -> list[Node]:
     Raises: TemplateError: it has a tag, or uses one, in a way that no schema can express.
     """
     tree = _root(source, _Scope(source))
-    if any(isinstance(node, Role) for node in walk(tuple(tree))):
-        return _turns_only(tree)  # what is written around turns is in none of them
+    if any(isinstance(node, Role) for node in walk(tree)):
+        return turns_only(tree)  # what is written around turns is in none of them
     return tree
-
-
-def _turns_only(tree: Iterable[Node]) -> list[Node]:
-    kept: list[Node] = []
-    for node in tree:
-        if not any(isinstance(below, Role) for below in walk((node,))):
-            continue
-        match node:
-            case Module():
-                kept.append(replace(node, children=tuple(_turns_only(node.children))))
-            case Union():
-                members = [m for m in _turns_only(node.members) if isinstance(m, Module)]
-                kept.append(Union(tuple(members)))
-            case _:
-                kept.append(node)
-    return kept
 
 
 def _root(source: Source, scope: _Scope) -> list[Node]:
@@ -106,7 +101,7 @@ def _root(source: Source, scope: _Scope) -> list[Node]:
     if len(extends) > 1 or tag not in source.tree.body:
         raise source.error(tag, "extends stands in a condition; a schema has one parent template")
     before = source.tree.body[: source.tree.body.index(tag)]
-    parent = source.load(_constant_name(tag, scope), tag)
+    parent = source.load(_constant_name(tag.template, tag, scope), tag)
     return [*_visit_all(before, scope), *_root(parent, scope)]
 
 
@@ -122,11 +117,11 @@ def _visit(node: nodes.Node, scope: _Scope) -> list[Node]:
     raise scope.source.error(node, f"the tag {tag!r} of an extension has no counterpart in PML")
 
 
-def _constant_name(node: nodes.Extends | nodes.Include, scope: _Scope) -> str:
-    if isinstance(node.template, nodes.Const) and isinstance(node.template.value, str):
-        return node.template.value
-    tag = type(node).__name__.lower()
-    raise scope.source.error(node, f"{tag} computes the template's name; write the name out")
+def _constant_name(template: nodes.Expr, tag: nodes.Node, scope: _Scope) -> str:
+    if isinstance(template, nodes.Const) and isinstance(template.value, str):
+        return template.value
+    word = type(tag).__name__.lower()
+    raise scope.source.error(tag, f"{word} computes the template's name; write the name out")
 
 
 def _output(node: nodes.Output, scope: _Scope) -> list[Node]:
@@ -135,7 +130,7 @@ def _output(node: nodes.Output, scope: _Scope) -> list[Node]:
 
 def _expression(node: nodes.Expr, scope: _Scope) -> list[Node]:
     path = scope.path_of(node)
-    if (text := _constant(node, scope.source.environment)) is not None:
+    if (text := _constant(node, scope)) is not None:
         return [Text(text, path)]
     if isinstance(node, nodes.Call) and (called := _call(node, path, scope)) is not None:
         return called
@@ -143,11 +138,12 @@ def _expression(node: nodes.Expr, scope: _Scope) -> list[Node]:
     return [Param(expression_name(node), kind=kind, origin=path)]
 
 
-def _constant(node: nodes.Expr, environment: Environment) -> str | None:
+def _constant(node: nodes.Expr, scope: _Scope) -> str | None:
     """What the node always writes; None if that is known only at run time."""
     if isinstance(node, nodes.TemplateData):
         return node.data
-    if environment.finalize is not None or environment.autoescape is not False:
+    environment = scope.source.environment
+    if environment.finalize is not None or scope.escapes:
         return None
     try:
         return str(node.as_const(nodes.EvalContext(environment)))
@@ -157,14 +153,16 @@ def _constant(node: nodes.Expr, environment: Environment) -> str | None:
 
 def _call(node: nodes.Call, path: Path, scope: _Scope) -> list[Node] | None:
     """What a call of a macro, of `caller` or of `super` writes; None for any other call."""
+    if scope.escapes:
+        return None
     name = expression_name(node.node)
     if name == "caller" and scope.caller is not None:
         block, outer = scope.caller
         inner = replace(outer, path=path, stack=scope.stack)
-        return [Module("caller", tuple(_visit_all(block.body, inner)))]
+        return [_expanded("caller", node, _visit_all(block.body, inner), scope)]
     if name == "super" and scope.parents:
         body = _block_body(scope.parents, replace(scope, path=path))
-        return [Module(f"super-{scope.parents[0].node.name}", tuple(body))]
+        return [_expanded(f"super-{scope.parents[0].node.name}", node, body, scope)]
     return _macro(node, path, scope, None)
 
 
@@ -185,7 +183,14 @@ def _macro(
         items=_passed_items(call, macro, scope.items),
         stack=scope.stack | {id(macro)},
     )
-    return [Module(f"call-{macro.name}", tuple(_visit_all(macro.body, inner)))]
+    return [_expanded(f"call-{macro.name}", call, _visit_all(macro.body, inner), scope)]
+
+
+def _expanded(name: str, node: nodes.Node, body: list[Node], scope: _Scope) -> Module:
+    """A module of what `node` calls or includes."""
+    if are_too_many(body):
+        raise scope.source.error(node, f"{name!r} has over {MAX_NODES:,} parts; call less in it")
+    return Module(name, tuple(body))
 
 
 def _passed_items(call: nodes.Call, macro: nodes.Macro, items: frozenset[str]) -> frozenset[str]:
@@ -197,13 +202,13 @@ def _passed_items(call: nodes.Call, macro: nodes.Macro, items: frozenset[str]) -
 
 def _call_block(node: nodes.CallBlock, scope: _Scope) -> list[Node]:
     if (role := role_of(node)) is not None:
-        return [Role(role, tuple(_visit_all(node.body, scope)))]
+        return [Role(role, tuple(stripped(_visit_all(node.body, scope))))]
     callee = node.call.node
     if isinstance(callee, nodes.ExtensionAttribute):
         tag = callee.identifier.rsplit(".", 1)[-1]
         raise scope.source.error(node, f"the tag of {tag} has no counterpart in PML")
     path = scope.path_of(node)
-    called = _macro(node.call, path, scope, node)
+    called = None if scope.escapes else _macro(node.call, path, scope, node)
     return called or [Param(xml_name(["call", expression_name(callee)]), origin=path)]
 
 
@@ -244,7 +249,7 @@ def _include(node: nodes.Include, scope: _Scope) -> list[Node]:
     else:
         inner = replace(inner, path=scope.path, items=frozenset())
     assert source.name is not None
-    return [Module(f"include-{source.name}", tuple(_root(source, inner)))]
+    return [_expanded(f"include-{source.name}", node, _root(source, inner), scope)]
 
 
 def _included(node: nodes.Include, scope: _Scope) -> Source | None:
@@ -252,7 +257,7 @@ def _included(node: nodes.Include, scope: _Scope) -> Source | None:
     template = node.template
     choices = template.items if isinstance(template, nodes.List | nodes.Tuple) else [template]
     for choice in choices:
-        name = _constant_name(nodes.Include(choice, lineno=node.lineno), scope)
+        name = _constant_name(choice, node, scope)
         try:
             return scope.source.load(name, node)
         except TemplateError:
@@ -275,6 +280,10 @@ def _body(node: Any, scope: _Scope) -> list[Node]:
     return _visit_all(node.body, scope)
 
 
+def _autoescape(node: nodes.ScopedEvalContextModifier, scope: _Scope) -> list[Node]:
+    return _visit_all(node.body, replace(scope, in_autoescape=True))
+
+
 def _nothing(node: nodes.Node, scope: _Scope) -> list[Node]:
     return []
 
@@ -290,7 +299,7 @@ _MAKERS: dict[Any, Callable[[Any, _Scope], list[Node]]] = {
     nodes.Block: _block,
     nodes.With: _body,
     nodes.Scope: _body,
-    nodes.ScopedEvalContextModifier: _body,
+    nodes.ScopedEvalContextModifier: _autoescape,
     # These write nothing.
     (nodes.Assign, nodes.AssignBlock, nodes.Macro, nodes.Import, nodes.FromImport): _nothing,
     (nodes.ExprStmt, nodes.Break, nodes.Continue, nodes.EvalContextModifier): _nothing,

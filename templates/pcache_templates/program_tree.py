@@ -9,7 +9,18 @@ from typing import NamedTuple
 
 from pcache_core.errors import TemplateError
 from pcache_templates.names import xml_name
-from pcache_templates.schema import Module, Node, Param, Path, Slot, Text, Union, ValueKind
+from pcache_templates.schema import (
+    MAX_NODES,
+    Module,
+    Node,
+    Param,
+    Path,
+    Slot,
+    Text,
+    Union,
+    ValueKind,
+    are_too_many,
+)
 
 Yield = ast.Yield | ast.YieldFrom
 
@@ -97,7 +108,10 @@ def program_nodes(code: Code, find: Find, path: Path) -> list[Node]:
 
     Raises: TemplateError: it yields from within a statement that no schema can express.
     """
-    return _visit_all(code.function.body, _Scope(code, find, path))
+    made = _visit_all(code.function.body, _Scope(code, find, path))
+    if are_too_many(made):
+        raise TemplateError(f"{code.label} has over {MAX_NODES:,} parts; call less in it")
+    return made
 
 
 def _visit_all(body: Iterable[ast.stmt], scope: _Scope) -> list[Node]:

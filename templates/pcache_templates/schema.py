@@ -7,8 +7,9 @@ so that rendered text finds the module it belongs to.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Literal, NamedTuple
 
 # A place in a template: the way to it from the outside in, for example (macro call, text 3).
@@ -16,6 +17,8 @@ Path = tuple[Hashable, ...]
 ValueKind = Literal["argument", "document"]
 
 DEFAULT_PARAM_TOKENS = 64
+# As many elements as PML may have. Macros that call macros could write many more.
+MAX_NODES = 20_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,8 +118,13 @@ def children_of(node: Node) -> tuple[Node, ...]:
             return ()
 
 
-def walk(nodes: tuple[Node, ...]) -> Iterator[Node]:
+def walk(nodes: Iterable[Node]) -> Iterator[Node]:
     """Every node below, parents before their children."""
     for node in nodes:
         yield node
         yield from walk(children_of(node))
+
+
+def are_too_many(nodes: Iterable[Node]) -> bool:
+    """Whether there are more nodes than a schema may have."""
+    return next(islice(walk(nodes), MAX_NODES, None), None) is not None

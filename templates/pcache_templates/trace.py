@@ -59,6 +59,20 @@ def concat(parts: Iterable[str]) -> Traced:
     return Traced("".join(pieces), spans)
 
 
+def strip(traced: Traced) -> Traced:
+    """The text without the white space around it."""
+    text = str(traced)
+    start = len(text) - len(text.lstrip())
+    end = start + len(text.strip())
+    spans: list[Span] = []
+    position = 0
+    for span in traced.spans:
+        kept = min(position + span.chars, end) - max(position, start)
+        spans.append(span._replace(chars=max(kept, 0)))
+        position += span.chars
+    return Traced(text[start:end], spans)
+
+
 def segments_of(traced: Traced, places: Mapping[Path, Place]) -> list[Segment]:
     """Cut a traced text into segments named as in the schema.
 
