@@ -12,6 +12,7 @@ from pcache_core.errors import (
     PromptError,
     StateMismatchError,
     StoreError,
+    TemplateError,
 )
 from pcache_core.lm import CausalLM
 from pcache_core.params import ReuseMode, SamplingParams
@@ -45,4 +46,5 @@ __all__ = [
     "SegmentReport",
     "StateMismatchError",
     "StoreError",
+    "TemplateError",
 ]

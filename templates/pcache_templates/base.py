@@ -37,7 +37,10 @@ class Schematic(ABC):
         Raises: TemplateError: the template does what a schema can't express.
         Raises: OptionError: a length is for no parameter.
         """
-        return settle(self._name, self.raw_nodes(), self._lengths)
+        try:
+            return settle(self._name, self.raw_nodes(), self._lengths)
+        except RecursionError:
+            raise TemplateError("the template nests too deeply for a schema") from None
 
     @property
     def pml(self) -> str:

@@ -31,6 +31,8 @@ class Source:
             tree = environment.parse(text, name)
         except TemplateSyntaxError as error:
             raise TemplateError(f"{label}:{error.lineno}: {error.message}") from error
+        except RecursionError:
+            raise TemplateError(f"{label} nests too deeply to be read") from None
         return cls(environment, tree, name, label, numbers(tree))
 
     def load(self, name: str, tag: nodes.Node) -> Source:

@@ -56,8 +56,8 @@ class _Scope:
     items: frozenset[str] = frozenset()
     # Whether an `autoescape` tag may be in force.
     in_autoescape: bool = False
-    # What is being expanded, so that recursion ends.
-    stack: frozenset[int] = frozenset()
+    # The templates and macros that are being expanded, so that recursion ends.
+    stack: frozenset[tuple[str | None, ...]] = frozenset()
 
     @property
     def escapes(self) -> bool:
@@ -82,7 +82,7 @@ def template_nodes(source: Source) -> list[Node]:
 
 def _root(source: Source, scope: _Scope) -> list[Node]:
     """A whole template, with the one that it extends."""
-    if id(source.tree) in scope.stack:
+    if (source.name,) in scope.stack:
         raise source.error(source.tree, "the template includes or extends itself")
     blocks = dict(scope.blocks)
     for block in source.tree.find_all(nodes.Block):
@@ -92,7 +92,7 @@ def _root(source: Source, scope: _Scope) -> list[Node]:
         source=source,
         macros={**scope.macros, **macros_of(source)},
         blocks=blocks,
-        stack=scope.stack | {id(source.tree)},
+        stack=scope.stack | {(source.name,)},
     )
     extends = list(source.tree.find_all(nodes.Extends))
     if not extends:
@@ -170,9 +170,12 @@ def _macro(
     call: nodes.Call, path: Path, scope: _Scope, caller: nodes.CallBlock | None
 ) -> list[Node] | None:
     definition = scope.macros.get(expression_name(call.node))
-    if definition is None or id(definition.node) in scope.stack:
+    if definition is None:
         return None
     macro = definition.node
+    key = (definition.source.name, macro.name)
+    if key in scope.stack:
+        return None
     same_template = definition.source is scope.source
     inner = _Scope(
         definition.source,
@@ -181,7 +184,7 @@ def _macro(
         blocks=scope.blocks,
         caller=(caller, scope) if caller is not None else None,
         items=_passed_items(call, macro, scope.items),
-        stack=scope.stack | {id(macro)},
+        stack=scope.stack | {key},
     )
     return [_expanded(f"call-{macro.name}", call, _visit_all(macro.body, inner), scope)]
 

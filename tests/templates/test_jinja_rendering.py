@@ -82,8 +82,10 @@ def test_values_that_look_like_markup_are_data() -> None:
         "{{ ns.n }}",
         "{% macro m(x, y='d') %}{{ x }}{{ y }}{{ varargs }}{{ kwargs }}{% endmacro %}"
         "{{ m(1) }}{{ m(1, 2, 3, z=4) }}{{ m(a)|upper }}{{ m(a) ~ 'x' }}",
-        "{% macro m() %}({{ caller(5) }}){% endmacro %}{% call(n) m() %}{{ n }}{{ a }}{% endcall %}",
-        "{% set x %}text {{ a }}{% endset %}{{ x }}{{ x|length }}{{ x[1:3] }}{{ x|trim }}{{ x|safe }}",
+        "{% macro m() %}({{ caller(5) }}){% endmacro %}"
+        "{% call(n) m() %}{{ n }}{{ a }}{% endcall %}",
+        "{% set x %}text {{ a }}{% endset %}{{ x }}{{ x|length }}"
+        "{{ x[1:3] }}{{ x|trim }}{{ x|safe }}",
         "{{ 1 }}{{ 1.5 }}{{ none }}{{ true }}{{ [1, a] }}{{ 'a' 'b' }}{{ 2 ** 3 }}{{ -n }}",
         "{{ missing }}{{ missing is defined }}{{ missing|default('x') }}",
         "{% autoescape true %}<{{ a }}>{{ '<' }}{% endautoescape %}<{{ a }}>",
@@ -91,7 +93,8 @@ def test_values_that_look_like_markup_are_data() -> None:
         "{% block x %}b{{ a }}{% endblock %}{{ self.x() }}{{ self.x()|upper }}",
         "a{%- if n -%} b {%+ endif %}\n  {%- for d in docs -%} {{ d.t }} {%- endfor %} \n\n",
         "{{ a if n else b }}{{ a if not n }}",
-        "{% for a in 'xy' %}{% for b in 'zw' %}{{ loop.index }}{{ a }}{{ b }}{% endfor %}{% endfor %}",
+        "{% for a in 'xy' %}{% for b in 'zw' %}"
+        "{{ loop.index }}{{ a }}{{ b }}{% endfor %}{% endfor %}",
         "line\r\nline\rline {{ a }}",
         "{{ docs|map(attribute='t')|join(', ') }}{{ docs|tojson }}",
         "{{ a|e }}{{ (a|e)|e }}{{ '<b>'|e }}{{ '<b>'|safe }}",
