@@ -17,7 +17,7 @@ from pcache_templates.base import Schematic
 from pcache_templates.names import xml_name
 from pcache_templates.program_source import FunctionSource
 from pcache_templates.program_tree import Called, Piece, pieces_of, program_nodes
-from pcache_templates.schema import Node, Path, Slot
+from pcache_templates.schema import Node, Path
 from pcache_templates.trace import Traced
 
 P = ParamSpec("P")
@@ -86,21 +86,20 @@ class PromptProgram(Schematic, Generic[P]):
         parts = [_part(piece, known) for piece in pieces_of(node.value)]
         return Traced(text, align(parts, text, path))
 
-    def nodes(self, path: Path, stack: tuple[str, ...] = ()) -> list[Node]:
-        """The raw tree, its places inside of `path`. stack: the programs that are being read."""
-        if self.label in stack:
-            return [Slot(xml_name(["from", self.label]), (), path)]
-        return program_nodes(self._source.code, partial(self._find, (*stack, self.label)), path)
+    def nodes(self, path: Path, stack: tuple[PromptProgram[Any], ...] = ()) -> list[Node]:
+        """The raw tree, its places inside of `path`. stack: the programs that call this one."""
+        return program_nodes(self._source.code, partial(self._find, (*stack, self)), path)
 
     def raw_nodes(self) -> list[Node]:
         """As the base class."""
         return self.nodes(())
 
-    def _find(self, stack: tuple[str, ...], expression: ast.expr) -> Called | None:
+    def _find(self, stack: tuple[PromptProgram[Any], ...], expression: ast.expr) -> Called | None:
+        """The program that an expression means; None for one that is being read already."""
         found = self._source.look_up(expression)
-        if not isinstance(found, PromptProgram):
+        if not isinstance(found, PromptProgram) or found in stack:
             return None
-        return Called(found.label, partial(found.nodes, stack=stack))
+        return Called(found._function.__name__, partial(found.nodes, stack=stack))
 
 
 class ProgramRun(Iterator[str]):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import jinja2
@@ -248,22 +246,6 @@ def test_a_schema_is_called_by_its_content_or_as_asked() -> None:
     assert JinjaTemplate("a").schema.name == JinjaTemplate("a").schema.name
     assert JinjaTemplate("a").schema.name != JinjaTemplate("b").schema.name
     assert JinjaTemplate("a", name="mine").schema.name == "mine"
-
-
-def test_pml_is_the_same_in_every_process() -> None:
-    source = "{% if a and b %}x{% else %}y{% endif %}{% for d in e %}{{ d|upper }} w{% endfor %}"
-    program = f"from pcache_templates import JinjaTemplate; print(JinjaTemplate({source!r}).pml)"
-    first, second = (
-        subprocess.run(
-            [sys.executable, "-c", program],
-            env={"PYTHONPATH": ":".join(sys.path), "PYTHONHASHSEED": seed},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for seed in ("1", "2")
-    )
-    assert first == second == JinjaTemplate(source).pml + "\n"
 
 
 def test_files_include_from_their_own_folder_and_no_other(tmp_path: Path) -> None:
