@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from pcache_core.errors import PMLError
 from pcache_core.pml.grammar import is_name
+from pcache_core.pml.markup import MAX_DEPTH
 from pcache_core.pml.nodes import (
     ROLES,
     Module,
@@ -21,7 +22,6 @@ from pcache_core.pml.nodes import (
 from pcache_core.pml.source import error_at, hint, quoted
 
 RESERVED = (*ROLES, "document", "prompt")
-_MAX_DEPTH = 200
 
 
 def check_schema(schema: Schema) -> None:
@@ -49,6 +49,7 @@ def in_scope(children: tuple[SchemaNode, ...]) -> Iterator[SchemaNode]:
 class _Check:
     def __init__(self, schema: Schema) -> None:
         self._source = schema.source
+        self._members: dict[int, dict[str, tuple[Module, Union | None]]] = {}
         self._name(schema, "schema")
 
     def scope(
@@ -72,8 +73,8 @@ class _Check:
         roles: tuple[str, ...],
         depth: int,
     ) -> None:
-        if depth > _MAX_DEPTH:
-            raise error_at(self._source, None, f"over {_MAX_DEPTH} levels deep; flatten the schema")
+        if depth > MAX_DEPTH:
+            raise error_at(self._source, None, f"over {MAX_DEPTH} levels deep; flatten the schema")
         for node in children:
             match node:
                 case Module():
@@ -112,8 +113,8 @@ class _Check:
         if not isinstance(name, str) or not is_name(name):
             raise self._error(
                 node.line,
-                f"{kind} name {quoted(str(name))} is no name; use letters, digits, '.', '_' and "
-                "'-', a letter or '_' first",
+                f"{kind} name {quoted(str(name))} is no name; use a letter or '_', then up to "
+                "127 letters, digits, '.', '_' or '-'",
             )
         if isinstance(node, Module | Slot) and name in RESERVED:
             raise self._error(
@@ -125,6 +126,8 @@ class _Check:
             raise self._error(node.line, f"{node.name!r}: {field}={value!r} must be 1 or more")
 
     def _text(self, node: Text) -> None:
+        if not isinstance(node.text, str) or not node.text:
+            raise self._error(node.line, f"a text is at least one character, got {node.text!r}")
         try:
             node.text.encode()
         except UnicodeEncodeError:
@@ -145,6 +148,9 @@ class _Check:
             )
 
     def _union(self, node: Union) -> None:
+        for member in node.members:
+            if not isinstance(member, Module):
+                raise self._error(node.line, f"a union holds modules, got {type(member).__name__}")
         names = [member.name for member in node.members]
         if not names:
             raise self._error(node.line, "a union needs at least one module")
@@ -175,12 +181,21 @@ class _Check:
                 node.line, f"a scaffold joins two or more modules, got {len(node.modules)}"
             )
         chosen: dict[int, str] = {}  # by union, its member that the scaffold needs
-        for index, path in enumerate(node.modules):
-            if path in node.modules[:index]:
+        seen: set[str] = set()
+        for path in node.modules:
+            if path in seen:
                 raise self._error(node.line, f"the scaffold names {quoted(path)} twice")
+            seen.add(path)
             scope = children
             for name in path.split("/"):
-                module, union = self._find(node, path, name, scope)
+                found = self._member(scope, name)
+                if found is None:
+                    raise self._error(
+                        node.line,
+                        f"the scaffold's {quoted(path)} is no module here; "
+                        f"{hint(name, self._members[id(scope)])}",
+                    )
+                module, union = found
                 if union is not None and chosen.setdefault(id(union), name) != name:
                     raise self._error(
                         node.line,
@@ -189,16 +204,16 @@ class _Check:
                     )
                 scope = module.children
 
-    def _find(
-        self, node: Scaffold, path: str, name: str, scope: tuple[SchemaNode, ...]
-    ) -> tuple[Module, Union | None]:
-        modules = [found for found in in_scope(scope) if isinstance(found, Module)]
-        for module in modules:
-            if module.name == name:
-                unions = [found for found in in_scope(scope) if isinstance(found, Union)]
-                return module, next((u for u in unions if module in u.members), None)
-        raise self._error(
-            node.line,
-            f"the scaffold's {quoted(path)} is no module here; "
-            f"{hint(name, [module.name for module in modules])}",
-        )
+    def _member(
+        self, scope: tuple[SchemaNode, ...], name: str
+    ) -> tuple[Module, Union | None] | None:
+        """The module of a name in a scope, and the union that it is in."""
+        members = self._members.get(id(scope))
+        if members is None:
+            nodes = tuple(in_scope(scope))
+            members = {node.name: (node, None) for node in nodes if isinstance(node, Module)}
+            for union in nodes:
+                if isinstance(union, Union):
+                    members.update((member.name, (member, union)) for member in union.members)
+            self._members[id(scope)] = members
+        return members.get(name)

@@ -58,7 +58,7 @@ class Grammar:
             error = self._first_error(markup, part)
             if error is not None:
                 return error
-        if element.tag == "union" and not element.parts:
+        if element.tag == "union" and all(isinstance(part, Chars) for part in element.parts):
             return markup.source.error("<union> is empty; expected <module>", element.line)
         return None
 

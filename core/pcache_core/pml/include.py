@@ -7,7 +7,7 @@ import stat
 from pathlib import Path
 
 from pcache_core.errors import PMLError
-from pcache_core.pml.source import quoted, shortened
+from pcache_core.pml.source import quoted
 
 
 class SourceFolder:
@@ -63,12 +63,17 @@ class SourceFolder:
     def _bytes(self, path: Path) -> bytes:
         """Up to one byte more than is left; never waits for a pipe or device."""
         flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-        shown = quoted(path.name)
+        shown = f"src: {quoted(path.name)}"
         try:
             descriptor = os.open(path, flags)
         except OSError as error:
-            raise PMLError(f"src: {shown} can't be read: {error.strerror}") from None
-        with open(descriptor, "rb") as file:
+            raise PMLError(f"{shown} can't be read: {error.strerror}") from None
+        try:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise PMLError(f"src: {shortened(shown)} is not a regular file")
-            return file.read(self._left + 1)
+                raise PMLError(f"{shown} is not a regular file")
+            with open(descriptor, "rb", closefd=False) as file:
+                return file.read(self._left + 1)
+        except OSError as error:
+            raise PMLError(f"{shown} can't be read: {error.strerror}") from None
+        finally:
+            os.close(descriptor)

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 
 from lxml import etree
 
-from pcache_core.errors import PMLError
+from pcache_core.errors import OptionError, PMLError
 from pcache_core.pml.source import Source, quoted, shortened
 
+MAX_DEPTH = 200
 _CHUNK_BYTES = 16 * 1024
 _LIBXML_BYTES = 8 * 2**20  # beyond, libxml2 refuses long texts unless told otherwise
 _NOT_SPACE = re.compile(r"[^ \t\n]")
@@ -45,13 +46,24 @@ class Limits:
     """How much a schema or prompt may hold.
 
     max_bytes: of the text as UTF-8, included files counted in. max_depth: elements within one
-        another. max_elements: all of them, modules among them. max_attributes: of one element.
+        another, at most 200. max_elements: all of them, modules among them.
+    max_attributes: of one element.
+
+    Raises: OptionError: a limit is below 1 or, for depth, above 200.
     """
 
     max_bytes: int = 4 * 2**20
     max_depth: int = 64
     max_elements: int = 20_000
     max_attributes: int = 256
+
+    def __post_init__(self) -> None:
+        for name in self.__slots__:
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise OptionError(f"{name}={value!r} must be 1 or more")
+        if self.max_depth > MAX_DEPTH:
+            raise OptionError(f"max_depth={self.max_depth} is over {MAX_DEPTH}; flatten the schema")
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import cast
 
 from pcache_core.errors import PMLError
@@ -76,9 +77,19 @@ def parse_prompt(
 
 
 def _read(text: str | bytes, file: str | None, limits: Limits, name: GrammarName) -> Markup:
-    markup = read_markup(read_source(text, file, limits.max_bytes), limits)
-    grammar(name).check(markup)
-    return markup
+    """Parse and check in a thread of its own.
+
+    libxml2 keeps every name that a thread has read until the thread ends; in one that lives on,
+    each new name in a prompt would stay in memory for good.
+    """
+
+    def read() -> Markup:
+        markup = read_markup(read_source(text, file, limits.max_bytes), limits)
+        grammar(name).check(markup)
+        return markup
+
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        return pool.submit(read).result()
 
 
 class _SchemaReader:

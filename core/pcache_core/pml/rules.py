@@ -50,6 +50,11 @@ class Rules:
     def __getitem__(self, tag: str) -> Rule:
         return self._rules[self.name_of(tag)]
 
+    @property
+    def tags(self) -> list[str]:
+        """Names of all elements."""
+        return list(self._rules)
+
     def name_of(self, tag: str) -> str:
         """The name under which an element's rule stands."""
         return tag if tag in self._rules else ANY
@@ -81,7 +86,7 @@ class Rules:
             return Attribute(
                 (),
                 self.name_pattern,
-                "a name: a letter or '_', then letters, digits, '.', '_' and '-'",
+                "a name: a letter or '_', then up to 127 letters, digits, '.', '_' or '-'",
             )
         return Attribute(tuple(str(value.text) for value in node.iter(f"{_RNG}value")))
 

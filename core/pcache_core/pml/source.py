@@ -28,7 +28,7 @@ class Source:
         """The error to raise about a line, counted from 1."""
         if line is None:
             return PMLError(message, file=self.name)
-        lines = self.text.splitlines() if len(self.text) < 2**16 else self.text.split("\n")
+        lines = self.text.split("\n")
         shown = lines[line - 1].strip() if 0 < line <= len(lines) else ""
         return PMLError(
             message, file=self.name, line=line, source_line=shortened(shown, _SHOWN_LINE) or None

@@ -11,7 +11,7 @@ from typing import TypeAlias, TypeVar
 
 from pcache_core.errors import PMLError
 from pcache_core.pml.nodes import Document, ModuleUse, PromptNode, PromptTree, Text, Turn
-from pcache_core.pml.places import Layout, PlacedModule, PlacedParam, PlacedSlot
+from pcache_core.pml.places import Layout, ModulePath, PlacedModule, PlacedParam, PlacedSlot
 from pcache_core.pml.source import error_at, hint, quoted
 
 _Tagged: TypeAlias = tuple[PromptNode, Turn | None]
@@ -91,6 +91,7 @@ def choose(layout: Layout, prompt: PromptTree) -> Choice:
 class _Chooser:
     def __init__(self, layout: Layout, prompt: PromptTree) -> None:
         self._layout, self._prompt = layout, prompt
+        self._known: dict[ModulePath, dict[str, PlacedModule | PlacedSlot]] = {}
 
     def choice(self) -> Choice:
         """The whole prompt."""
@@ -138,8 +139,7 @@ class _Chooser:
         return groups, tuple(leading)
 
     def _use(self, scope: PlacedModule, node: ModuleUse, turn: Turn | None) -> Use:
-        modules, slots = _named(scope, PlacedModule), _named(scope, PlacedSlot)
-        items: dict[str, PlacedModule | PlacedSlot] = {**modules, **slots}
+        items = self._usable(scope)
         item = items.get(node.name)
         if item is None:
             raise self._error(node.line, self._unknown(scope, node.name, items))
@@ -160,6 +160,14 @@ class _Chooser:
                 f"behind </{node.name}>",
             )
         return UsedModule(item, arguments, tuple(groups), turn, node.line)
+
+    def _usable(self, scope: PlacedModule) -> dict[str, PlacedModule | PlacedSlot]:
+        """What may be used in a scope, by name."""
+        items = self._known.get(scope.path)
+        if items is None:
+            items = {**_named(scope, PlacedModule), **_named(scope, PlacedSlot)}
+            self._known[scope.path] = items
+        return items
 
     def _slot(self, item: PlacedSlot, node: ModuleUse, turn: Turn | None) -> FilledSlot:
         for name in node.arguments:
@@ -237,7 +245,8 @@ def _flat(children: Iterable[PromptNode]) -> Iterator[_Tagged]:
     """Children with the message that they are in, in place of the messages."""
     for node in children:
         if isinstance(node, Turn):
-            yield from ((inner, node) for inner in node.children)
+            turn = replace(node)  # a message of its own, should a tree hold the same node twice
+            yield from ((inner, turn) for inner in node.children)
         else:
             yield node, None
 
