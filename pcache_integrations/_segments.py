@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from pcache_core.prompt import Segment
 
@@ -27,14 +26,3 @@ def _fit(segments: Sequence[Segment], text: str) -> list[Segment]:
 
 def _plain(text: str) -> list[Segment]:
     return [Segment(text)] if text else []
-
-
-def can_be_read_twice(value: Any) -> bool:
-    """Whether reading a value leaves it as it was: false if an iterator is in it."""
-    if isinstance(value, Iterator):
-        return False
-    if isinstance(value, Mapping):
-        return all(map(can_be_read_twice, value.values()))
-    if isinstance(value, list | tuple):
-        return all(map(can_be_read_twice, value))
-    return True

@@ -23,7 +23,7 @@ from langchain_core.utils import mustache
 
 from pcache_core.errors import TemplateError
 from pcache_core.prompt import Segment, SegmentKind
-from pcache_integrations._segments import can_be_read_twice, fitted
+from pcache_integrations._segments import fitted
 from pcache_templates import FormatTemplate, JinjaTemplate, MustacheTemplate, PromptTemplate
 from pcache_templates.chat import ChatTemplate, GivenTurns, TurnTemplate
 
@@ -60,12 +60,11 @@ def segments_for(
     """The texts of the prompt that the template renders, each in segments.
 
     A plain template has one text, a chat one or more in each message. Joined, the segments of each
-    are what LangChain makes of it; where that can't be traced, they are a single `text`.
+    are what LangChain makes of it; where that can't be traced, they are a single `text`. Rendering
+    uses up iterators among the values.
     """
     # A function among the partial variables may give another value each time.
     values = {**_partials(template), **values}
-    if not can_be_read_twice(values):
-        return fitted([], _texts(template, values))
     texts = _texts(template, values)
     try:
         candidates = list(_candidates(template, values))

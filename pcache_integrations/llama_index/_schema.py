@@ -20,7 +20,7 @@ from llama_index.core.prompts.base import SelectorPromptTemplate
 
 from pcache_core.errors import TemplateError
 from pcache_core.prompt import Segment
-from pcache_integrations._segments import can_be_read_twice, fitted
+from pcache_integrations._segments import fitted
 from pcache_templates import BraceTemplate, ChatTag, JinjaTemplate
 from pcache_templates.base import Schematic
 from pcache_templates.chat import ChatTemplate, TurnTemplate
@@ -50,15 +50,13 @@ def segments_for(
 
     A `PromptTemplate` has one text, as a `RichPromptTemplate` without chat tags; others have one or
     more in each message. Joined, the segments of each are what LlamaIndex makes of it; where that
-    can't be traced, they are a single `text`.
+    can't be traced, they are a single `text`. Rendering uses up iterators among the values.
     """
     template = _selected(template, llm)
-    given = {**template.kwargs, **values}
-    if not can_be_read_twice(given):
-        return fitted([], _texts(template, values))
     texts = _texts(template, values)
     try:
-        candidates = list(_candidates(template, template._map_all_vars(given)))
+        mapped = template._map_all_vars({**template.kwargs, **values})
+        candidates = list(_candidates(template, mapped))
     except Exception:  # whatever stops the tracing costs reuse, no more
         candidates = []
     return fitted(candidates, texts)

@@ -1,6 +1,7 @@
 """Templates that describe families of prompts, their schemas, and prompts that fit these."""
 
 from pcache_templates.base import PromptTemplate
+from pcache_templates.chat import ChatTemplate, GivenTurns, TurnTemplate
 from pcache_templates.chat_tag import ChatTag
 from pcache_templates.flat import BraceTemplate, FormatTemplate
 from pcache_templates.jinja import ChatTurn, JinjaTemplate, sandbox
@@ -12,8 +13,10 @@ from pcache_templates.schema import Module, Param, Role, Schema, Slot, Text, Uni
 __all__ = [
     "BraceTemplate",
     "ChatTag",
+    "ChatTemplate",
     "ChatTurn",
     "FormatTemplate",
+    "GivenTurns",
     "JinjaTemplate",
     "Module",
     "MustacheTemplate",
@@ -24,6 +27,7 @@ __all__ = [
     "Schema",
     "Slot",
     "Text",
+    "TurnTemplate",
     "Union",
     "prompt_program",
     "sandbox",

@@ -90,6 +90,7 @@ def test_values_that_look_like_markup_are_data() -> None:
         "{{ missing }}{{ missing is defined }}{{ missing|default('x') }}",
         "{% autoescape true %}<{{ a }}>{{ '<' }}{% endautoescape %}<{{ a }}>",
         "{% autoescape n %}<{{ a }}>{{ '<' }}{{ a|safe }}{% endautoescape %}",
+        "{% set x %}<{{ a }}>{% endset %}{% autoescape true %}{{ x }}{% endautoescape %}",
         "{% block x %}b{{ a }}{% endblock %}{{ self.x() }}{{ self.x()|upper }}",
         "a{%- if n -%} b {%+ endif %}\n  {%- for d in docs -%} {{ d.t }} {%- endfor %} \n\n",
         "{{ a if n else b }}{{ a if not n }}",

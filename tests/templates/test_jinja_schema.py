@@ -73,6 +73,14 @@ def tree(source: str, **templates: str) -> tuple[object, ...]:
             ),
         ),
         (
+            "{% for d in docs %}By {{ d.a }}, By {{ d.b }}{{ 'By ' }}{% endfor %}",
+            (
+                Slot("for-d"),
+                N("for-d-text-1", (Text("By "),)),
+                N("for-d-text-2", (Text(", By "),)),
+            ),
+        ),
+        (
             "{% macro m(x) %}<{{ x }}>{{ caller() }}{% endmacro %}{% call m(1) %}in{% endcall %}",
             (
                 N(

@@ -167,7 +167,7 @@ def test_what_can_not_be_traced_is_one_text(
     assert len(segments) == 1
 
 
-def test_an_iterator_among_the_values_is_read_once_by_langchain_alone() -> None:
+def test_an_iterator_among_the_values_is_read_by_langchain_alone() -> None:
     def words() -> Iterator[str]:
         yield from ("a", "b")
 
