@@ -7,8 +7,8 @@ which one it means.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 from jinja2 import nodes
@@ -16,10 +16,10 @@ from jinja2 import nodes
 from pcache_core.errors import TemplateError
 from pcache_templates.chat_tag import role_of
 from pcache_templates.jinja_names import expression_name, names_in
+from pcache_templates.jinja_scope import Scope
 from pcache_templates.jinja_source import (
     BlockChain,
     BlockDefinition,
-    MacroDefinition,
     Source,
     macros_of,
 )
@@ -41,46 +41,18 @@ from pcache_templates.schema import (
 from pcache_templates.turns import stripped, turns_only
 
 
-@dataclass(frozen=True)
-class _Scope:
-    """Where the walk is. path: of the calls and includes that led here."""
-
-    source: Source
-    path: Path = ()
-    macros: Mapping[str, MacroDefinition] = field(default_factory=dict)
-    blocks: Mapping[str, BlockChain] = field(default_factory=dict)
-    # What `super()` writes, and what `caller()` does and where that was written.
-    parents: BlockChain = ()
-    caller: tuple[nodes.CallBlock, _Scope] | None = None
-    # Variables that hold one of the things that a loop goes through.
-    items: frozenset[str] = frozenset()
-    # Whether an `autoescape` tag may be in force.
-    in_autoescape: bool = False
-    # The templates and macros that are being expanded, so that recursion ends.
-    stack: frozenset[tuple[str | None, ...]] = frozenset()
-
-    @property
-    def escapes(self) -> bool:
-        """Whether values may be escaped; what macros write is then no longer traced."""
-        context = nodes.EvalContext(self.source.environment, self.source.name)
-        return self.in_autoescape or context.autoescape
-
-    def path_of(self, node: nodes.Node) -> Path:
-        return (*self.path, (self.source.name, self.source.numbers[id(node)]))
-
-
 def template_nodes(source: Source) -> list[Node]:
     """The raw tree of a template.
 
     Raises: TemplateError: it has a tag, or uses one, in a way that no schema can express.
     """
-    tree = _root(source, _Scope(source))
+    tree = _root(source, Scope(source))
     if any(isinstance(node, Role) for node in walk(tree)):
         return turns_only(tree)  # what is written around turns is in none of them
     return tree
 
 
-def _root(source: Source, scope: _Scope) -> list[Node]:
+def _root(source: Source, scope: Scope) -> list[Node]:
     """A whole template, with the one that it extends."""
     if (source.name,) in scope.stack:
         raise source.error(source.tree, "the template includes or extends itself")
@@ -105,11 +77,11 @@ def _root(source: Source, scope: _Scope) -> list[Node]:
     return [*_visit_all(before, scope), *_root(parent, scope)]
 
 
-def _visit_all(body: Iterable[nodes.Node], scope: _Scope) -> list[Node]:
+def _visit_all(body: Iterable[nodes.Node], scope: Scope) -> list[Node]:
     return [made for node in body for made in _visit(node, scope)]
 
 
-def _visit(node: nodes.Node, scope: _Scope) -> list[Node]:
+def _visit(node: nodes.Node, scope: Scope) -> list[Node]:
     for kind, make in _MAKERS.items():
         if isinstance(node, kind):
             return make(node, scope)
@@ -117,18 +89,18 @@ def _visit(node: nodes.Node, scope: _Scope) -> list[Node]:
     raise scope.source.error(node, f"the tag {tag!r} of an extension has no counterpart in PML")
 
 
-def _constant_name(template: nodes.Expr, tag: nodes.Node, scope: _Scope) -> str:
+def _constant_name(template: nodes.Expr, tag: nodes.Node, scope: Scope) -> str:
     if isinstance(template, nodes.Const) and isinstance(template.value, str):
         return template.value
     word = type(tag).__name__.lower()
     raise scope.source.error(tag, f"{word} computes the template's name; write the name out")
 
 
-def _output(node: nodes.Output, scope: _Scope) -> list[Node]:
+def _output(node: nodes.Output, scope: Scope) -> list[Node]:
     return [made for child in node.nodes for made in _expression(child, scope)]
 
 
-def _expression(node: nodes.Expr, scope: _Scope) -> list[Node]:
+def _expression(node: nodes.Expr, scope: Scope) -> list[Node]:
     path = scope.path_of(node)
     if (text := _constant(node, scope)) is not None:
         return [Text(text, path)]
@@ -138,7 +110,7 @@ def _expression(node: nodes.Expr, scope: _Scope) -> list[Node]:
     return [Param(expression_name(node), kind=kind, origin=path)]
 
 
-def _constant(node: nodes.Expr, scope: _Scope) -> str | None:
+def _constant(node: nodes.Expr, scope: Scope) -> str | None:
     """What the node always writes; None if that is known only at run time."""
     if isinstance(node, nodes.TemplateData):
         return node.data
@@ -151,7 +123,7 @@ def _constant(node: nodes.Expr, scope: _Scope) -> str | None:
         return None
 
 
-def _call(node: nodes.Call, path: Path, scope: _Scope) -> list[Node] | None:
+def _call(node: nodes.Call, path: Path, scope: Scope) -> list[Node] | None:
     """What a call of a macro, of `caller` or of `super` writes; None for any other call."""
     if scope.escapes:
         return None
@@ -167,7 +139,7 @@ def _call(node: nodes.Call, path: Path, scope: _Scope) -> list[Node] | None:
 
 
 def _macro(
-    call: nodes.Call, path: Path, scope: _Scope, caller: nodes.CallBlock | None
+    call: nodes.Call, path: Path, scope: Scope, caller: nodes.CallBlock | None
 ) -> list[Node] | None:
     definition = scope.macros.get(expression_name(call.node))
     if definition is None:
@@ -177,7 +149,7 @@ def _macro(
     if key in scope.stack:
         return None
     same_template = definition.source is scope.source
-    inner = _Scope(
+    inner = Scope(
         definition.source,
         path,
         macros=scope.macros if same_template else macros_of(definition.source),
@@ -189,7 +161,7 @@ def _macro(
     return [_expanded(f"call-{macro.name}", call, _visit_all(macro.body, inner), scope)]
 
 
-def _expanded(name: str, node: nodes.Node, body: list[Node], scope: _Scope) -> Module:
+def _expanded(name: str, node: nodes.Node, body: list[Node], scope: Scope) -> Module:
     """A module of what `node` calls or includes."""
     if are_too_many(body):
         raise scope.source.error(node, f"{name!r} has over {MAX_NODES:,} parts; call less in it")
@@ -203,7 +175,7 @@ def _passed_items(call: nodes.Call, macro: nodes.Macro, items: frozenset[str]) -
     return frozenset(name for name, argument in given.items() if names_in(argument) & items)
 
 
-def _call_block(node: nodes.CallBlock, scope: _Scope) -> list[Node]:
+def _call_block(node: nodes.CallBlock, scope: Scope) -> list[Node]:
     if (role := role_of(node)) is not None:
         return [Role(role, tuple(stripped(_visit_all(node.body, scope))))]
     callee = node.call.node
@@ -215,11 +187,11 @@ def _call_block(node: nodes.CallBlock, scope: _Scope) -> list[Node]:
     return called or [Param(xml_name(["call", expression_name(callee)]), origin=path)]
 
 
-def _filter_block(node: nodes.FilterBlock, scope: _Scope) -> list[Node]:
+def _filter_block(node: nodes.FilterBlock, scope: Scope) -> list[Node]:
     return [Param(f"filter-{node.filter.name}", origin=scope.path_of(node))]
 
 
-def _if(node: nodes.If, scope: _Scope) -> list[Node]:
+def _if(node: nodes.If, scope: Scope) -> list[Node]:
     branches = [
         Module(f"if-{expression_name(branch.test)}", tuple(_visit_all(branch.body, scope)))
         for branch in (node, *node.elif_)
@@ -229,7 +201,7 @@ def _if(node: nodes.If, scope: _Scope) -> list[Node]:
     return [Union(tuple(branches))]
 
 
-def _for(node: nodes.For, scope: _Scope) -> list[Node]:
+def _for(node: nodes.For, scope: Scope) -> list[Node]:
     targets = [node.target, *node.target.find_all(nodes.Name)]
     items = frozenset(target.name for target in targets if isinstance(target, nodes.Name))
     body = _visit_all(node.body, replace(scope, items=scope.items | items))
@@ -241,12 +213,12 @@ def _for(node: nodes.For, scope: _Scope) -> list[Node]:
     return made
 
 
-def _include(node: nodes.Include, scope: _Scope) -> list[Node]:
+def _include(node: nodes.Include, scope: Scope) -> list[Node]:
     source = _included(node, scope)
     if source is None:
         return []
-    path = (*scope.path, (scope.source.name, scope.source.numbers[id(node)]))
-    inner = _Scope(source, path, items=scope.items, stack=scope.stack)
+    path = scope.path_of(node)
+    inner = Scope(source, path, items=scope.items, stack=scope.stack)
     if node.with_context:
         inner = replace(inner, macros=scope.macros)
     else:
@@ -255,7 +227,7 @@ def _include(node: nodes.Include, scope: _Scope) -> list[Node]:
     return [_expanded(f"include-{source.name}", node, _root(source, inner), scope)]
 
 
-def _included(node: nodes.Include, scope: _Scope) -> Source | None:
+def _included(node: nodes.Include, scope: Scope) -> Source | None:
     """The included template, the first that exists of several; None where it may be missing."""
     template = node.template
     choices = template.items if isinstance(template, nodes.List | nodes.Tuple) else [template]
@@ -269,30 +241,30 @@ def _included(node: nodes.Include, scope: _Scope) -> Source | None:
     return None
 
 
-def _block(node: nodes.Block, scope: _Scope) -> list[Node]:
+def _block(node: nodes.Block, scope: Scope) -> list[Node]:
     return [Module(f"block-{node.name}", tuple(_block_body(scope.blocks[node.name], scope)))]
 
 
-def _block_body(chain: BlockChain, scope: _Scope) -> list[Node]:
+def _block_body(chain: BlockChain, scope: Scope) -> list[Node]:
     definition, *parents = chain
     inner = replace(scope, source=definition.source, parents=tuple(parents))
     return _visit_all(definition.node.body, inner)
 
 
-def _body(node: Any, scope: _Scope) -> list[Node]:
+def _body(node: Any, scope: Scope) -> list[Node]:
     return _visit_all(node.body, scope)
 
 
-def _autoescape(node: nodes.ScopedEvalContextModifier, scope: _Scope) -> list[Node]:
+def _autoescape(node: nodes.ScopedEvalContextModifier, scope: Scope) -> list[Node]:
     return _visit_all(node.body, replace(scope, in_autoescape=True))
 
 
-def _nothing(node: nodes.Node, scope: _Scope) -> list[Node]:
+def _nothing(node: nodes.Node, scope: Scope) -> list[Node]:
     return []
 
 
 # What is made of each kind of statement.
-_MAKERS: dict[Any, Callable[[Any, _Scope], list[Node]]] = {
+_MAKERS: dict[Any, Callable[[Any, Scope], list[Node]]] = {
     nodes.Output: _output,
     nodes.If: _if,
     nodes.For: _for,
