@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from pcache_core.errors import OptionError, PromptCacheError
+from pcache_integrations.cli_schema import schema
 from pcache_integrations.cli_store import app as store_app
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ app = typer.Typer(
     help="Prompt Cache: reuse of attention states of prompt parts, for LangChain and LlamaIndex.",
 )
 app.add_typer(store_app)
+app.command(epilog="Example: pcache schema prompt.j2 --len question=32")(schema)
 
 
 @app.command(epilog="Example: pcache demo --model Qwen/Qwen2.5-0.5B-Instruct --top-k 6")

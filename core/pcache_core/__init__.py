@@ -14,6 +14,7 @@ from pcache_core.errors import (
     PromptError,
     StateMismatchError,
     StoreError,
+    TemplateError,
 )
 from pcache_core.lm import CausalLM
 from pcache_core.params import RepairPolicy, ReuseMode, SamplingParams
@@ -51,5 +52,6 @@ __all__ = [
     "SegmentReport",
     "StateMismatchError",
     "StoreError",
+    "TemplateError",
     "TieredStore",
 ]

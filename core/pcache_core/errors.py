@@ -9,6 +9,7 @@ PromptCacheError
 ├── PMLError              a schema or prompt in PML is wrong; says where (ValueError)
 ├── OptionError           an argument is out of range or unknown (ValueError)
 │   └── BudgetError       a byte budget that can't hold what it is for
+├── TemplateError         a template can't be read, rendered or made a schema (ValueError)
 ├── StateMismatchError    a state is of another shape, model or dtype
 ├── StoreError            a store can't be reached or written
 └── DependencyError       an optional package is not installed (ImportError)
@@ -66,6 +67,10 @@ class OptionError(PromptCacheError, ValueError):
 
 class BudgetError(OptionError):
     """A byte budget is negative or can't hold a single state."""
+
+
+class TemplateError(PromptCacheError, ValueError):
+    """A template can't be read or rendered, or says what a schema can't."""
 
 
 class StateMismatchError(PromptCacheError):

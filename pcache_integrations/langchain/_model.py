@@ -8,6 +8,7 @@ from typing import Any
 
 from langchain_core.documents import Document
 from langchain_core.language_models.base import BaseLanguageModel, LangSmithParams
+from langchain_core.prompts import BasePromptTemplate
 from pydantic import Field, ValidationError
 
 from pcache_core import EncodeReport, PromptCacheEngine
@@ -20,6 +21,7 @@ from pcache_integrations._engines import (
     describe_engine,
 )
 from pcache_integrations._options import call_options, check_names
+from pcache_integrations.langchain import _schema
 from pcache_integrations.langchain._provenance import PROVENANCE, document_name, watch_chains
 
 # Code written for any model passes these; here is no server to apply them to.
@@ -90,6 +92,21 @@ class CachedModel(BaseLanguageModel[Any]):
     async def _aengine(self) -> PromptCacheEngine:
         """The engine; loading it does not block the event loop."""
         return await asyncio.to_thread(lambda: self.engine)
+
+    def schema_for(
+        self,
+        prompt_template: BasePromptTemplate[Any],
+        *,
+        name: str | None = None,
+        lengths: Mapping[str, int] | None = None,
+    ) -> str:
+        """The PML schema of a prompt template.
+
+        name: of the schema; made of the content when not given. lengths: the most tokens of each
+            variable; 64 if not given.
+        Raises: TemplateError: no schema can express the template.
+        """
+        return _schema.schema_for(prompt_template, name=name, lengths=lengths)
 
     def cache_documents(
         self,

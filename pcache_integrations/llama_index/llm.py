@@ -22,6 +22,7 @@ from llama_index.core.constants import DEFAULT_CONTEXT_WINDOW
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.llms.custom import CustomLLM
 from llama_index.core.llms.llm import default_completion_to_prompt
+from llama_index.core.prompts import BasePromptTemplate
 from llama_index.core.schema import BaseNode, NodeWithScore
 
 from pcache_core import EncodeReport, Prompt, PromptCacheEngine, SamplingParams
@@ -30,6 +31,7 @@ from pcache_core.params import DEFAULT_REUSE, RepairPolicy, ReuseMode
 from pcache_integrations._engines import ENGINE_OPTIONS, EngineOptions, describe_engine
 from pcache_integrations._options import call_options, check_names
 from pcache_integrations.llama_index import _responses as responses
+from pcache_integrations.llama_index import _schema
 from pcache_integrations.llama_index._automap import AutoMap
 from pcache_integrations.llama_index._capture import CAPTURE
 from pcache_integrations.llama_index._handlers import install_handlers
@@ -141,6 +143,21 @@ class PromptCacheLLM(AutoMap, CustomLLM):
         if not self._lazy.is_built:
             return {"class_name": self.class_name(), "model_name": self.model}
         return super().to_payload()
+
+    def schema_for(
+        self,
+        prompt_template: BasePromptTemplate,
+        *,
+        name: str | None = None,
+        lengths: Mapping[str, int] | None = None,
+    ) -> str:
+        """The PML schema of a prompt template.
+
+        name: of the schema; made of the content when not given. lengths: the most tokens of each
+            variable; 64 if not given.
+        Raises: TemplateError: no schema can express the template.
+        """
+        return _schema.schema_for(prompt_template, llm=self, name=name, lengths=lengths)
 
     def cache_documents(
         self,

@@ -1,1 +1,35 @@
-"""Templates that describe families of prompts, and their translation into schemas."""
+"""Templates that describe families of prompts, their schemas, and prompts that fit these."""
+
+from pcache_templates.base import PromptTemplate
+from pcache_templates.chat import ChatTemplate, GivenTurns, TurnTemplate
+from pcache_templates.chat_tag import ChatTag
+from pcache_templates.flat import BraceTemplate, FormatTemplate
+from pcache_templates.jinja import ChatTurn, JinjaTemplate, sandbox
+from pcache_templates.mustache import MustacheTemplate
+from pcache_templates.pml import to_pml
+from pcache_templates.program import PromptProgram, prompt_program
+from pcache_templates.schema import Module, Param, Role, Schema, Slot, Text, Union
+
+__all__ = [
+    "BraceTemplate",
+    "ChatTag",
+    "ChatTemplate",
+    "ChatTurn",
+    "FormatTemplate",
+    "GivenTurns",
+    "JinjaTemplate",
+    "Module",
+    "MustacheTemplate",
+    "Param",
+    "PromptProgram",
+    "PromptTemplate",
+    "Role",
+    "Schema",
+    "Slot",
+    "Text",
+    "TurnTemplate",
+    "Union",
+    "prompt_program",
+    "sandbox",
+    "to_pml",
+]

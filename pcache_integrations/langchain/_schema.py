@@ -1,0 +1,192 @@
+"""LangChain's prompt templates as schemas, and their prompts as segments."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+from jinja2.sandbox import SandboxedEnvironment
+from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, SystemMessage
+from langchain_core.prompt_values import ChatPromptValue
+from langchain_core.prompts import (
+    AIMessagePromptTemplate,
+    BasePromptTemplate,
+    ChatMessagePromptTemplate,
+    ChatPromptTemplate,
+    HumanMessagePromptTemplate,
+    MessagesPlaceholder,
+    SystemMessagePromptTemplate,
+)
+from langchain_core.prompts import PromptTemplate as LangChainTemplate
+from langchain_core.utils import mustache
+
+from pcache_core.errors import TemplateError
+from pcache_core.prompt import Segment, SegmentKind
+from pcache_integrations._segments import fitted
+from pcache_templates import FormatTemplate, JinjaTemplate, MustacheTemplate, PromptTemplate
+from pcache_templates.chat import ChatTemplate, GivenTurns, TurnTemplate
+
+_ROLES: dict[Any, str] = {
+    SystemMessagePromptTemplate: "system",
+    SystemMessage: "system",
+    HumanMessagePromptTemplate: "user",
+    HumanMessage: "user",
+    AIMessagePromptTemplate: "assistant",
+    AIMessage: "assistant",
+}
+
+
+def schema_for(
+    template: BasePromptTemplate[Any],
+    *,
+    name: str | None = None,
+    lengths: Mapping[str, int] | None = None,
+) -> str:
+    """The PML schema of a prompt template.
+
+    name: of the schema; made of the content when not given. lengths: the most tokens of each
+        variable; 64 if not given.
+    Raises: TemplateError: no schema can express the template.
+    """
+    if isinstance(template, ChatPromptTemplate):
+        return ChatTemplate(_turns(template), name=name, lengths=lengths).pml
+    return _string_template(template, name, lengths).pml
+
+
+def segments_for(
+    template: BasePromptTemplate[Any], values: Mapping[str, Any]
+) -> list[list[Segment]]:
+    """The texts of the prompt that the template renders, each in segments.
+
+    A plain template has one text, a chat one or more in each message. Joined, the segments of each
+    are what LangChain makes of it; where that can't be traced, they are a single `text`. Rendering
+    uses up iterators among the values.
+    """
+    # A function among the partial variables may give another value each time.
+    values = {**_partials(template), **values}
+    texts = _texts(template, values)
+    try:
+        candidates = list(_candidates(template, values))
+    except Exception:  # whatever stops the tracing costs reuse, no more
+        candidates = []
+    return fitted(candidates, texts)
+
+
+def _partials(template: Any) -> dict[str, Any]:
+    partials = getattr(template, "partial_variables", None) or {}
+    return {name: value() if callable(value) else value for name, value in partials.items()}
+
+
+def _texts(template: BasePromptTemplate[Any], values: Mapping[str, Any]) -> list[str]:
+    """What LangChain renders: the text of every block."""
+    prompt = template.format_prompt(**values)
+    if isinstance(prompt, ChatPromptValue):
+        return [text for message in prompt.messages for text in _message_texts(message)]
+    return [prompt.to_string()]
+
+
+def _message_texts(message: BaseMessage) -> Iterator[str]:
+    blocks = [message.content] if isinstance(message.content, str) else message.content
+    for block in blocks:
+        text = block.get("text") if isinstance(block, dict) else block
+        if isinstance(text, str):
+            yield text
+
+
+def _candidates(
+    template: BasePromptTemplate[Any], values: Mapping[str, Any]
+) -> Iterator[list[Segment]]:
+    if not isinstance(template, ChatPromptTemplate):
+        yield _string_template(template, None, None).segments(**{**_partials(template), **values})
+        return
+    chat = ChatTemplate(_turns(template))
+    for number, part in enumerate(_parts(template)):
+        if isinstance(part, MessagesPlaceholder):
+            for message in part.format_messages(**values):
+                for text in _message_texts(message):
+                    yield [Segment(text, "argument", part.variable_name)]
+        elif isinstance(part, BaseMessage):
+            # Only a system message is sure to be the application's own words.
+            kind: SegmentKind = "literal" if isinstance(part, SystemMessage) else "argument"
+            yield from ([Segment(text, kind)] for text in _message_texts(part))
+        else:
+            for position, prompt in enumerate(_prompts(part)):
+                own = {**_partials(prompt), **values}
+                if (segments := chat.segments(number, position, own)) or not _is_list(part):
+                    yield segments
+
+
+def _parts(template: ChatPromptTemplate) -> Iterator[Any]:
+    """The parts of a chat template, and of those that it holds."""
+    for part in template.messages:
+        if isinstance(part, ChatPromptTemplate):
+            yield from _parts(part)
+        else:
+            yield part
+
+
+def _turns(template: ChatPromptTemplate) -> Iterator[TurnTemplate | GivenTurns]:
+    for part in _parts(template):
+        if isinstance(part, MessagesPlaceholder):
+            yield GivenTurns(part.variable_name)
+            continue
+        role = _role_of(part)
+        if isinstance(part, BaseMessage):
+            texts = list(_message_texts(part))
+            yield TurnTemplate(role, [_constant(text) for text in texts])
+        else:
+            yield TurnTemplate(role, [_string_template(p, None, None) for p in _prompts(part)])
+
+
+def _role_of(part: Any) -> str:
+    role = _ROLES.get(type(part))
+    if isinstance(part, ChatMessagePromptTemplate):
+        role = {"human": "user", "ai": "assistant"}.get(part.role, part.role)
+    if role not in ("system", "user", "assistant"):
+        raise TemplateError(
+            f"{type(part).__name__} has no schema; a schema knows system, user and assistant turns"
+        )
+    return role
+
+
+def _prompts(part: Any) -> Sequence[Any]:
+    return part.prompt if _is_list(part) else [part.prompt]
+
+
+def _is_list(part: Any) -> bool:
+    return isinstance(part.prompt, list)
+
+
+def _constant(text: str) -> PromptTemplate:
+    return FormatTemplate(text.replace("{", "{{").replace("}", "}}"))
+
+
+def _string_template(
+    template: Any, name: str | None, lengths: Mapping[str, int] | None
+) -> PromptTemplate:
+    if type(template) is not LangChainTemplate:
+        raise TemplateError(
+            f"{type(template).__name__} has no schema; "
+            "a PromptTemplate or a ChatPromptTemplate of text has"
+        )
+    if name is None and not lengths:
+        return _compiled(template.template, template.template_format)
+    return _compile(template.template, template.template_format, name, lengths)
+
+
+@lru_cache(maxsize=256)
+def _compiled(source: str, template_format: str) -> PromptTemplate:
+    return _compile(source, template_format, None, None)
+
+
+def _compile(
+    source: str, template_format: str, name: str | None, lengths: Mapping[str, int] | None
+) -> PromptTemplate:
+    if template_format == "jinja2":
+        # As `langchain_core.prompts.string.jinja2_formatter` has it.
+        environment = SandboxedEnvironment()
+        return JinjaTemplate(source, environment=environment, name=name, lengths=lengths)
+    if template_format == "mustache":
+        return MustacheTemplate(mustache.tokenize(source), name=name, lengths=lengths)
+    return FormatTemplate(source, name=name, lengths=lengths)

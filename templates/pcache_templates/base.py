@@ -1,0 +1,89 @@
+"""What every kind of template can do: give its schema, and render prompts that fit it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+
+from pcache_core.errors import TemplateError
+from pcache_core.prompt import Prompt, Segment
+from pcache_templates.pml import to_pml
+from pcache_templates.prompt_pml import to_prompt_pml
+from pcache_templates.schema import Node, Path, Place, Schema
+from pcache_templates.settle import settle
+from pcache_templates.trace import Traced, segments_of
+
+
+class Schematic(ABC):
+    """A family of prompts.
+
+    name: of the schema; made of the content when not given.
+    lengths: the most tokens that a parameter may have, by name; 64 if not given.
+    """
+
+    def __init__(self, name: str | None, lengths: Mapping[str, int] | None) -> None:
+        self._name = name
+        self._lengths = dict(lengths or {})
+
+    @abstractmethod
+    def raw_nodes(self) -> Iterable[Node]:
+        """The template as a raw tree. Raises: TemplateError: it can't be expressed."""
+
+    @cached_property
+    def schema(self) -> Schema:
+        """The tree of modules, unions, parameters and slots.
+
+        Raises: TemplateError: the template does what a schema can't express.
+        Raises: OptionError: a length is for no parameter.
+        """
+        try:
+            return settle(self._name, self.raw_nodes(), self._lengths)
+        except RecursionError:
+            raise TemplateError("the template nests too deeply for a schema") from None
+
+    @property
+    def pml(self) -> str:
+        """The schema as PML. Raises: as `schema` does."""
+        return to_pml(self.schema)
+
+    @cached_property
+    def _places(self) -> Mapping[Path, Place]:
+        """Names for rendered parts; none if there is no schema, which stops no rendering."""
+        try:
+            return self.schema.places
+        except TemplateError:
+            return {}
+
+    def _segments(self, traced: Traced) -> list[Segment]:
+        return segments_of(traced, self._places)
+
+    def _prompt_pml(self, traced: Traced) -> str:
+        return to_prompt_pml(self.schema, traced)
+
+
+class PromptTemplate(Schematic):
+    """A template that is rendered with named values."""
+
+    @abstractmethod
+    def trace(self, values: Mapping[str, object]) -> Traced:
+        """Render. Raises: TemplateError: a value is missing or the template fails."""
+
+    def segments(self, /, **values: object) -> list[Segment]:
+        """Render, cut where the schema is; none if nothing was written. Raises: as `trace` does."""
+        return self._segments(self.trace(values))
+
+    def render(self, /, **values: object) -> Prompt:
+        """Render a prompt.
+
+        Raises: TemplateError: a value is missing or the template fails.
+        Raises: PromptError: nothing was written.
+        """
+        return Prompt(self.segments(**values))
+
+    def prompt_pml(self, /, **values: object) -> str:
+        """Render a prompt as PML: the schema's modules that it uses, with their arguments.
+
+        Raises: TemplateError: as `trace` and `schema` do, or the prompt does not fit the schema.
+        """
+        return self._prompt_pml(self.trace(values))

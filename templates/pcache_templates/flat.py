@@ -1,0 +1,147 @@
+"""Templates without branches: Python's format strings, and LlamaIndex's simpler ones."""
+
+from __future__ import annotations
+
+import re
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from string import Formatter
+from typing import NamedTuple
+
+from pcache_core.errors import TemplateError
+from pcache_templates import trace
+from pcache_templates.base import PromptTemplate
+from pcache_templates.names import xml_name
+from pcache_templates.schema import Node, Param, Text
+from pcache_templates.trace import Traced
+
+
+class _Field(NamedTuple):
+    """A place for a value. source: the field as it stands in the template."""
+
+    name: str
+    source: str
+
+
+class _FlatTemplate(PromptTemplate):
+    """Text and fields, one after the other."""
+
+    def __init__(
+        self,
+        source: str,
+        *,
+        name: str | None = None,
+        lengths: Mapping[str, int] | None = None,
+    ) -> None:
+        super().__init__(name, lengths)
+        self._parts = tuple(self._parse(source))
+
+    @abstractmethod
+    def _parse(self, source: str) -> Iterator[str | _Field]: ...
+
+    @abstractmethod
+    def _is_filled(self, field: _Field, values: Mapping[str, object]) -> bool:
+        """Whether the field is replaced, or stays as it is written."""
+
+    @abstractmethod
+    def _fill(self, field: _Field, values: Mapping[str, object]) -> str: ...
+
+    def trace(self, values: Mapping[str, object]) -> Traced:
+        """Render. Raises: TemplateError: a value is missing or can't be written."""
+        return trace.concat(self._written(values))
+
+    def _written(self, values: Mapping[str, object]) -> Iterator[Traced]:
+        for number, part in enumerate(self._parts):
+            if isinstance(part, str):
+                yield trace.literal((number,), part)
+            elif self._is_filled(part, values):
+                yield trace.value((number,), self._fill(part, values))
+            else:
+                yield trace.literal((number,), part.source)
+
+    def raw_nodes(self) -> Iterable[Node]:
+        """As the base class."""
+        for number, part in enumerate(self._parts):
+            if isinstance(part, str):
+                yield Text(part, (number,))
+            else:
+                yield Param(xml_name(part.name), origin=(number,))
+
+
+class FormatTemplate(_FlatTemplate):
+    r"""A format string, as `str.format` and LangChain's f-string templates know them.
+
+    ```python
+    FormatTemplate("From:\n{context}\n\nQ: {question}").render(context="…", question="Who?")
+    ```
+
+    Raises: TemplateError: a brace is left open, or a field has no name.
+    """
+
+    def _parse(self, source: str) -> Iterator[str | _Field]:
+        try:
+            parsed = list(Formatter().parse(source))
+        except ValueError as error:
+            raise TemplateError(
+                f"the format string {source[:40]!r} can't be read: {error}; "
+                "write {{ and }} for braces"
+            ) from error
+        for literal, name, spec, conversion in parsed:
+            if literal:
+                yield literal
+            if name is None:
+                continue
+            if not name or name.isdigit():
+                raise TemplateError(
+                    f"the format string {source[:40]!r} has a field without a name; name it"
+                )
+            converted = f"!{conversion}" if conversion else ""
+            yield _Field(name, f"{{{name}{converted}{':' if spec else ''}{spec}}}")
+
+    def _is_filled(self, field: _Field, values: Mapping[str, object]) -> bool:
+        return True
+
+    def _fill(self, field: _Field, values: Mapping[str, object]) -> str:
+        try:
+            return Formatter().vformat(field.source, (), values)
+        except (LookupError, AttributeError, TypeError, ValueError) as error:
+            raise TemplateError(
+                f"the field {field.source} can't be filled: {type(error).__name__}: {error}"
+            ) from error
+
+
+class BraceTemplate(_FlatTemplate):
+    """A template in which `{name}` is replaced if there is such a value; braces mean nothing else.
+
+    As LlamaIndex's `PromptTemplate` fills it: `{{name}}` becomes the value between two braces, and
+    JSON stays as it is.
+    """
+
+    _FIELD = re.compile(r"\{([^{}]+)\}")
+    _NAME = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*(?:\.[a-zA-Z_][a-zA-Z0-9_]*)*")
+
+    def _parse(self, source: str) -> Iterator[str | _Field]:
+        position = 0
+        for found in self._FIELD.finditer(source):
+            if found.start() > position:
+                yield source[position : found.start()]
+            yield _Field(found.group(1), found.group())
+            position = found.end()
+        if position < len(source):
+            yield source[position:]
+
+    def _is_filled(self, field: _Field, values: Mapping[str, object]) -> bool:
+        return field.name in values
+
+    def _fill(self, field: _Field, values: Mapping[str, object]) -> str:
+        return str(values[field.name])
+
+    def raw_nodes(self) -> Iterable[Node]:
+        """As the base class."""
+        for number, part in enumerate(self._parts):
+            if isinstance(part, str):
+                yield Text(part, (number,))
+            elif self._NAME.fullmatch(part.name):
+                yield Param(xml_name(part.name), origin=(number,))
+            else:
+                yield Text(part.source, (number,))

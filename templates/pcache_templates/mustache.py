@@ -1,0 +1,166 @@
+"""Mustache templates, rendered as LangChain renders them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from pcache_core.errors import TemplateError
+from pcache_templates import trace
+from pcache_templates.base import PromptTemplate
+from pcache_templates.names import xml_name
+from pcache_templates.schema import Module, Node, Param, Path, Slot, Text
+from pcache_templates.trace import Traced
+
+Token = tuple[str, str]  # type and key, as `langchain_core.utils.mustache.tokenize` gives them
+
+
+class _Tag(NamedTuple):
+    """A literal, a variable or a section with what is in it."""
+
+    type: str
+    key: str
+    path: Path
+    body: tuple[_Tag, ...] = ()
+
+
+class _Scope(NamedTuple):
+    """What names are looked up in. is_item: one of the things that a section goes through."""
+
+    value: Any
+    is_item: bool
+
+
+class MustacheTemplate(PromptTemplate):
+    """A Mustache template, cut into tokens.
+
+    A section becomes a slot, as only its value decides whether it is written once, never or often;
+    an inverted one becomes a module. Partials are empty, as in LangChain.
+
+    ```python
+    MustacheTemplate(langchain_core.utils.mustache.tokenize("Hello {{name}}")).render(name="Ann")
+    ```
+
+    Raises: TemplateError: the tokens can't be read.
+    """
+
+    def __init__(
+        self,
+        tokens: Iterable[Token],
+        *,
+        name: str | None = None,
+        lengths: Mapping[str, int] | None = None,
+    ) -> None:
+        super().__init__(name, lengths)
+        try:
+            self._tags = _nest(enumerate(tokens))
+        except SyntaxError as error:
+            raise TemplateError(f"the mustache template can't be read: {error}") from error
+
+    def trace(self, values: Mapping[str, object]) -> Traced:
+        """Render. Raises: TemplateError: a section's value is a function."""
+        return trace.concat(_write(self._tags, [_Scope(values, is_item=False)]))
+
+    def raw_nodes(self) -> Iterable[Node]:
+        """As the base class."""
+        return _nodes(self._tags)
+
+
+def _nest(tokens: Iterator[tuple[int, Token]]) -> tuple[_Tag, ...]:
+    """Tags up to the end of the section that they are in."""
+    tags: list[_Tag] = []
+    for number, (type_, key) in tokens:
+        if type_ == "end":
+            break
+        body = _nest(tokens) if type_ in ("section", "inverted section") else ()
+        tags.append(_Tag(type_, key, (number,), body))
+    return tuple(tags)
+
+
+def _nodes(tags: Iterable[_Tag]) -> list[Node]:
+    made: list[Node] = []
+    for tag in tags:
+        match tag.type:
+            case "literal":
+                made.append(Text(tag.key, tag.path))
+            case "variable" | "no escape":
+                name = "item" if tag.key == "." else xml_name(tag.key)
+                made.append(Param(name, origin=tag.path))
+            case "section":
+                made.append(Slot(xml_name(["for", tag.key]), tuple(_nodes(tag.body)), tag.path))
+            case "inverted section":
+                name = xml_name(["if-not", tag.key])
+                made.append(Module(name, tuple(_nodes(tag.body))))
+    return made
+
+
+def _write(tags: Iterable[_Tag], scopes: Sequence[_Scope]) -> Iterator[Traced]:
+    """scopes: the innermost first."""
+    if not scopes[0].value and len(scopes) > 1:
+        return
+    for tag in tags:
+        match tag.type:
+            case "literal":
+                yield trace.literal(tag.path, tag.key)
+            case "variable" | "no escape":
+                found = _look_up(tag.key, scopes)
+                kind: trace.SpanKind = "document" if found.is_item else "argument"
+                text = _text_of(found.value, tag, scopes)
+                yield trace.value(tag.path, text, kind)
+            case "section":
+                for scope in _section_scopes(_look_up(tag.key, scopes), tag.key):
+                    yield from _write(tag.body, [scope, *scopes])
+            case "inverted section":
+                is_missing = not _look_up(tag.key, scopes).value
+                yield from _write(tag.body, [_Scope(is_missing, is_item=False), *scopes])
+
+
+def _section_scopes(found: _Scope, key: str) -> Iterator[_Scope]:
+    """What the names in a section are looked up in, once for each time it is written."""
+    value = found.value
+    if callable(value):
+        raise TemplateError(
+            f"the value of section {key!r} is a function; such a section can't be traced"
+        )
+    if isinstance(value, Sequence | Iterator) and not isinstance(value, str):
+        for item in value:
+            yield _Scope(item, is_item=True)
+    else:
+        yield found
+
+
+def _text_of(value: Any, tag: _Tag, scopes: Sequence[_Scope]) -> str:
+    if tag.type == "no escape":
+        return str(value)
+    if value is True and tag.key == ".":
+        value = scopes[1].value  # the one that an inverted section made a truth value of
+    text = str(value).replace("&", "&amp;")
+    return text.replace('"', "&quot;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def _look_up(key: str, scopes: Sequence[_Scope]) -> _Scope:
+    """The value of a dotted key in the innermost scope that has it; empty if none has."""
+    if key == ".":
+        return scopes[0]
+    for scope in scopes:
+        try:
+            value = _follow(key, scope.value)
+        except (LookupError, ValueError, TypeError):
+            continue
+        if value in (0, False):
+            return _Scope(value, scope.is_item)
+        return _Scope(value or "", scope.is_item)
+    return _Scope("", is_item=False)
+
+
+def _follow(key: str, value: Any) -> Any:
+    for part in key.split("."):
+        if value in (0, False):
+            return value
+        if isinstance(value, Mapping):
+            value = value[part]
+        elif isinstance(value, list | tuple):
+            value = value[int(part)]
+        else:
+            raise TypeError(f"no names in {type(value).__name__}")
+    return value
