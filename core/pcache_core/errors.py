@@ -6,6 +6,7 @@ PromptCacheError
 │   └── ChatTemplateError the tokenizer has no chat template, or it can't render the messages
 ├── PromptError           a prompt can't be run (ValueError)
 │   └── ContextLengthError  more tokens than the model's context
+├── PMLError              a schema or prompt in PML is wrong; says where (ValueError)
 ├── OptionError           an argument is out of range or unknown (ValueError)
 │   └── BudgetError       a byte budget that can't hold what it is for
 ├── StateMismatchError    a state is of another shape, model or dtype
@@ -33,6 +34,29 @@ class PromptError(PromptCacheError, ValueError):
 
 class ContextLengthError(PromptError):
     """A prompt has more tokens than the model's context holds."""
+
+
+class PMLError(PromptCacheError, ValueError):
+    """A schema or a prompt is no PML, or the two don't fit.
+
+    file: as named by the caller. line: counted from 1. source_line: that line, shortened.
+    All three are None where the tree was not read from text.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        file: str | None = None,
+        line: int | None = None,
+        source_line: str | None = None,
+    ) -> None:
+        place = "" if line is None else f"{file or '<string>'}:{line}: "
+        shown = f"\n    {source_line}" if source_line else ""
+        super().__init__(f"{place}{message}{shown}")
+        self.file = file
+        self.line = line
+        self.source_line = source_line
 
 
 class OptionError(PromptCacheError, ValueError):

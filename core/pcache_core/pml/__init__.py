@@ -1,0 +1,79 @@
+"""Prompt Markup Language: schemas and prompts as XML, their trees, and their positions.
+
+`parse_schema` and `parse_prompt` read text into the trees of `nodes.py`; `place` gives a schema its
+positions, `resolve` a prompt its runs. README.md beside this file is the language reference.
+"""
+
+from pcache_core.errors import PMLError
+from pcache_core.pml.check import check_schema
+from pcache_core.pml.layout import place
+from pcache_core.pml.markup import Limits
+from pcache_core.pml.nodes import (
+    Document,
+    Module,
+    ModuleUse,
+    Param,
+    PromptTree,
+    Role,
+    RoleName,
+    Scaffold,
+    Schema,
+    Slot,
+    Text,
+    Turn,
+    Union,
+)
+from pcache_core.pml.order import Positions, RunKind
+from pcache_core.pml.parser import parse_prompt, parse_schema
+from pcache_core.pml.places import (
+    Layout,
+    Mark,
+    Marks,
+    ModulePath,
+    PlacedModule,
+    PlacedParam,
+    PlacedRole,
+    PlacedSlot,
+    PlacedText,
+    Tokenise,
+    no_marks,
+)
+from pcache_core.pml.resolve import Resolution, Run, resolve
+
+__all__ = [
+    "Document",
+    "Layout",
+    "Limits",
+    "Mark",
+    "Marks",
+    "Module",
+    "ModulePath",
+    "ModuleUse",
+    "PMLError",
+    "Param",
+    "PlacedModule",
+    "PlacedParam",
+    "PlacedRole",
+    "PlacedSlot",
+    "PlacedText",
+    "Positions",
+    "PromptTree",
+    "Resolution",
+    "Role",
+    "RoleName",
+    "Run",
+    "RunKind",
+    "Scaffold",
+    "Schema",
+    "Slot",
+    "Text",
+    "Tokenise",
+    "Turn",
+    "Union",
+    "check_schema",
+    "no_marks",
+    "parse_prompt",
+    "parse_schema",
+    "place",
+    "resolve",
+]

@@ -1,0 +1,287 @@
+"""Strict XML to a plain tree of elements and text, each with its line.
+
+Well-formed XML without a document type: no entities but the five of XML, nothing fetched, nothing
+repaired, no namespaces but `xml:`. Comments and processing instructions are not there, CDATA is
+text. Depth, size and number of elements are limited while reading, so memory is, too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from lxml import etree
+
+from pcache_core.errors import OptionError, PMLError
+from pcache_core.pml.source import Source, quoted, shortened
+
+MAX_DEPTH = 200
+_CHUNK_BYTES = 16 * 1024
+_LIBXML_BYTES = 8 * 2**20  # beyond, libxml2 refuses long texts unless told otherwise
+_NOT_SPACE = re.compile(r"[^ \t\n]")
+_XML = "{http://www.w3.org/XML/1998/namespace}"
+_TAG = r"""<(?P<close>/)?[^\s/>"'!?][^>"']*(?:"[^"]*"[^>"']*|'[^']*'[^>"']*)*>"""
+_MARKUP = re.compile(
+    rf"(?P<tag>{_TAG})|<!--.*?-->|<\?.*?\?>|<!\[CDATA\[(?P<cdata>.*?)\]\]>", re.DOTALL
+)
+_REMEDIES = (
+    ("invalid element name", "write &lt; for a literal '<', or put the text in <![CDATA[ … ]]>"),
+    ("'<' not allowed in attributes", "write &lt; for a literal '<'"),
+    ("EntityRef", "write &amp; for a literal '&'"),
+    ("not defined", "only &lt; &gt; &amp; &apos; &quot; and &#…; are known"),
+    ("tag mismatch", "close each element before the one around it"),
+    ("Premature end", "close every element"),
+    ("Extra content", "a file holds one element and nothing behind it"),
+    ("Document is empty", "expected an element"),
+    ("Start tag expected", "expected an element"),
+    ("']]>' not allowed", "write ]]&gt;"),
+    ("invalid Char", "remove the control character"),
+    ("out of allowed range", "remove the control character"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How much a schema or prompt may hold.
+
+    max_bytes: of the text as UTF-8, included files counted in. max_depth: elements within one
+        another, at most 200. max_elements: all of them, modules among them.
+    max_attributes: of one element.
+
+    Raises: OptionError: a limit is below 1 or, for depth, above 200.
+    """
+
+    max_bytes: int = 4 * 2**20
+    max_depth: int = 64
+    max_elements: int = 20_000
+    max_attributes: int = 256
+
+    def __post_init__(self) -> None:
+        for name in self.__slots__:
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise OptionError(f"{name}={value!r} must be 1 or more")
+        if self.max_depth > MAX_DEPTH:
+            raise OptionError(f"max_depth={self.max_depth} is over {MAX_DEPTH}; flatten the schema")
+
+
+@dataclass(frozen=True, slots=True)
+class Chars:
+    """Characters between two tags. line: of the first that is no white space."""
+
+    text: str
+    line: int
+
+
+@dataclass(frozen=True, slots=True)
+class Element:
+    """An element. attributes: `xml:space` under that name, others as written."""
+
+    tag: str
+    attributes: dict[str, str]
+    line: int
+    parts: list[Element | Chars] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Markup:
+    """A document, twice: as our tree and as lxml's, for the grammar."""
+
+    source: Source
+    root: Element
+    tree: etree._Element
+
+
+def read_markup(source: Source, limits: Limits) -> Markup:
+    """Parse a document.
+
+    Raises: PMLError: not well-formed, has a document type or a namespace, or is over a limit.
+    """
+    _refuse_doctype(source)
+    tree = _parsed(source, limits)
+    return Markup(source, _converted(source, tree), tree)
+
+
+def _refuse_doctype(source: Source) -> None:
+    """Look behind white space, comments and processing instructions for a document type."""
+    text, at = source.text, 0
+    while True:
+        at = _space_end(text, at)
+        if text.startswith("<!--", at):
+            closing = text.find("-->", at + 4)
+        elif text.startswith("<?", at):
+            closing = text.find("?>", at + 2)
+        else:
+            break
+        if closing < 0:
+            return
+        at = closing + 2
+        at += text.startswith(">", at)
+    if text[at : at + 9].upper() == "<!DOCTYPE":
+        line = text.count("\n", 0, at) + 1
+        raise source.error("a document type is not allowed; remove <!DOCTYPE …>", line)
+
+
+def _space_end(text: str, at: int) -> int:
+    found = _NOT_SPACE.search(text, at)
+    return found.start() if found else len(text)
+
+
+def _parsed(source: Source, limits: Limits) -> etree._Element:
+    """The tree of lxml, given up as soon as a limit is passed."""
+    parser = etree.XMLPullParser(
+        events=("start", "end"),
+        encoding="utf-8",  # whatever the declaration says: the text is decoded already
+        resolve_entities="internal",  # type: ignore[arg-type]  # there is no document type, so there are none
+        no_network=True,
+        load_dtd=False,
+        dtd_validation=False,
+        recover=False,
+        remove_comments=True,
+        remove_pis=True,
+        huge_tree=limits.max_bytes > _LIBXML_BYTES,
+    )
+    data = source.text.encode()
+    count = _Count(source, limits)
+    try:
+        for start in range(0, len(data), _CHUNK_BYTES):
+            parser.feed(data[start : start + _CHUNK_BYTES])
+            count.add(parser)
+        tree = parser.close()
+        count.add(parser)
+    except etree.LxmlError as error:
+        raise _syntax_error(source, error) from None
+    if tree.getroottree().docinfo.internalDTD is not None:
+        raise source.error("a document type is not allowed; remove <!DOCTYPE …>", 1)
+    return tree
+
+
+class _Count:
+    """Elements and depth so far."""
+
+    def __init__(self, source: Source, limits: Limits) -> None:
+        self._source, self._limits = source, limits
+        self._depth = self._elements = 0
+
+    def add(self, parser: etree.XMLPullParser) -> None:
+        """Count what the parser has read; raise over a limit."""
+        limits = self._limits
+        for event, element in parser.read_events():
+            if event == "end":
+                self._depth -= 1
+            if event != "start" or not isinstance(element, etree._Element):
+                continue
+            self._depth += 1
+            self._elements += 1
+            attributes = len(element.attrib)
+            if self._depth > limits.max_depth:
+                self._fail("depth", f"{self._depth} elements within one another", element)
+            if self._elements > limits.max_elements:
+                self._fail("elements", f"{self._elements:,} elements", element)
+            if attributes > limits.max_attributes:
+                self._fail("attributes", f"{attributes:,} attributes on one element", element)
+
+    def _fail(self, name: str, got: str, element: etree._Element) -> None:
+        limit = getattr(self._limits, f"max_{name}")
+        line = element.sourceline
+        raise self._source.error(
+            f"{got}, the limit is {limit:,}; simplify, or raise Limits(max_{name}=...)",
+            line if isinstance(line, int) else None,
+        )
+
+
+def _syntax_error(source: Source, error: etree.LxmlError) -> PMLError:
+    """libxml2's message and what to do about it."""
+    said = (getattr(error, "msg", None) or str(error)).split("\n")[0]
+    said = re.sub(r", line \d+, column \d+.*", "", said)
+    remedy = next((text for sign, text in _REMEDIES if sign in said), None)
+    line = getattr(error, "lineno", None) or 1
+    return source.error(
+        f"not well-formed: {shortened(said, 120)}" + (f"; {remedy}" if remedy else ""), line
+    )
+
+
+def _converted(source: Source, tree: etree._Element) -> Element:
+    lines = _scanned(source.text)
+    numbers = iter(range(len(lines.starts)))
+
+    def convert(node: etree._Element) -> Element:
+        number = next(numbers)
+        line = lines.starts[number]
+        element = Element(
+            _local(source, line, node.tag),
+            {_local(source, line, name): str(value) for name, value in node.attrib.items()},
+            line,
+        )
+        texts = [node.text]
+        for child in node:
+            element.parts.append(convert(child))
+            texts.append(child.tail)
+        for gap in range(len(texts) - 1, -1, -1):
+            if text := texts[gap]:
+                chars = Chars(text, lines.chars.get((number, gap), line))
+                element.parts.insert(gap, chars)
+        return element
+
+    return convert(tree)
+
+
+def _local(source: Source, line: int, name: object) -> str:
+    if not isinstance(name, str):
+        raise source.error("only elements and text are allowed", line)
+    if name.startswith(_XML):
+        return f"xml:{name.removeprefix(_XML)}"
+    if name.startswith("{"):
+        local = name.rpartition("}")[2]
+        raise source.error(f"{quoted(local)} is in a namespace; PML has none, remove xmlns", line)
+    return name
+
+
+@dataclass(frozen=True, slots=True)
+class _Lines:
+    """starts: of each start tag, in order. chars: of text, by element and number of its gap."""
+
+    starts: list[int] = field(default_factory=list)
+    chars: dict[tuple[int, int], int] = field(default_factory=dict)
+
+
+def _scanned(text: str) -> _Lines:
+    """Lines of tags and text of a well-formed document; libxml2 only knows where tags end."""
+    lines = _Lines()
+    line_of = _line_counter(text)
+    opened: list[list[int]] = []  # number of the element, number of its current gap
+    at = 0
+
+    def note(start: int, stop: int) -> None:
+        found = _NOT_SPACE.search(text, start, stop)
+        if found and opened:
+            lines.chars.setdefault((opened[-1][0], opened[-1][1]), line_of(found.start()))
+
+    for match in _MARKUP.finditer(text):
+        note(at, match.start())
+        at = match.end()
+        if match["cdata"] is not None:
+            note(*match.span("cdata"))
+        elif match["close"]:
+            opened.pop()
+        elif match["tag"]:
+            if opened:
+                opened[-1][1] += 1
+            if not match["tag"].endswith("/>"):
+                opened.append([len(lines.starts), 0])
+            lines.starts.append(line_of(match.start()))
+    return lines
+
+
+def _line_counter(text: str) -> Callable[[int], int]:
+    """Line of a position, for positions that only grow."""
+    position, line = 0, 1
+
+    def line_of(wanted: int) -> int:
+        nonlocal position, line
+        line += text.count("\n", position, wanted)
+        position = wanted
+        return line
+
+    return line_of

@@ -1,0 +1,194 @@
+"""PML text to trees: strict XML, then the grammar, then the rules that a grammar can't say."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import cast
+
+from pcache_core.errors import PMLError
+from pcache_core.pml.check import check_schema
+from pcache_core.pml.grammar import GrammarName, grammar
+from pcache_core.pml.include import SourceFolder
+from pcache_core.pml.markup import Element, Limits, Markup, read_markup
+from pcache_core.pml.nodes import (
+    ROLES,
+    Document,
+    Module,
+    ModuleUse,
+    Param,
+    PromptNode,
+    PromptTree,
+    Role,
+    RoleName,
+    Scaffold,
+    Schema,
+    SchemaNode,
+    Slot,
+    Text,
+    Turn,
+    Union,
+)
+from pcache_core.pml.source import Source, read_source
+from pcache_core.pml.whitespace import SpaceRule, as_written, in_prompt, in_schema
+
+DEFAULT_LIMITS = Limits()
+
+
+def parse_schema(
+    text: str | bytes,
+    *,
+    file: str | None = None,
+    src_root: str | os.PathLike[str] | None = None,
+    limits: Limits = DEFAULT_LIMITS,
+) -> Schema:
+    """Read a `<schema>`.
+
+    file: what messages call the text. src_root: the folder that `src=` may read from; without it
+        `src=` is refused.
+    Raises: PMLError: not well-formed, not in the grammar (`schema.rng`), breaks a rule, or is over
+        a limit.
+    """
+    markup = _read(text, file, limits, "schema")
+    source, root = markup.source, markup.root
+    left = limits.max_bytes - len(source.text.encode())
+    folder = None if src_root is None else SourceFolder(src_root, left)
+    reader = _SchemaReader(source, folder)
+    children = reader.children(root, _space_rule(root, in_schema, in_schema))
+    schema = Schema(root.attributes["name"], children, root.line, source)
+    check_schema(schema)
+    return schema
+
+
+def parse_prompt(
+    text: str | bytes, *, file: str | None = None, limits: Limits = DEFAULT_LIMITS
+) -> PromptTree:
+    """Read a `<prompt>`. Whether it fits its schema is seen when it is resolved against it.
+
+    Raises: PMLError: not well-formed, not in the grammar (`prompt.rng`), or over a limit.
+    """
+    markup = _read(text, file, limits, "prompt")
+    root = markup.root
+    arguments = _arguments(root)
+    name = arguments.pop("schema")
+    children = tuple(_prompt_children(root, _space_rule(root, in_prompt, in_prompt)))
+    return PromptTree(name, children, arguments, root.line, markup.source)
+
+
+def _read(text: str | bytes, file: str | None, limits: Limits, name: GrammarName) -> Markup:
+    """Parse and check in a thread of its own.
+
+    libxml2 keeps every name that a thread has read until the thread ends; in one that lives on,
+    each new name in a prompt would stay in memory for good.
+    """
+
+    def read() -> Markup:
+        markup = read_markup(read_source(text, file, limits.max_bytes), limits)
+        grammar(name).check(markup)
+        return markup
+
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        return pool.submit(read).result()
+
+
+class _SchemaReader:
+    """Elements of a schema to nodes."""
+
+    def __init__(self, source: Source, folder: SourceFolder | None) -> None:
+        self._source = source
+        self._folder = folder
+
+    def children(self, element: Element, space: SpaceRule) -> tuple[SchemaNode, ...]:
+        """What an element holds, in order; texts are never empty."""
+        return tuple(
+            part if isinstance(part, Text) else self._node(part, space)
+            for part in _parts(element, space)
+        )
+
+    def _node(self, element: Element, space: SpaceRule) -> SchemaNode:
+        given, line = element.attributes, element.line
+        space = _space_rule(element, space, in_schema)
+        match element.tag:
+            case "module":
+                return self._module(element, space)
+            case "union":
+                modules = [part for part in element.parts if isinstance(part, Element)]
+                members = (self._module(m, _space_rule(m, space, in_schema)) for m in modules)
+                return Union(tuple(members), given.get("scaffold"), line)
+            case "slot":
+                return Slot(given["name"], self._tokens(element, "max-tokens"), line)
+            case "scaffold":
+                return Scaffold(tuple(given["modules"].split()), line)
+            case "param" | "parameter":
+                length = self._tokens(element, "len") or self._tokens(element, "length")
+                return Param(given["name"], length or 0, given.get("scaffold"), line)
+            case _:
+                role = cast(RoleName, element.tag)  # the grammar allows nothing else
+                return Role(role, self.children(element, space), line)
+
+    def _module(self, element: Element, space: SpaceRule) -> Module:
+        given, line = element.attributes, element.line
+        children = self.children(element, space)
+        if "src" in given:
+            text = space(self._included(given["src"], line), None, None)
+            children = (Text(text, line), *children) if text else children
+        return Module(given["name"], children, given.get("cache") != "false", line)
+
+    def _included(self, name: str, line: int) -> str:
+        if self._folder is None:
+            raise self._source.error(
+                "src= is off; give parse_schema(src_root=...) the folder it may read from", line
+            )
+        try:
+            return self._folder.read(name)
+        except PMLError as error:
+            raise self._source.error(str(error), line) from None
+
+    def _tokens(self, element: Element, name: str) -> int | None:
+        value = element.attributes.get(name)
+        if value is None:
+            return None
+        digits = value.strip().removeprefix("+").lstrip("0")
+        if len(digits) > 9:
+            raise self._source.error(f"{name}= is over a billion tokens; lower it", element.line)
+        return int(digits)
+
+
+def _prompt_children(element: Element, space: SpaceRule) -> Iterator[PromptNode]:
+    for part in _parts(element, space):
+        if isinstance(part, Text):
+            yield part
+            continue
+        inside = tuple(_prompt_children(part, _space_rule(part, space, in_prompt)))
+        if part.tag == "document":
+            text = "".join(node.text for node in inside if isinstance(node, Text))
+            yield Document(text, part.attributes.get("name"), part.line)
+        elif part.tag in ROLES:
+            yield Turn(part.tag, inside, part.line)
+        else:
+            yield ModuleUse(part.tag, _arguments(part), inside, part.line)
+
+
+def _parts(element: Element, space: SpaceRule) -> Iterator[Text | Element]:
+    """Child elements, and texts without the white space that is only layout."""
+    parts = element.parts
+    tags = [part.tag if isinstance(part, Element) else None for part in parts]
+    for index, part in enumerate(parts):
+        if isinstance(part, Element):
+            yield part
+            continue
+        before = tags[index - 1] if index else None
+        after = tags[index + 1] if index + 1 < len(tags) else None
+        if text := space(part.text, before, after):
+            yield Text(text, part.line)
+
+
+def _space_rule(element: Element, inherited: SpaceRule, default: SpaceRule) -> SpaceRule:
+    """What `xml:space` says of the element."""
+    asked = element.attributes.get("xml:space")
+    return {"preserve": as_written, "default": default}.get(asked or "", inherited)
+
+
+def _arguments(element: Element) -> dict[str, str]:
+    return {name: value for name, value in element.attributes.items() if name != "xml:space"}
