@@ -32,8 +32,8 @@ def pack_ids(token_ids: Sequence[int]) -> bytes:
 class ModuleKey:
     """Names a state in a store.
 
-    digest: 64 hex digits over format version, model, dtype, namespace, anchor, tokens and, where
-        the model can't relocate, the position.
+    digest: 64 hex digits over format version, model, dtype, namespace, anchor, tokens, where the
+        model can't relocate the position, and gaps if the tokens were encoded with any.
     token_ids: compared with the stored ones on every hit.
     """
 
@@ -61,11 +61,16 @@ class KeySpace:
             )
 
     def key(
-        self, anchor_ids: Sequence[int], token_ids: Sequence[int], position: int | None
+        self,
+        anchor_ids: Sequence[int],
+        token_ids: Sequence[int],
+        position: int | None,
+        shape: Sequence[Sequence[int]] = (),
     ) -> ModuleKey:
         """Key of `token_ids` encoded behind `anchor_ids`.
 
         position: of the first token, for models that can't relocate; None where it does not matter.
+        shape: how the tokens were encoded other than one after the other, see `Passage.shape`.
         """
         fields = (
             str(FORMAT_VERSION).encode(),
@@ -75,5 +80,6 @@ class KeySpace:
             pack_ids(anchor_ids),
             pack_ids(token_ids),
             b"any" if position is None else str(position).encode(),
+            *(pack_ids(part) for part in shape),
         )
         return ModuleKey(digest(fields), tuple(token_ids))
