@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -59,13 +60,15 @@ class SchemaOracle:
     tokenizer: PreTrainedTokenizerBase
     encoded: Encoded = "behind the anchor"
     min_module_tokens: int = 8
+    src_root: Path | None = None
 
     @property
     def bos(self) -> list[int]:
         return list(self.tokenizer("").input_ids)
 
     def layout(self) -> Layout:
-        return place(parse_schema(self.schema), self._ids, first_position=len(self.bos))
+        schema = parse_schema(self.schema, src_root=self.src_root)
+        return place(schema, self._ids, first_position=len(self.bos))
 
     def resolve(self, prompt: str, positions: Positions = "schema") -> Resolution:
         return resolve(self.layout(), parse_prompt(prompt), positions=positions)
