@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from pcache_core.encode import Module
 from pcache_core.key import ModuleKey
+from pcache_core.kv import KVState
 from pcache_core.library import Found, ModuleLibrary
 from pcache_core.lm import CausalLM, place
 from pcache_core.plan import Candidate, Piece, TokenisedPrompt
@@ -25,12 +26,13 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Filling:
-    """A state and the rows it goes to.
+    """A state, what it was encoded from, and the rows it goes to.
 
     exact: it is what computing these rows would give, having been encoded behind the very tokens
     that stand before them.
     """
 
+    module: Module
     candidate: Candidate
     found: Found
     exact: bool
@@ -42,20 +44,18 @@ def wanted(
     """Name the states that a prompt's candidates may be filled from."""
     result = []
     for candidate in candidates:
-        token_ids = tokens.token_ids[candidate.start : candidate.stop]
-        position = library.encoding_position(tokens.opening, candidate.start)
-        anchors = [tokens.anchor_ids, tokens.bos_ids]
-        if candidate.is_opening:
-            position, anchors = 0, [()]
-        keys = [library.key(anchor, token_ids, candidate.start) for anchor in anchors]
-        module = Module(token_ids, position)
+        passage, place = candidate.passage, candidate.position
+        encoded_at = 0 if candidate.is_opening else library.encoding_position(tokens.opening, place)
+        keys = [library.key(anchor, passage, place) for anchor in candidate.anchors]
+        module = Module(passage, encoded_at)
         result.append(Wanted(candidate, module, tuple(dict.fromkeys(keys))))
     return result
 
 
 def module_tokens(wishes: Sequence[Wanted]) -> int:
     """Tokens of all modules, the opening not counted."""
-    return sum(len(w.module.token_ids) for w in wishes if not w.candidate.is_opening)
+    runs = (run for w in wishes if not w.candidate.is_opening for run in w.candidate.runs)
+    return sum(stop - start for start, stop in runs)
 
 
 def row_filter(wishes: Sequence[Wanted]) -> Accepts:
@@ -66,7 +66,8 @@ def row_filter(wishes: Sequence[Wanted]) -> Accepts:
     digests: dict[int, set[str]] = {}
     for wish in wishes:
         names = {key.digest for key in wish.keys}
-        digests.update(dict.fromkeys(range(wish.candidate.start, wish.candidate.stop), names))
+        for start, stop in wish.candidate.runs:
+            digests.update(dict.fromkeys(range(start, stop), names))
     nothing: set[str] = set()
     return lambda row, label: label == COMPUTED or label in digests.get(row, nothing)
 
@@ -74,14 +75,18 @@ def row_filter(wishes: Sequence[Wanted]) -> Accepts:
 def keep_whole_modules(lease: Lease, wishes: Sequence[Wanted]) -> None:
     """Shorten a slot's prefix so that it ends inside no module.
 
-    The opening may be cut anywhere: it is plain text from the first row on.
+    The opening may be cut anywhere: it is plain text from the first row on. Modules may lie in one
+    another, so that leaving one out may cut into another.
     """
-    end = len(lease.token_ids)
-    for wish in wishes:
-        inside = wish.candidate.start < end < wish.candidate.stop
-        if inside and not wish.candidate.is_opening:
-            del lease.token_ids[wish.candidate.start :], lease.labels[wish.candidate.start :]
-            return
+    modules = [wish.candidate for wish in wishes if not wish.candidate.is_opening]
+    cut = [module.start for module in modules if _is_cut(module, len(lease.token_ids))]
+    while cut:
+        lease.shorten(min(cut))
+        cut = [module.start for module in modules if _is_cut(module, len(lease.token_ids))]
+
+
+def _is_cut(module: Candidate, end: int) -> bool:
+    return module.start < end < module.stop
 
 
 def load(
@@ -113,15 +118,34 @@ def load(
 
 def _filling(tokens: TokenisedPrompt, wish: Wanted, found: Found) -> Filling:
     candidate = wish.candidate
+    is_plain = len(candidate.runs) == 1 and not candidate.passage.shape
     behind_anchor = candidate.start == tokens.opening and found.digest == wish.keys[0].digest
-    return Filling(candidate, found, candidate.is_opening or behind_anchor)
+    in_place = candidate.position == wish.module.position
+    exact = candidate.is_opening or (is_plain and behind_anchor and in_place)
+    return Filling(wish.module, candidate, found, exact)
 
 
-def fill(lm: CausalLM, lease: Lease, fillings: Sequence[Filling]) -> None:
+def fill(lm: CausalLM, lease: Lease, tokens: TokenisedPrompt, fillings: Sequence[Filling]) -> None:
     """Copy states into their rows, moved to their positions."""
     rotations = lm.support.rotations or (None,) * len(lm.layers)
     for filling in fillings:
-        place(lease.slot, filling.candidate.start, filling.found.state, rotations)
+        for part, row in _parts(filling):
+            place(lease.slot, row, part, rotations, tokens.positions[row])
+
+
+def _parts(filling: Filling) -> Iterator[tuple[KVState, int]]:
+    """A state's runs, each of which follows itself without a gap, and their first rows."""
+    state, passage = filling.found.state, filling.module.passage
+    if len(filling.candidate.runs) == 1:
+        yield state, filling.candidate.start
+        return
+    # Where the tokens stood that are kept, the first of them where the state says.
+    offsets = [passage.positions(0)[index] for index in passage.kept]
+    first = state.position - offsets[0]
+    done = 0
+    for start, stop in filling.candidate.runs:
+        yield state.part(done, done + stop - start, first + offsets[done]), start
+        done += stop - start
 
 
 def describe(
@@ -131,8 +155,8 @@ def describe(
     sources: list[Source] = ["computed"] * len(tokens.token_ids)
     sources[:prefix] = ["prefix"] * prefix
     for filling in fillings:
-        start, stop = filling.candidate.start, filling.candidate.stop
-        sources[start:stop] = [filling.found.source] * (stop - start)
+        for start, stop in filling.candidate.runs:
+            sources[start:stop] = [filling.found.source] * (stop - start)
     encoded, computed = sources.count("encoded"), sources.count("computed")
     return Report(
         segments=tuple(_segment(piece, sources) for piece in tokens.pieces),

@@ -5,18 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from pcache_core.kv import KVState
+from pcache_core.kv import KVState, Slot
 from pcache_core.lm import Batch, CausalLM, RowRange, Span, place
+from pcache_core.passage import Passage
 
 _TOKENS_PER_BATCH = 2048
 
 
 @dataclass(frozen=True, slots=True)
 class Module:
-    """Tokens to encode behind the anchor, the first one at `position`."""
+    """A passage to encode behind the anchor, its first token at `position`."""
 
-    token_ids: tuple[int, ...]
+    passage: Passage
     position: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens to run through the model, those included that only stand in for others."""
+        return len(self.passage.token_ids)
 
 
 def encode_anchor(lm: CausalLM, token_ids: Sequence[int]) -> KVState:
@@ -42,13 +48,13 @@ def encode_modules(
 def _batches(lm: CausalLM, modules: Sequence[Module]) -> Iterator[list[Module]]:
     batch: list[Module] = []
     tokens = 0
-    for module in sorted(modules, key=lambda module: len(module.token_ids)):
-        full = tokens + len(module.token_ids) > _TOKENS_PER_BATCH
+    for module in sorted(modules, key=lambda module: module.num_tokens):
+        full = tokens + module.num_tokens > _TOKENS_PER_BATCH
         if batch and (full or not lm.encodes_many):
             yield batch
             batch, tokens = [], 0
         batch.append(module)
-        tokens += len(module.token_ids)
+        tokens += module.num_tokens
     if batch:
         yield batch
 
@@ -56,24 +62,32 @@ def _batches(lm: CausalLM, modules: Sequence[Module]) -> Iterator[list[Module]]:
 def _encode_batch(lm: CausalLM, anchor: KVState | None, modules: Sequence[Module]) -> list[KVState]:
     """One forward: the slot holds the anchor, then the modules one after another."""
     anchor_rows = anchor.num_tokens if anchor else 0
-    slot = lm.new_slot(anchor_rows + sum(len(module.token_ids) for module in modules))
+    slot = lm.new_slot(anchor_rows + sum(module.num_tokens for module in modules))
     if anchor:
         place(slot, 0, anchor, (None,) * len(lm.layers))
     input_ids: list[int] = []
     positions: list[int] = []
     spans = []
     for module in modules:
-        start, stop = len(input_ids), len(input_ids) + len(module.token_ids)
+        start, stop = len(input_ids), len(input_ids) + module.num_tokens
         own = (anchor_rows + start, anchor_rows + stop)
         spans.append(Span(start, stop, _visible(anchor_rows, own)))
-        input_ids.extend(module.token_ids)
-        positions.extend(range(module.position, module.position + len(module.token_ids)))
+        input_ids.extend(module.passage.token_ids)
+        positions.extend(module.passage.positions(module.position))
     rows = range(anchor_rows, anchor_rows + len(input_ids))
     lm.forward(Batch(slot, input_ids, rows, positions, spans))
     return [
-        slot.state(anchor_rows + span.start, module.token_ids, module.position)
+        _state(slot, anchor_rows + span.start, module)
         for span, module in zip(spans, modules, strict=True)
     ]
+
+
+def _state(slot: Slot, start: int, module: Module) -> KVState:
+    """Copy a module's rows out, without those that only stood in for others."""
+    passage = module.passage
+    rows = [start + index for index in passage.kept]
+    first = passage.positions(module.position)[passage.kept[0]]
+    return slot.state_of(rows, passage.kept_ids, first)
 
 
 def _visible(anchor_rows: int, own: RowRange) -> tuple[RowRange, ...]:

@@ -8,6 +8,7 @@ bookkeeping.
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Generator, Sequence
@@ -28,12 +29,14 @@ from pcache_core.params import (
     check_reuse,
 )
 from pcache_core.plan import TokenisedPrompt, tokenise
-from pcache_core.precompute import precompute
+from pcache_core.pml import Positions, PromptTree, Schema
+from pcache_core.precompute import precompute, precompute_units
 from pcache_core.prompt import Prompt
 from pcache_core.reading import PromptReader
 from pcache_core.report import EncodeReport, Report
 from pcache_core.request import Request, check_request
 from pcache_core.results import Chunk, Generation, Prefill
+from pcache_core.schemas import SchemaShelf
 from pcache_core.store import MemoryStore, ModuleStore, StoreStats
 
 _KEPT_REPORTS = 256
@@ -86,6 +89,7 @@ class PromptCacheEngine:
         self.reports: deque[Report] = deque(maxlen=_KEPT_REPORTS)
         self._check_budget()
         self._library = ModuleLibrary(lm, self.store, namespace)
+        self._schemas = SchemaShelf(lm)
         self._reader = PromptReader(self._library, min_module_tokens)
 
     def encode(
@@ -198,6 +202,51 @@ class PromptCacheEngine:
         Raises: ChatTemplateError: the model has no template, or it refuses the messages.
         """
         return render_chat(messages, self.lm.text.apply_chat_template, self.lm.text.holds_special)
+
+    def add_schema(
+        self,
+        schema: str | os.PathLike[str] | Schema,
+        *,
+        src_root: str | os.PathLike[str] | None = None,
+    ) -> str:
+        """Make a schema known, in place of any of the same name; returns its name.
+
+        schema: PML text, the path of a file, or a tree. src_root: the folder that `src=` may read
+            from; without it `src=` is refused.
+        Raises: PMLError: it is no schema, with file and line.
+        """
+        return self._schemas.add(schema, src_root)
+
+    def prompt_from_pml(
+        self, prompt: str | os.PathLike[str] | PromptTree, *, positions: Positions = "schema"
+    ) -> Prompt:
+        """A prompt of a schema that was added before.
+
+        prompt: PML text, the path of a file, or a tree. positions: `schema`: as the schema lays
+            them out, with gaps where the prompt leaves something out; `compact`: one after the
+            other, for models whose states can be moved. What a model can't do is done otherwise,
+            and `Report.fallback_reason` says so.
+        Raises: PMLError: it is no prompt, of no known schema, or doesn't fit it. OptionError:
+            unknown `positions`.
+        """
+        return self._schemas.prompt(prompt, positions)
+
+    def encode_schema(
+        self,
+        name: str,
+        progress: bool = True,  # noqa: FBT001, FBT002 (as `encode`)
+    ) -> EncodeReport:
+        """Precompute the states of all modules of a schema, many in one forward.
+
+        Raises: PMLError: no schema of that name. ContextLengthError, BudgetError: a module is too
+            long. All before any work.
+        """
+        return precompute_units(
+            self._library,
+            map(self.tokenise, self._schemas.every_module(name)),
+            min_module_tokens=self.min_module_tokens,
+            progress=progress,
+        )
 
     def tokenise(self, prompt: Prompt) -> TokenisedPrompt:
         """The prompt's token ids, the same for every reuse mode."""

@@ -52,11 +52,16 @@ class KeySpace:
             )
 
     def key(
-        self, anchor_ids: Sequence[int], token_ids: Sequence[int], position: int | None
+        self,
+        anchor_ids: Sequence[int],
+        token_ids: Sequence[int],
+        position: int | None,
+        shape: Sequence[Sequence[int]] = (),
     ) -> ModuleKey:
         """Key of `token_ids` encoded behind `anchor_ids`.
 
         position: of the first token, for models that can't relocate; None where it does not matter.
+        shape: how the tokens were encoded other than one after the other, see `Passage.shape`.
         """
         fields = (
             str(FORMAT_VERSION).encode(),
@@ -66,6 +71,7 @@ class KeySpace:
             pack_ids(anchor_ids),
             pack_ids(token_ids),
             b"any" if position is None else str(position).encode(),
+            *(pack_ids(part) for part in shape),
         )
         return ModuleKey(
             digest(fields), tuple(token_ids), self, anchor_ids=tuple(anchor_ids), position=position
@@ -76,8 +82,8 @@ class KeySpace:
 class ModuleKey:
     """Names a state in a store.
 
-    digest: 64 hex digits over format version, model, dtype, namespace, anchor, tokens and, where
-        the model can't relocate, the position.
+    digest: 64 hex digits over format version, model, dtype, namespace, anchor, tokens, where the
+        model can't relocate the position, and gaps if the tokens were encoded with any.
     token_ids: compared with the stored ones on every hit.
     space, anchor_ids, position: what the digest was made of, for stores that note it beside the
         state; None and empty where the key was not made by a `KeySpace`.

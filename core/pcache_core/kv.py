@@ -54,7 +54,8 @@ class KVState:
 
     keys, values: one tensor for each of `stacks`, [layers, heads, tokens, head_dim].
     token_ids: the module's tokens, without its anchor.
-    position: of the first token when it was encoded; the others follow without a gap.
+    position: of the first token when it was encoded. The others followed without a gap, unless
+        the state is of a passage with gaps, which is then in its key.
     """
 
     stacks: tuple[Stack, ...]
@@ -76,6 +77,16 @@ class KVState:
     def layers(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Keys and values of each caching layer, [heads, tokens, head_dim], in layer order."""
         return _by_layer(self.stacks, self.keys, self.values)
+
+    def part(self, start: int, stop: int, position: int) -> KVState:
+        """A view of tokens `start … stop` as a state, the first encoded at `position`."""
+        return KVState(
+            stacks=self.stacks,
+            keys=tuple(keys[:, :, start:stop] for keys in self.keys),
+            values=tuple(values[:, :, start:stop] for values in self.values),
+            token_ids=self.token_ids[start:stop],
+            position=position,
+        )
 
     def check(self, stacks: tuple[Stack, ...], dtype: torch.dtype) -> None:
         """Raises: StateMismatchError: shapes or dtype are not this model's, or tensors disagree."""
@@ -134,11 +145,15 @@ class Slot:
 
     def state(self, start: int, token_ids: Sequence[int], position: int) -> KVState:
         """Copy rows `start …` out as the state of `token_ids`, encoded at `position`."""
-        rows = slice(start, start + len(token_ids))
+        return self.state_of(range(start, start + len(token_ids)), token_ids, position)
+
+    def state_of(self, rows: Sequence[int], token_ids: Sequence[int], position: int) -> KVState:
+        """Copy any rows out as the state of `token_ids`, the first encoded at `position`."""
+        index = torch.tensor(rows, device=self.positions.device)
         return KVState(
             stacks=self.stacks,
-            keys=tuple(keys[:, :, rows].clone() for keys in self.keys),
-            values=tuple(values[:, :, rows].clone() for values in self.values),
+            keys=tuple(keys.index_select(2, index) for keys in self.keys),
+            values=tuple(values.index_select(2, index) for values in self.values),
             token_ids=tuple(token_ids),
             position=position,
         )

@@ -11,6 +11,7 @@ from pcache_core.errors import StateMismatchError
 from pcache_core.key import KeySpace, ModuleKey
 from pcache_core.kv import KVState
 from pcache_core.lm import CausalLM
+from pcache_core.passage import Passage
 from pcache_core.report import Source
 from pcache_core.store import ModuleStore
 
@@ -49,13 +50,22 @@ class ModuleLibrary:
     def _is_fixed(self) -> bool:
         return self.lm.support.kind == "fixed-positions"
 
-    def key(self, anchor_ids: Sequence[int], token_ids: Sequence[int], start: int) -> ModuleKey:
-        """The key of a module that is to stand at row `start`."""
-        return self._keys.key(anchor_ids, token_ids, start if self._is_fixed else None)
+    def key(self, anchor_ids: Sequence[int], passage: Passage, position: int) -> ModuleKey:
+        """The key of a passage that is to stand at `position`."""
+        fixed = position if self._is_fixed else None
+        return self._keys.key(anchor_ids, passage.kept_ids, fixed, passage.shape)
 
-    def encoding_position(self, anchor_tokens: int, start: int) -> int:
-        """Where to encode a module that is to stand at `start`: there if it can't move later."""
-        return start if self._is_fixed else anchor_tokens
+    def encoding_position(self, anchor_tokens: int, position: int) -> int:
+        """Where to encode what is to stand at `position`: there if it can't move later."""
+        return position if self._is_fixed else anchor_tokens
+
+    def can_encode(self, anchor_tokens: int, passage: Passage, position: int) -> bool:
+        """Whether a passage with its gaps lies within the positions that the model knows."""
+        if not passage.offsets:
+            return True
+        end = self.encoding_position(anchor_tokens, position) + passage.extent
+        limit = self.lm.context_length
+        return (limit is None or end <= limit) and not self.lm.support.is_beyond_stable(end)
 
     def contains(self, key: ModuleKey) -> bool:
         """Whether the store has it."""
@@ -81,7 +91,7 @@ class ModuleLibrary:
         """The state of an anchor, encoded if it is new; None for an empty one."""
         if not anchor_ids:
             return None
-        key = self.key((), anchor_ids, 0)
+        key = self.key((), Passage(tuple(anchor_ids)), 0)
         found = self.find([key])
         if found is None:
             found = self._keep(key, encode_anchor(self.lm, anchor_ids))

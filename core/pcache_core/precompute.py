@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from tqdm import tqdm
 
@@ -12,6 +13,8 @@ from pcache_core.encode import Module
 from pcache_core.errors import BudgetError, ContextLengthError, PromptError
 from pcache_core.key import ModuleKey
 from pcache_core.library import ModuleLibrary
+from pcache_core.passage import Passage
+from pcache_core.plan import TokenisedPrompt
 from pcache_core.prompt import Segment
 from pcache_core.report import EncodeReport
 
@@ -37,9 +40,70 @@ def precompute(
     ids = [lm.text.ids(document) for document in documents if document is not None]
     modules = [token_ids for token_ids in ids if len(token_ids) >= min_module_tokens]
     lm.check_ids((*anchor_ids, *(token_id for m in modules for token_id in m)))
-    for token_ids in modules:
-        _check_fits(library, len(anchor_ids), len(token_ids))
-    wanted = {library.key(anchor_ids, m, 0): Module(m, len(anchor_ids)) for m in modules}
+    passages = [Passage(token_ids) for token_ids in modules]
+    for passage in passages:
+        _check_fits(library, len(anchor_ids), passage)
+    wanted = {library.key(anchor_ids, p, 0): Module(p, len(anchor_ids)) for p in passages}
+    report = _encode_missing(library, anchor_ids, wanted, progress=progress)
+    return replace(
+        report,
+        texts=len(documents),
+        already_stored=len(modules) - report.encoded,
+        too_short=len(documents) - len(modules),
+        seconds=_since(started),
+    )
+
+
+def precompute_units(
+    library: ModuleLibrary,
+    prompts: Iterable[TokenisedPrompt],
+    *,
+    min_module_tokens: int,
+    progress: bool,
+) -> EncodeReport:
+    """Encode the units of a schema's prompts; see `PromptCacheEngine.encode_schema`."""
+    started = time.perf_counter()
+    by_anchor: dict[tuple[int, ...], dict[ModuleKey, Module]] = {}
+    short: set[ModuleKey] = set()
+    for tokens in prompts:
+        anchor_ids, passages = tokens.anchor_ids, tokens.units or ()
+        for unit in passages:
+            passage, position = unit.passage, unit.position
+            key = library.key(anchor_ids, passage, position)
+            if len(passage.kept_ids) < min_module_tokens:
+                short.add(key)
+                continue
+            _check_fits(library, len(anchor_ids), passage)
+            encoded_at = library.encoding_position(len(anchor_ids), position)
+            by_anchor.setdefault(anchor_ids, {})[key] = Module(passage, encoded_at)
+    if not library.lm.support.reuses_modules:
+        texts = sum(map(len, by_anchor.values())) + len(short)
+        reason = library.lm.support.reason
+        return EncodeReport(texts, 0, 0, 0, 0, 0, _since(started), reason)
+    reports = [
+        _encode_missing(library, anchor_ids, modules, progress=progress)
+        for anchor_ids, modules in by_anchor.items()
+    ]
+    return EncodeReport(
+        texts=sum(report.texts for report in reports) + len(short),
+        encoded=sum(report.encoded for report in reports),
+        kept=sum(report.kept for report in reports),
+        already_stored=sum(report.already_stored for report in reports),
+        too_short=len(short),
+        tokens=sum(report.tokens for report in reports),
+        seconds=_since(started),
+    )
+
+
+def _encode_missing(
+    library: ModuleLibrary,
+    anchor_ids: tuple[int, ...],
+    wanted: dict[ModuleKey, Module],
+    *,
+    progress: bool,
+) -> EncodeReport:
+    """Encode the modules that the store doesn't have."""
+    started = time.perf_counter()
     missing = {key: module for key, module in wanted.items() if not library.contains(key)}
     tokens = _encode(library, anchor_ids, missing, progress=progress)
     kept = sum(library.contains(key) for key in missing)
@@ -48,11 +112,11 @@ def precompute(
             "the store kept %d of %d states; raise its budget to keep all", kept, len(missing)
         )
     return EncodeReport(
-        texts=len(documents),
+        texts=len(wanted),
         encoded=len(missing),
         kept=kept,
-        already_stored=len(modules) - len(missing),
-        too_short=len(documents) - len(modules),
+        already_stored=len(wanted) - len(missing),
+        too_short=0,
         tokens=tokens,
         seconds=_since(started),
     )
@@ -66,12 +130,12 @@ def _encode(
     progress: bool,
 ) -> int:
     """Encode with a bar that vanishes when the output is not a terminal; returns the tokens."""
-    total = sum(len(module.token_ids) for module in modules.values())
+    total = sum(module.num_tokens for module in modules.values())
     anchor = library.anchor(anchor_ids) if modules else None
     disable = None if progress else True  # None: only on a terminal
     with tqdm(total=total, desc="encoding", unit="tok", unit_scale=True, disable=disable) as bar:
         for key, _ in library.encode(anchor, modules):
-            bar.update(len(key.token_ids))
+            bar.update(modules[key].num_tokens)
     return total
 
 
@@ -89,13 +153,14 @@ def _document(text: str) -> Segment | None:
     return Segment(text, "document") if text else None
 
 
-def _check_fits(library: ModuleLibrary, anchor_tokens: int, tokens: int) -> None:
+def _check_fits(library: ModuleLibrary, anchor_tokens: int, passage: Passage) -> None:
     """Raises: ContextLengthError, BudgetError: the state can never be used, or never be kept."""
     limit = library.lm.context_length
-    if limit is not None and anchor_tokens + tokens >= limit:
+    tokens = len(passage.kept_ids)
+    if limit is not None and anchor_tokens + passage.extent >= limit:
         raise ContextLengthError(
-            f"a text has {tokens} tokens behind an anchor of {anchor_tokens}, {library.lm.name} "
-            f"holds {limit}; split it into shorter documents"
+            f"a text has {passage.extent} tokens behind an anchor of {anchor_tokens}, "
+            f"{library.lm.name} holds {limit}; split it into shorter documents"
         )
     budget = library.budget_bytes
     needed = tokens * library.lm.bytes_per_token

@@ -48,14 +48,14 @@ def work(
         policy's shares are of these, so that what is repaired doesn't depend on earlier requests.
     """
     prefix = len(lease.token_ids)
-    filled = [(f.candidate.start, f.candidate.stop) for f in fillings]
+    filled = [run for f in fillings for run in f.candidate.runs]
     missing = tuple(computed_rows(len(tokens.token_ids), [(0, prefix), *filled]))
     is_same_prompt = lease.repaired_for == len(tokens.token_ids) == prefix + 1
     _note(lease, tokens, fillings)
     stale = tuple(i for i, label in enumerate(lease.labels) if label not in (COMPUTED, REPAIRED))
     if policy is None or not stale or is_same_prompt:
         return Work(missing)
-    fresh = [run for run, f in zip(filled, fillings, strict=True) if not f.exact]
+    fresh = sorted(run for f in fillings if not f.exact for run in f.candidate.runs)
     if not lm.watches:
         return Work(missing, stale, tuple(spread_rows(policy, fresh, reusable)))
     heads = tuple(head_rows(policy, fresh, reusable))
@@ -107,7 +107,8 @@ def _run(lm: CausalLM, lease: Lease, rows: Sequence[int]) -> torch.Tensor:
 
 def _batch(lease: Lease, rows: Sequence[int], watched: range | None = None) -> Batch:
     token_ids = [lease.token_ids[row] for row in rows]
-    return Batch.of_rows(lease.slot, token_ids, rows, rows, watched)
+    positions = [lease.positions[row] for row in rows]
+    return Batch.of_rows(lease.slot, token_ids, rows, positions, watched)
 
 
 def _note(lease: Lease, tokens: TokenisedPrompt, fillings: Sequence[Filling]) -> None:
@@ -115,7 +116,8 @@ def _note(lease: Lease, tokens: TokenisedPrompt, fillings: Sequence[Filling]) ->
     labels = [COMPUTED] * len(tokens.token_ids)
     labels[: len(lease.labels)] = lease.labels
     for filling in fillings:
-        start, stop = filling.candidate.start, filling.candidate.stop
         label = COMPUTED if filling.exact else filling.found.digest
-        labels[start:stop] = [label] * (stop - start)
+        for start, stop in filling.candidate.runs:
+            labels[start:stop] = [label] * (stop - start)
     lease.token_ids, lease.labels = list(tokens.token_ids), labels
+    lease.positions = list(tokens.positions)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from pcache_core.errors import PromptError
+from pcache_core.passage import Passage
 
 SegmentKind = Literal["literal", "document", "argument", "text"]
 SEGMENT_KINDS: tuple[SegmentKind, ...] = get_args(SegmentKind)
@@ -50,16 +51,51 @@ class Segment:
         return self.kind in ("literal", "text")
 
 
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Text of a schema that is encoded together.
+
+    segments: which of the prompt's segments it is, by index, in the order of the passage.
+    position: where the schema puts the passage's first token.
+    """
+
+    segments: tuple[int, ...]
+    passage: Passage
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a schema puts the segments of a prompt, for one model.
+
+    token_ids: of each segment. starts: position of each segment's first token; the others follow.
+    opening: how many segments open every prompt of the schema.
+    model: fingerprint of the model whose tokens these are.
+    fallback_reason: why the positions are not those that were asked for, or the units of no use.
+    """
+
+    token_ids: tuple[tuple[int, ...], ...]
+    starts: tuple[int, ...]
+    opening: int
+    units: tuple[Unit, ...]
+    model: str
+    fallback_reason: str | None = None
+
+
 class Prompt:
     """An immutable sequence of segments. Its text is the plain concatenation of theirs.
+
+    placement: what a schema says about the segments; None for a flat prompt, whose tokens stand
+        one after the other.
 
     Raises: PromptError: no segment holds any text.
     """
 
-    __slots__ = ("segments",)
+    __slots__ = ("placement", "segments")
     segments: tuple[Segment, ...]
+    placement: Placement | None
 
-    def __init__(self, segments: Iterable[Segment]) -> None:
+    def __init__(self, segments: Iterable[Segment], placement: Placement | None = None) -> None:
         if isinstance(segments, str) or not isinstance(segments, Iterable):
             raise PromptError(
                 f"Prompt takes a list of segments, got {type(segments).__name__}; "
@@ -75,7 +111,9 @@ class Prompt:
         kept = tuple(segment for segment in kept if segment.text)
         if not kept:
             raise PromptError("the prompt is empty; give at least one character of text")
+        assert placement is None or len(placement.starts) == len(kept)
         object.__setattr__(self, "segments", kept)
+        object.__setattr__(self, "placement", placement)
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"Prompt is immutable; can't set {name!r}")
@@ -92,14 +130,23 @@ class Prompt:
 
     @property
     def opening(self) -> tuple[Segment, ...]:
-        """The constant opening: the `literal` segments before the first one of another kind."""
+        """The constant opening: the `literal` segments before the first one of another kind.
+
+        In a prompt of a schema: what opens every prompt of that schema.
+        """
+        if self.placement is not None:
+            return self.segments[: self.placement.opening]
         length = 0
         while length < len(self.segments) and self.segments[length].kind == "literal":
             length += 1
         return self.segments[:length]
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Prompt) and self.segments == other.segments
+        return (
+            isinstance(other, Prompt)
+            and self.segments == other.segments
+            and self.placement == other.placement
+        )
 
     def __hash__(self) -> int:
         return hash(self.segments)

@@ -56,7 +56,7 @@ class PromptReader:
         report = assemble.describe(request.tokens, prefix, fillings, request.reuse)
         report.fallback_reason = request.fallback_reason
         report.load_ms = clock.lap_ms()
-        assemble.fill(self._lm, lease, fillings)
+        assemble.fill(self._lm, lease, request.tokens, fillings)
         report.assemble_ms = clock.lap_ms()
         todo = prefill.work(
             self._lm,
@@ -87,19 +87,23 @@ class PromptReader:
         # What is to be repaired starts from states, not from what earlier questions made of them.
         usable = [] if request.repair else wishes
         accepts = _accept_nothing if request.reuse == "off" else assemble.row_filter(usable)
-        token_ids = request.tokens.token_ids
-        lease = self._pool.acquire(token_ids, accepts, request.capacity, request.repair)
+        tokens = request.tokens
+        lease = self._pool.acquire(
+            tokens.token_ids, accepts, request.capacity, request.repair, tokens.positions
+        )
         assemble.keep_whole_modules(lease, wishes)
         return lease
 
     def _candidates(self, request: Request) -> list[Candidate]:
         if request.reuse in ("off", "exact"):
             return []
-        return candidates(
+        found = candidates(
             request.tokens,
             min_module_tokens=self._min_module_tokens,
             min_literal_tokens=_MIN_LITERAL_TOKENS,
         )
+        opening = request.tokens.opening
+        return [c for c in found if self._library.can_encode(opening, c.passage, c.position)]
 
     def _read_stock(self, request: Request) -> Reading:
         """For models whose cache is not rows per token."""
@@ -113,22 +117,22 @@ class PromptReader:
 
     def _step(self, lease: Lease, token_id: int) -> torch.Tensor:
         """Append a token and return the logits of the next."""
-        token_ids, first = [token_id], len(lease.token_ids)
-        if first == self._lm.support.stable_length:
+        token_ids, positions, first = [token_id], [lease.end], len(lease.token_ids)
+        if positions[0] == self._lm.support.stable_length:
             # With this token every rotary frequency changes: no row fits any longer.
             token_ids, first = [*lease.token_ids, token_id], 0
+            positions = [*lease.positions, lease.end]
         rows = range(first, first + len(token_ids))
         if rows.stop > lease.slot.capacity:
             lease.grow(self._lm.new_slot)
-        logits = self._lm.forward(Batch.of_rows(lease.slot, token_ids, rows, rows))
-        lease.append([token_id], COMPUTED)
+        logits = self._lm.forward(Batch.of_rows(lease.slot, token_ids, rows, positions))
+        lease.append(token_ids[-1], positions[-1], COMPUTED)
         return logits
 
     def _release(self, lease: Lease, request: Request) -> None:
         """Give the slot back, empty if nothing in it may serve another request."""
-        if request.reuse == "off" or self._lm.support.is_beyond_stable(len(lease.token_ids)):
-            lease.token_ids.clear()
-            lease.labels.clear()
+        if request.reuse == "off" or self._lm.support.is_beyond_stable(lease.end):
+            lease.shorten(0)
         self._pool.release(lease)
 
 

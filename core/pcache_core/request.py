@@ -53,22 +53,40 @@ def check_request(
         )
     if not isinstance(params, SamplingParams):
         raise OptionError(f"params must be SamplingParams, got {type(params).__name__}")
+    if prompt.placement is not None and prompt.placement.model != lm.fingerprint:
+        raise PromptError(
+            f"the prompt was laid out for another model than {lm.name}; make it with "
+            "prompt_from_pml of the engine that runs it"
+        )
     tokens = tokenise(prompt, lm.text.ids, lm.text.bos_ids)
-    length, limit = len(tokens.token_ids), lm.context_length
-    if not length:
+    if not tokens.token_ids:
         raise PromptError("the prompt has no tokens; give at least one character of text")
     lm.check_ids(tokens.token_ids)
+    limit = lm.context_length
     if limit is not None:
-        if length > limit:
-            raise ContextLengthError(
-                f"the prompt has {length} tokens, {lm.name} holds {limit}; "
-                "use fewer or shorter documents"
-            )
+        _check_fits(lm, tokens, limit)
         # The last token that is generated needs no row of its own.
-        params = replace(params, max_tokens=min(params.max_tokens, limit - length + 1))
-    possible, reason = _possible(lm, mode, length)
+        params = replace(params, max_tokens=min(params.max_tokens, limit - tokens.end + 1))
+    possible, reason = _possible(lm, mode, tokens.end)
+    if reason is None and prompt.placement is not None:
+        reason = prompt.placement.fallback_reason
     policy = REPAIR.get(possible)
     return Request(tokens, params, possible, reason, policy and (repair or policy))
+
+
+def _check_fits(lm: CausalLM, tokens: TokenisedPrompt, limit: int) -> None:
+    """Raises: ContextLengthError: a token stands behind the last position."""
+    length = len(tokens.token_ids)
+    if length > limit:
+        raise ContextLengthError(
+            f"the prompt has {length} tokens, {lm.name} holds {limit}; "
+            "use fewer or shorter documents"
+        )
+    if tokens.end > limit:
+        raise ContextLengthError(
+            f"the schema's positions reach {tokens.end}, {lm.name} holds {limit}; "
+            "use positions='compact', or a smaller schema"
+        )
 
 
 def _possible(lm: CausalLM, mode: ReuseMode, length: int) -> tuple[ReuseMode, str | None]:

@@ -22,14 +22,15 @@ _ROUND_UP = 256
 class Lease:
     """A slot in use by one request.
 
-    token_ids, labels: what its filled rows hold and came from: `COMPUTED`, `REPAIRED`, or the
-    digest of the state they were filled from.
+    token_ids, positions, labels: what its filled rows hold, where they stand and what they came
+    from: `COMPUTED`, `REPAIRED`, or the digest of the state they were filled from.
     repair, repaired_for: the policy that repaired rows, and the length of the prompt whose
     question chose them.
     """
 
     slot: Slot
     token_ids: list[int]
+    positions: list[int]
     labels: list[str]
     repair: RepairPolicy | None = None
     repaired_for: int = 0
@@ -40,10 +41,20 @@ class Lease:
         larger.copy_rows(self.slot, len(self.token_ids))
         self.slot = larger
 
-    def append(self, token_ids: Sequence[int], label: str) -> None:
-        """Note that the next rows hold these tokens."""
-        self.token_ids.extend(token_ids)
-        self.labels.extend([label] * len(token_ids))
+    @property
+    def end(self) -> int:
+        """One behind the largest position in use: where a token goes that is generated."""
+        return max(self.positions, default=-1) + 1
+
+    def append(self, token_id: int, position: int, label: str) -> None:
+        """Note what the next row holds."""
+        self.token_ids.append(token_id)
+        self.positions.append(position)
+        self.labels.append(label)
+
+    def shorten(self, rows: int) -> None:
+        """Forget all but the first rows."""
+        del self.token_ids[rows:], self.positions[rows:], self.labels[rows:]
 
 
 Accepts = Callable[[int, str], bool]
@@ -53,9 +64,10 @@ Accepts = Callable[[int, str], bool]
 class SlotPool:
     """Keeps the slots of the last requests.
 
-    A row can be taken over when every row up to it holds the same token, and either was computed
-    with full sight or came from a state that the new prompt uses in the same place. Repaired rows
-    were chosen by a question, so they serve only a prompt that continues behind that question.
+    A row can be taken over when every row up to it holds the same token in the same position, and
+    either was computed with full sight or came from a state that the new prompt uses in the same
+    place. Repaired rows were chosen by a question, so they serve only a prompt that continues
+    behind that question.
     """
 
     def __init__(self, make_slot: Callable[[int], Slot], max_idle: int) -> None:
@@ -70,22 +82,26 @@ class SlotPool:
         accepts: Accepts,
         capacity: int,
         repair: RepairPolicy | None = None,
+        positions: Sequence[int] | None = None,
     ) -> Lease:
         """A slot for `capacity` rows that holds as long a start of the prompt as possible.
 
+        positions: of the tokens; their rows if they follow each other without a gap.
         The last token is never taken over: it has to be computed for its logits.
         """
         with self._lock:
-            best, rows = self._best_match(token_ids, accepts, repair)
+            wanted = list(zip(token_ids, positions or range(len(token_ids)), strict=True))
+            best, rows = self._best_match(wanted, accepts, repair)
             if best is not None and self._may_continue(best, rows, capacity):
                 self._idle.remove(best)
                 lease = best
-                del lease.token_ids[rows:], lease.labels[rows:]
+                lease.shorten(rows)
             else:
-                lease = Lease(self._buffer(capacity, keep=best), [], [])
+                lease = Lease(self._buffer(capacity, keep=best), [], [], [])
                 if best is not None:
                     lease.slot.copy_rows(best.slot, rows)
                     lease.token_ids, lease.labels = best.token_ids[:rows], best.labels[:rows]
+                    lease.positions = best.positions[:rows]
                     lease.repair, lease.repaired_for = best.repair, best.repaired_for
             if REPAIRED not in lease.labels:
                 lease.repair, lease.repaired_for = None, 0
@@ -99,14 +115,14 @@ class SlotPool:
                 del self._idle[0]
 
     def _best_match(
-        self, token_ids: Sequence[int], accepts: Accepts, repair: RepairPolicy | None
+        self, wanted: Sequence[_Token], accepts: Accepts, repair: RepairPolicy | None
     ) -> tuple[Lease | None, int]:
         best, rows = None, 0
         for lease in self._idle:
-            if _continues(lease, token_ids, repair):
-                matching = _alike(lease, token_ids)
+            if _continues(lease, wanted, repair):
+                matching = _alike(lease, wanted)
             else:
-                matching = _matching_rows(lease, token_ids, accepts)
+                matching = _matching_rows(lease, wanted, accepts)
             if matching > rows:
                 best, rows = lease, matching
         return best, rows
@@ -126,21 +142,27 @@ class SlotPool:
         return self._make_slot(-(-capacity // _ROUND_UP) * _ROUND_UP)
 
 
-def _alike(lease: Lease, token_ids: Sequence[int]) -> int:
+_Token = tuple[int, int]
+"""A token's id and position."""
+
+
+def _alike(lease: Lease, wanted: Sequence[_Token]) -> int:
     """Rows from the first on that hold the prompt's tokens, whatever they came from."""
-    most = min(len(lease.token_ids), len(token_ids) - 1)
-    pairs = zip(lease.token_ids[:most], token_ids, strict=False)
+    most = min(len(lease.token_ids), len(wanted) - 1)
+    held = zip(lease.token_ids[:most], lease.positions, strict=False)
+    pairs = zip(held, wanted, strict=False)
     return next((row for row, (mine, theirs) in enumerate(pairs) if mine != theirs), most)
 
 
-def _matching_rows(lease: Lease, token_ids: Sequence[int], accepts: Accepts) -> int:
-    alike = _alike(lease, token_ids)
+def _matching_rows(lease: Lease, wanted: Sequence[_Token], accepts: Accepts) -> int:
+    alike = _alike(lease, wanted)
     return next((row for row in range(alike) if not accepts(row, lease.labels[row])), alike)
 
 
-def _continues(lease: Lease, token_ids: Sequence[int], repair: RepairPolicy | None) -> bool:
+def _continues(lease: Lease, wanted: Sequence[_Token], repair: RepairPolicy | None) -> bool:
     """Whether the prompt is the one that rows were repaired for, or goes on behind it."""
     if repair is None or lease.repair != repair:
         return False
     count = lease.repaired_for
-    return lease.token_ids[:count] == list(token_ids[:count])
+    held = zip(lease.token_ids[:count], lease.positions[:count], strict=True)
+    return list(held) == list(wanted[:count])

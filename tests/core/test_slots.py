@@ -23,6 +23,7 @@ def use(pool: SlotPool, ids: Sequence[int], labels: Sequence[str] | None = None)
     """A request that fills every row with its token id and gives the slot back."""
     lease = pool.acquire(ids, lambda row, label: False, len(ids))
     lease.token_ids, lease.labels = list(ids), list(labels or [COMPUTED] * len(ids))
+    lease.positions = list(range(len(ids)))
     for row, token_id in enumerate(ids):
         lease.slot.keys[0][:, :, row] = token_id
     pool.release(lease)

@@ -52,6 +52,7 @@ class Batch:
     input_ids, positions, rows: [tokens]; `rows[i]` is where token i's keys and values go and,
         being the token's place in the prompt's order, what it may see: rows up to its own.
     num_rows: rows of the slot that take part, written before or by this forward.
+    end: one behind the largest position.
     watched: tokens whose attention is added up, as a range of the batch; None for none.
     attention: [num_rows] fp32, how much the watched tokens attended to each row, over the upper
         half of the layers.
@@ -60,8 +61,8 @@ class Batch:
     __slots__ = (
         "_biases",
         "_last_rows",
-        "_newest",
         "attention",
+        "end",
         "input_ids",
         "num_rows",
         "positions",
@@ -89,7 +90,7 @@ class Batch:
         self.num_rows = max(span.visible[-1][1] for span in self.spans)
         self.watched = watched
         self.attention = torch.zeros(self.num_rows if watched else 0, device=device)
-        self._newest = max(positions)
+        self.end = max(positions) + 1
         self._last_rows = {span: rows[span.stop - 1] for span in self.spans}
         self._biases: dict[tuple[Span, int | None, int, torch.dtype], torch.Tensor] = {}
         slot.positions.index_copy_(0, self.rows, self.positions)
@@ -116,7 +117,7 @@ class Batch:
         group: query heads folded into query rows, see `attention.py`.
         Returns: [group * tokens, visible rows] of `dtype`; None if every token sees every row.
         """
-        if window is not None and self._newest < window:
+        if window is not None and self.end <= window:
             window = None
         if window is None and self._sees_all(span):
             return None
@@ -134,7 +135,7 @@ class Batch:
     def is_plain_causal(self, span: Span, window: int | None) -> bool:
         """Whether the span's tokens are exactly the rows it sees, and no window hides any."""
         rows = sum(stop - start for start, stop in span.visible)
-        return rows == span.stop - span.start > 1 and (window is None or self._newest < window)
+        return rows == span.stop - span.start > 1 and (window is None or self.end <= window)
 
     def _sees_all(self, span: Span) -> bool:
         return span.stop - span.start == 1 and self._last_rows[span] == span.visible[-1][1] - 1

@@ -160,7 +160,7 @@ class CausalLM:
         """Compute a batch's tokens, filling their rows; logits of the last one, [vocab] fp32."""
         assert self.support.forward is not None, "a model without a cache has no slots"
         with self._lock:
-            if self.support.is_beyond_stable(batch.num_rows):
+            if self.support.is_beyond_stable(batch.end):
                 self._forget_longer_prompts()
             return self.support.forward(batch)
 

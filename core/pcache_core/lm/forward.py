@@ -26,6 +26,7 @@ class Forward(Protocol):
     """Runs a batch, filling its rows."""
 
     takes_many_spans: bool
+    windows_by_position: bool
 
     def __call__(self, batch: Batch) -> torch.Tensor:
         """Logits of the batch's last token, [vocab]."""
@@ -35,6 +36,7 @@ class RaggedForward:
     """One forward for the whole batch, through our attention function."""
 
     takes_many_spans = True
+    windows_by_position = True
 
     def __init__(self, model: PreTrainedModel, structure: CacheStructure) -> None:
         self._call = ModelCall(model)
@@ -59,6 +61,7 @@ class SequentialForward:
     """One forward for each contiguous run of the batch, through the model's own attention."""
 
     takes_many_spans = False
+    windows_by_position = False
 
     def __init__(self, model: PreTrainedModel, structure: CacheStructure) -> None:
         self._call = ModelCall(model)

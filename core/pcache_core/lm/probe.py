@@ -10,8 +10,8 @@ The checks, each against the model's own plain forward or against encoding elsew
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -31,6 +31,7 @@ from pcache_core.lm.structure import (
     CacheStructure,
     cache_structure,
     context_length,
+    has_window,
     stable_length,
     text_config,
 )
@@ -55,6 +56,7 @@ class Support:
     rotations: one for each caching layer; None unless states can be moved.
     forward: how the model is run over a slot; None for `no-cache`.
     stable_length: a longer prompt reuses nothing; None where any length may.
+    takes_positions: positions may leave gaps and need not be the rows'.
     """
 
     kind: SupportKind
@@ -63,6 +65,7 @@ class Support:
     rotations: Rotations | None = None
     forward: Forward | None = None
     stable_length: int | None = None
+    takes_positions: bool = False
 
     @property
     def reuses_modules(self) -> bool:
@@ -91,7 +94,21 @@ def probe(model: PreTrainedModel) -> Support:
     if structure.is_chunked:
         reason = "attention within fixed chunks of the context ties states to their place"
         return Support("exact-only", reason, layers, None, forward, limit)
-    return _positions(model, _Encoder(model, layers, forward), limit)
+    support = _positions(model, _Encoder(model, layers, forward), limit)
+    return replace(support, takes_positions=_takes_positions(support, text_config(model)))
+
+
+def _takes_positions(support: Support, config: Any) -> bool:
+    """Whether masks and biases follow positions wherever rows don't.
+
+    Our attention masks by position. A model's own counts columns of the cache for windows and for
+    distance biases; without either, rotary and learned embeddings take what they are told.
+    """
+    if support.forward is None or not support.reuses_modules:
+        return False
+    if support.forward.windows_by_position:
+        return True
+    return support.kind != "position-free" and not has_window(config)
 
 
 def _positions(model: PreTrainedModel, encoder: _Encoder, limit: int | None) -> Support:

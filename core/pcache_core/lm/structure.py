@@ -74,6 +74,11 @@ def context_length(model: PreTrainedModel) -> int | None:
     return None
 
 
+def has_window(config: Any) -> bool:
+    """Whether some layer sees a limited number of tokens back, as far as the configuration says."""
+    return any(getattr(config, name, None) for name in ("sliding_window", "window_size"))
+
+
 def stable_length(model: PreTrainedModel) -> int | None:
     """Positions up to which rotary frequencies don't depend on the prompt's length; None for all.
 

@@ -1,0 +1,177 @@
+"""Defects of the paper's reference implementation that concern states, each as it must be.
+
+Those of parsing and positions are in test_reference_defects.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+
+import oracle
+import schema_oracle
+import tiny_models
+from pcache_core import CausalLM, PromptCacheEngine, SamplingParams
+from pcache_core.kv import KVState
+from pcache_core.passage import Passage
+from pcache_core.slots import Lease
+from schema_oracle import Encoded, SchemaOracle
+
+TOLERANCE = 1e-4
+VISIBLE_DIFFERENCE = 1e-2
+LETTERS = """<schema name="s">
+  Answer from these notes.
+  <module name="a">Ann keeps bees in Oslo.</module>
+  <module name="b">Ben sold a red boat to <param name="who" len="12"/> in May.</module>
+  <module name="c">The mill by the lake burned.</module>
+</schema>"""
+A, B, C = "<a/>", '<b who="Cy"/>', "<c/>"
+
+
+@pytest.fixture
+def llama(tiny_lm: Callable[..., CausalLM]) -> CausalLM:
+    return tiny_lm("llama")
+
+
+def new_engine(lm: CausalLM, schema: str = LETTERS) -> PromptCacheEngine:
+    engine = PromptCacheEngine(lm, reuse="fast")
+    engine.add_schema(schema)
+    return engine
+
+
+def pml(*parts: str) -> str:
+    return f'<prompt schema="s">{"".join(parts)} Who?</prompt>'
+
+
+def logits(engine: PromptCacheEngine, prompt: str) -> torch.Tensor:
+    return engine.prefill(engine.prompt_from_pml(prompt)).logits
+
+
+def expected(
+    model: str, prompt: str, schema: str = LETTERS, encoded: Encoded = "behind the anchor"
+) -> torch.Tensor:
+    of = SchemaOracle(schema, tiny_models.tiny_tokenizer(), encoded)
+    positions = "compact" if encoded == "without gaps" else "schema"
+    return oracle.next_logits(tiny_models.build(model), of.rows(prompt, positions))
+
+
+def error(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one - other).abs().max())
+
+
+def stored(engine: PromptCacheEngine, text: str) -> KVState:
+    """The state of a module's text, as the store has it."""
+    prompt = engine.tokenise(engine.prompt_from_pml(pml(A)))
+    ids = tuple(engine.lm.token_ids(text))
+    hit = engine.store.get(engine._library.key(prompt.anchor_ids, Passage(ids), 0))
+    assert hit is not None
+    return hit.state
+
+
+def lease(engine: PromptCacheEngine) -> Lease:
+    """What an engine's last request left in its slot."""
+    return engine._reader._pool._idle[-1]
+
+
+def test_modules_are_encoded_independently_of_those_before_them(llama: CausalLM) -> None:
+    alone, behind = new_engine(llama), new_engine(llama)
+    logits(alone, pml(C))
+    logits(behind, pml(A, B, C))
+    one, other = (stored(engine, "The mill by the lake burned.") for engine in (alone, behind))
+    for mine, theirs in zip((*one.keys, *one.values), (*other.keys, *other.values), strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-6)
+
+
+def test_requests_abc_ac_abc_ab_never_read_another_modules_states(llama: CausalLM) -> None:
+    engine = new_engine(llama)
+    for uses in ((A, B, C), (A, C), (A, B, C), (A, B)):
+        prompt = pml(*uses)
+        assert error(logits(engine, prompt), expected("llama", prompt)) < TOLERANCE
+
+
+@pytest.mark.parametrize("model", ["mpt", "bloom"])
+def test_distance_biases_follow_the_order_of_states_whatever_was_used_most(
+    model: str, tiny_lm: Callable[..., CausalLM]
+) -> None:
+    engine = new_engine(tiny_lm(model))
+    for uses in ((C,), (C,), (A, C), (C, A), (A, B, C), (C, B)):
+        prompt = pml(*uses)
+        wanted = expected(model, prompt, encoded="without gaps")
+        assert error(logits(engine, prompt), wanted) < TOLERANCE
+
+
+def test_arguments_keep_their_order_and_see_no_module_behind_them(llama: CausalLM) -> None:
+    def argument(uses: Sequence[str]) -> tuple[list[int], torch.Tensor]:
+        engine = new_engine(llama)
+        prompt = engine.prompt_from_pml(pml(*uses))
+        engine.prefill(prompt)
+        (piece,) = [p for p in engine.tokenise(prompt).pieces if p.segment.kind == "argument"]
+        rows = slice(piece.start, piece.stop)
+        return lease(engine).positions[rows], lease(engine).slot.values[0][:, :, rows].clone()
+
+    positions, values = argument((A, B))
+    with_c, with_c_values = argument((A, B, C))
+    assert positions == with_c == sorted(positions)
+    assert torch.allclose(values, with_c_values, atol=1e-6)
+    _, without_a = argument((B,))
+    assert (values - without_a).abs().max() > VISIBLE_DIFFERENCE
+
+
+def test_a_short_document_is_not_doubled_by_the_slots_limit(llama: CausalLM) -> None:
+    engine = new_engine(
+        llama,
+        '<schema name="s"><slot name="d" max-tokens="90"/><module name="a">A.</module></schema>',
+    )
+    text = "Ann keeps bees in Oslo."
+    prompt = engine.prompt_from_pml(pml(f"<d><document>{text}</document></d>"))
+    assert engine.tokenise(prompt).token_ids == (
+        *engine.lm.text.bos_ids,
+        *engine.lm.token_ids(text),
+        *engine.lm.token_ids(" Who?"),
+    )
+    assert "".join(part.text for part in engine.prefill(prompt).report.segments) == prompt.text
+
+
+def test_text_between_modules_is_read(llama: CausalLM) -> None:
+    engine = new_engine(llama)
+    with_text, without = pml(A, " but not at all ", C), pml(A, C)
+    assert error(logits(engine, with_text), expected("llama", with_text)) < TOLERANCE
+    assert error(logits(engine, with_text), logits(engine, without)) > VISIBLE_DIFFERENCE
+
+
+def test_a_prompt_of_modules_alone_is_run(llama: CausalLM) -> None:
+    prompt = '<prompt schema="s"><a/><c/></prompt>'
+    assert error(logits(new_engine(llama), prompt), expected("llama", prompt)) < TOLERANCE
+
+
+@pytest.mark.parametrize("positions", ["schema", "compact"])
+def test_generated_tokens_skip_no_position(llama: CausalLM, positions: str) -> None:
+    engine = new_engine(llama)
+    prompt = engine.prompt_from_pml(pml(A, C), positions=positions)  # type: ignore[arg-type]
+    tokens = engine.tokenise(prompt)
+    generation = engine.generate(prompt, SamplingParams(max_tokens=6))
+    used = lease(engine).positions
+    count = len(generation.token_ids) - 1  # the last one is not read again
+    assert used[len(tokens.positions) :] == list(range(tokens.end, tokens.end + count))
+    assert lease(engine).slot.positions[: len(used)].tolist() == used
+    if positions == "compact":
+        assert used == list(range(len(used)))  # they don't grow with the schema
+
+
+@pytest.mark.parametrize("model", ["llama", "gptj", "gpt2"])
+def test_positions_far_beyond_the_number_of_tokens_are_the_models_own(
+    model: str, tiny_lm: Callable[..., CausalLM]
+) -> None:
+    schema = LETTERS.replace(
+        '<module name="c">', '<slot name="d" max-tokens="380"/>\n<module name="c">'
+    )
+    encoded: Encoded = "in place" if model == "gpt2" else "behind the anchor"
+    engine, prompt = new_engine(tiny_lm(model), schema), pml(A, C)
+    assert engine.tokenise(engine.prompt_from_pml(prompt)).end > 400
+    assert error(logits(engine, prompt), expected(model, prompt, schema, encoded)) < TOLERANCE
+    generation = engine.generate(engine.prompt_from_pml(prompt), SamplingParams(max_tokens=5))
+    rows = SchemaOracle(schema, tiny_models.tiny_tokenizer(), encoded).rows(prompt)
+    greedy = schema_oracle.greedy(tiny_models.build(model), rows, len(generation.token_ids))
+    assert list(generation.token_ids) == greedy
