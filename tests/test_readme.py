@@ -13,7 +13,9 @@ README = (ROOT / "README.md").read_text("utf-8")
 SNIPPETS = re.findall(r"^```python\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
 
 
-@pytest.mark.parametrize("snippet", SNIPPETS, ids=["langchain", "llama_index", "engine", "repair"])
+@pytest.mark.parametrize(
+    "snippet", SNIPPETS, ids=["langchain", "llama_index", "engine", "schema", "repair"]
+)
 def test_each_snippet_runs_as_it_stands_and_answers(
     snippet: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
