@@ -200,6 +200,12 @@ def test_files_are_off_without_a_root_and_count_against_the_limit(folder: Path) 
     (folder / "big.txt").write_bytes(b"x" * 900)
     with pytest.raises(PMLError, match="over the limit of"):
         included("big.txt", folder, Limits(max_bytes=900))
+    twice = "".join(f"<module name='m{n}' src='big.txt'/>" for n in range(2))
+    assert included("big.txt", folder, Limits(max_bytes=1700))
+    with pytest.raises(PMLError, match="over the limit of"):
+        parse_schema(
+            f"<schema name='s'>{twice}</schema>", src_root=folder, limits=Limits(max_bytes=1700)
+        )
 
 
 @pytest.mark.parametrize("name", ["no-such-folder", "sub/a.txt", "\0", "loop"])
@@ -210,7 +216,7 @@ def test_a_root_that_is_no_folder_is_refused(folder: Path, name: str) -> None:
 
 HOSTILE = {
     "one tag of many attributes": "<schema name='x' " + " ".join(f"a{i}=''" for i in range(10**5)),
-    "many attributes": "<schema " + " ".join(f"a{i}=''" for i in range(300)) + "/>",
+    "many attributes": "<prompt schema='s' " + " ".join(f"a{i}=''" for i in range(300)) + "/>",
     "too deep": '<schema name="s">' + '<module name="a">' * 70 + "</module>" * 70 + "</schema>",
     "far too deep": "<a>" * 300_000,
     "too many elements": '<schema name="s">' + "<module name='a'/>" * 10**5 + "</schema>",

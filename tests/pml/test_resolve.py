@@ -73,6 +73,20 @@ def test_text_behind_goes_behind_every_position_in_use() -> None:
     assert shown(gapped, "Q") == [("x", 0), ("Q", 1)]
 
 
+def test_text_between_begins_behind_what_the_module_leaves_over() -> None:
+    layout = layout_of(
+        "<module name='a'>a<param name='p' len='5'/></module><module name='b'>b</module>"
+    )
+    assert shown(layout, "<a p='x'/>T<b/>") == [("a", 0), ("x", 1), ("T", 6), ("b", 6)]
+
+
+def test_text_behind_goes_behind_long_text_between() -> None:
+    texts = dict(shown(ABC, "<a/>QQQQQQQQQ<c/>R"))
+    assert (texts["QQQQQQQQQ"], texts["z"], texts["R"]) == (5, 12, 14)
+    texts = dict(shown(ABC, "<a/>QQQQQQQQQQQQQQQ<c/>R"))
+    assert (texts["z"], texts["R"]) == (12, 20)
+
+
 def test_text_before_the_first_module_stands_before_it() -> None:
     assert shown(ABC, "Q<a/>") == [
         *(("xx", 0), ("Q", 2), ("aaa", 2), ("y", 5), ("z", 12)),
@@ -247,20 +261,22 @@ def test_two_messages_of_one_role_are_two() -> None:
     assert same.text == "<-u>U<uu>Q<uu>Q<u->"
 
 
-def test_room_is_kept_for_the_longest_mark_that_may_stand_there() -> None:
+@pytest.mark.parametrize(
+    ("long_behind", "with_m", "without_m"), [("system", 12, 12), (None, 17, 17)]
+)
+def test_room_is_kept_for_the_longest_mark_that_may_stand_there(
+    long_behind: str | None, with_m: int, without_m: int
+) -> None:
     def uneven(before: str | None, after: str | None) -> Mark:
-        text = "<<long>>" if before == "system" else "<m>"
+        text = "<<long>>" if before == long_behind else "<m>"
         return Mark(text, tuple(letters(text)))
 
-    layout = place(
-        parse_schema(
-            "<schema name='s'><module name='m'><system>S</system></module><user>U</user></schema>"
-        ),
-        letters,
-        marks=uneven,
+    schema = parse_schema(
+        "<schema name='s'><module name='m'><system>S</system></module><user>U</user></schema>"
     )
-    assert shown(layout, "<m/>") == [("<m>", 0), ("S", 3), ("<<long>>", 4), ("U", 12), ("<m>", 13)]
-    assert shown(layout, "") == [("<m>", 4), ("U", 12), ("<m>", 13)]
+    layout = place(schema, letters, marks=uneven)
+    assert dict(shown(layout, "<m/>"))["U"] == with_m
+    assert dict(shown(layout, ""))["U"] == without_m
 
 
 def test_messages_that_the_template_can_not_render_are_an_error_at_their_line() -> None:
