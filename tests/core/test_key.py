@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from typing import Any
 
 import pytest
 
 from pcache_core import OptionError
 from pcache_core.key import KeySpace, digest
+from pcache_core.passage import Passage
 
 
 def test_the_digest_is_sha256_over_length_prefixed_fields() -> None:
@@ -22,7 +24,7 @@ def test_every_part_of_the_identity_is_in_the_digest() -> None:
         model: str = "m",
         dtype: str = "d",
         namespace: str = "n",
-        ids: tuple[tuple[int, ...], tuple[int, ...], int | None] = ((1, 2), (3, 4), None),
+        ids: tuple[Any, ...] = ((1, 2), (3, 4), None),
     ) -> str:
         return KeySpace(model, dtype, namespace).key(*ids).digest
 
@@ -36,8 +38,14 @@ def test_every_part_of_the_identity_is_in_the_digest() -> None:
         name(ids=((1, 2), (4, 3), None)),
         name(ids=((1, 2), (3, 4), 0)),
         name(ids=((1, 2), (3, 4), 7)),
+        name(ids=((1, 2), (3, 4), None, Passage((3, 4), (0, 2)).shape)),
+        name(ids=((1, 2), (3, 4), None, Passage((3, 4), (0, 5)).shape)),
+        name(ids=((1, 2), (3, 4), None, Passage((3, 9, 4), (), (1,)).shape)),
+        name(ids=((1, 2), (3, 4), None, Passage((3, 8, 4), (), (1,)).shape)),
+        name(ids=((1, 2), (3, 4), None, Passage((9, 3, 4), (), (0,)).shape)),
     }
-    assert len(variants) == 9
+    assert len(variants) == 14
+    assert name(ids=((1, 2), (3, 4), None, Passage((3, 4)).shape)) == name()
     assert name() == name()
 
 

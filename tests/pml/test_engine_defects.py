@@ -13,7 +13,7 @@ import torch
 import oracle
 import schema_oracle
 import tiny_models
-from pcache_core import CausalLM, PromptCacheEngine, SamplingParams
+from pcache_core import CausalLM, PromptCacheEngine, RepairPolicy, SamplingParams
 from pcache_core.kv import KVState
 from pcache_core.passage import Passage
 from pcache_core.slots import Lease
@@ -117,6 +117,27 @@ def test_arguments_keep_their_order_and_see_no_module_behind_them(llama: CausalL
     assert torch.allclose(values, with_c_values, atol=1e-6)
     _, without_a = argument((B,))
     assert (values - without_a).abs().max() > VISIBLE_DIFFERENCE
+
+
+def test_a_module_behind_a_gap_is_not_taken_for_what_computing_it_would_give(
+    llama: CausalLM,
+) -> None:
+    schema = "".join(line.strip() for line in LETTERS.splitlines())  # no text between modules
+    engine, prompt = new_engine(llama, schema), pml(C)
+    plain = SchemaOracle(schema, tiny_models.tiny_tokenizer()).plain(prompt)
+    wanted = oracle.next_logits(tiny_models.build("llama"), plain)
+    assert error(wanted, expected("llama", prompt, schema)) > VISIBLE_DIFFERENCE
+    laid_out = engine.prompt_from_pml(prompt)
+    everything = RepairPolicy(head_tokens=0, query_ratio=1.0)
+    repaired = engine.prefill(laid_out, reuse="balanced", repair=everything)
+    assert error(repaired.logits, wanted) < TOLERANCE
+    assert error(engine.prefill(laid_out, reuse="exact").logits, wanted) < TOLERANCE
+
+
+def test_a_modules_state_is_never_one_that_saw_another_opening(llama: CausalLM) -> None:
+    engine, prompt = new_engine(llama), pml(A, C)
+    engine.encode(["Ann keeps bees in Oslo.", "The mill by the lake burned."], progress=False)
+    assert error(logits(engine, prompt), expected("llama", prompt)) < TOLERANCE
 
 
 def test_a_short_document_is_not_doubled_by_the_slots_limit(llama: CausalLM) -> None:
