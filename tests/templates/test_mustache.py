@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from langchain_core.utils import mustache
 
@@ -62,7 +62,10 @@ def test_any_template_renders_as_langchain_does_and_fits_its_schema(
     source: str, values: dict[str, Any]
 ) -> None:
     template = MustacheTemplate(mustache.tokenize(source))
-    expected = mustache.render(source, values)
+    try:
+        expected = mustache.render(source, values)
+    except IndexError:  # LangChain's own renderer can't do a section inside its own inversion
+        reject()
     segments = template.segments(**values)
     assert "".join(segment.text for segment in segments) == expected
     assert not any(set(s.text) & set("ΔΘ&<") for s in segments if s.kind == "literal")
