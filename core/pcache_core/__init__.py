@@ -16,6 +16,7 @@ from pcache_core.errors import (
     StoreError,
     TemplateError,
 )
+from pcache_core.grammar import Grammar
 from pcache_core.lm import CausalLM
 from pcache_core.params import RepairPolicy, ReuseMode, SamplingParams
 from pcache_core.prompt import Prompt, Segment
@@ -33,6 +34,7 @@ __all__ = [
     "DiskStore",
     "EncodeReport",
     "Generation",
+    "Grammar",
     "MemoryStore",
     "Message",
     "ModelError",
