@@ -13,7 +13,13 @@ from re import _constants as sre  # type: ignore[attr-defined]
 from re import _parser as sre_parser  # type: ignore[attr-defined]
 from typing import Any
 
-_FORMATS = {"email": "a@b.co", "idn-email": "a@b.co"}  # others are found without help
+# Others are found without help.
+_FORMATS = {
+    "email": "a@b.co",
+    "idn-email": "a@b.co",
+    "date": "2000-01-01",
+    "date-time": "2000-01-01T00:00:00Z",
+}
 _PATTERN = re.compile(r'"pattern"\s*:\s*("(?:\\.|[^"\\])*")')
 _SAMPLES: dict[object, str] = {
     sre.CATEGORY_DIGIT: "0",
