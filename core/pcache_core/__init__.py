@@ -23,6 +23,7 @@ from pcache_core.prompt import Prompt, Segment
 from pcache_core.report import EncodeReport, Report, SegmentReport
 from pcache_core.results import Chunk, Generation, Prefill
 from pcache_core.store import DiskStore, MemoryStore, ModuleStore, TieredStore
+from pcache_core.tools import InvalidToolCall, Tool, ToolAnswer, ToolCall, ToolFormat
 
 __all__ = [
     "BudgetError",
@@ -35,6 +36,7 @@ __all__ = [
     "EncodeReport",
     "Generation",
     "Grammar",
+    "InvalidToolCall",
     "MemoryStore",
     "Message",
     "ModelError",
@@ -56,4 +58,8 @@ __all__ = [
     "StoreError",
     "TemplateError",
     "TieredStore",
+    "Tool",
+    "ToolAnswer",
+    "ToolCall",
+    "ToolFormat",
 ]

@@ -17,6 +17,10 @@ JSON_STYLE: dict[str, Any] = {
 }
 _ANY_OBJECT: dict[str, Any] = {"type": "object"}
 
+_MAPS = ("properties", "$defs", "definitions", "patternProperties")
+_DATA = ("enum", "const", "default", "examples", "allOf", "required")
+_OPENERS = ("additionalProperties", "patternProperties", "unevaluatedProperties", "allOf", "$ref")
+
 
 @dataclass(frozen=True, slots=True)
 class Grammar:
@@ -70,6 +74,31 @@ class Grammar:
 def json_rule(schema: Mapping[str, Any]) -> str:
     """The schema as a part of a Lark grammar. Raises: OptionError: it is no JSON."""
     return f"%json {_dump({**schema, 'x-guidance': JSON_STYLE})}"
+
+
+def close_objects(schema: Any) -> Any:
+    """The schema with no more properties than it names, where it leaves that open.
+
+    A model that may invent properties will. Parts of an `allOf` stay open, for each describes
+    the same object.
+    """
+    if isinstance(schema, list):
+        return [close_objects(part) for part in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    closed = {
+        key: value if key in _DATA else _close_named(key, value) for key, value in schema.items()
+    }
+    is_open = not any(key in schema for key in _OPENERS)
+    return (
+        {**closed, "additionalProperties": False} if is_open and "properties" in schema else closed
+    )
+
+
+def _close_named(key: str, value: Any) -> Any:
+    if key in _MAPS and isinstance(value, Mapping):
+        return {name: close_objects(part) for name, part in value.items()}
+    return close_objects(value)
 
 
 def _json_source(schema: Mapping[str, Any]) -> str:
