@@ -32,7 +32,7 @@ def track(vector_store: StoreT) -> StoreT:
     Raises: OptionError: nothing that can be searched.
     """
     kind = type(vector_store)
-    if issubclass(kind, _Tracked):
+    if kind in _made.values():
         return vector_store
     names = [name for name in dir(kind) if _is_search(kind, name)]
     if isinstance(vector_store, (type, BaseRetriever)) or not names:
@@ -51,18 +51,15 @@ def track(vector_store: StoreT) -> StoreT:
     return vector_store
 
 
-class _Tracked:
-    """Marks the classes of tracked stores. What is copied or pickled is a store as it was."""
-
-    __slots__ = ()
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        made = super().__reduce_ex__(protocol)
-        if isinstance(made, str):
-            return made
-        mine, original = type(self), type(self).__mro__[2]
-        function, arguments, *rest = (original if part is mine else part for part in made)
-        return (function, tuple(original if part is mine else part for part in arguments), *rest)
+def _as_it_was(store: Any, protocol: Any) -> Any:
+    """How to copy or pickle a tracked store: as one of the class that it was of."""
+    mine = type(store)
+    made = super(mine, store).__reduce_ex__(protocol)
+    if isinstance(made, str):
+        return made
+    original = mine.__base__
+    function, arguments, *rest = (original if part is mine else part for part in made)
+    return (function, tuple(original if part is mine else part for part in arguments), *rest)
 
 
 def _is_search(kind: type, name: str) -> bool:
@@ -72,10 +69,8 @@ def _is_search(kind: type, name: str) -> bool:
 
 def _tracking_class(kind: type, names: list[str]) -> type:
     methods = {name: _noting(getattr(kind, name)) for name in names}
-    body = {"__slots__": (), "__doc__": kind.__doc__, "__module__": kind.__module__, **methods}
-    made = type(kind)(kind.__name__, (_Tracked, kind), body)
-    made.__qualname__ = kind.__qualname__
-    return made
+    body = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, **methods}
+    return type(kind)(kind.__name__, (kind,), {**body, "__reduce_ex__": _as_it_was})
 
 
 def _noting(method: Callable[..., Any]) -> Callable[..., Any]:
