@@ -13,6 +13,8 @@ from pcache_core.grammar import Grammar
 ReuseMode = Literal["off", "exact", "fast", "balanced", "high"]
 REUSE_MODES: tuple[ReuseMode, ...] = get_args(ReuseMode)
 DEFAULT_REUSE: ReuseMode = "balanced"
+MAX_LOGPROBS = 20
+"""Most alternatives of a token whose log probabilities can be asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,8 @@ class SamplingParams:
     seed: makes sampling repeatable.
     grammar: what the answer may be. It is complete when its tokens run out; a stop string or a
         stop token may cut it short.
+    logprobs: report each token's log probability, and those of this many likeliest ones; None
+        reports none. They are the model's own, before temperature, penalties and filters.
 
     Raises: OptionError: a value out of range; an empty stop string.
     """
@@ -89,6 +93,7 @@ class SamplingParams:
     stop_token_ids: Sequence[int] = ()
     seed: int | None = None
     grammar: Grammar | None = None
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else _as_tuple("stop", self.stop)
@@ -121,6 +126,9 @@ class SamplingParams:
                 f"grammar must be a Grammar, got {type(self.grammar).__name__}; "
                 "for a JSON schema use Grammar.json(...)"
             )
+        if self.logprobs is not None:
+            _check_integer("logprobs", self.logprobs)
+            _check_range("logprobs", self.logprobs, 0, MAX_LOGPROBS, f"from 0 to {MAX_LOGPROBS}")
 
 
 def _as_tuple(name: str, value: object) -> tuple[Any, ...]:
