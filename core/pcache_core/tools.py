@@ -80,18 +80,26 @@ class ToolFormat:
         return "\n".join(self.marker + text for text in written)
 
     def grammar(
-        self, tools: Sequence[Tool], choice: str = "auto", most_calls: int = _MOST_CALLS
+        self,
+        tools: Sequence[Tool],
+        choice: str = "auto",
+        most_calls: int = _MOST_CALLS,
+        answer: Mapping[str, Any] | None = None,
     ) -> Grammar | None:
         """What an answer may be, or None for anything.
 
         choice: `none`; `auto`: text, calls or both, where a call that is begun is a valid one;
             `any` or `required`: calls and nothing else; a tool's name: one call of it.
-        Raises: OptionError: no such tool; a tool's parameters are no JSON schema.
+        answer: a JSON schema that an answer without calls must follow.
+        Raises: OptionError: no such tool; parameters or `answer` are no JSON schema.
         """
         by_name = {tool.name: tool for tool in tools}
-        if choice in ("none", "auto") and choice not in by_name:
-            return self._auto(tools, most_calls) if choice == "auto" and tools else None
-        if choice not in by_name and choice not in ("any", "required"):
+        is_free = choice in ("none", "auto") and choice not in by_name
+        if is_free and (choice == "none" or not tools):
+            return None if answer is None else Grammar.json(answer)
+        if is_free and answer is None:
+            return self._auto(tools, most_calls)
+        if not is_free and choice not in by_name and choice not in ("any", "required"):
             raise OptionError(
                 f"tool_choice={choice!r} names no tool; known are {', '.join(by_name) or 'none'}. "
                 "Or use auto, any, required or none"
@@ -100,13 +108,20 @@ class ToolFormat:
             raise OptionError(f"tool_choice={choice!r} needs tools, and none were given")
         named = [by_name[choice]] if choice in by_name else list(tools)
         most_calls = 1 if choice in by_name else most_calls
+        start, rules = self._forced(named, most_calls)
+        if is_free and answer is not None:
+            return _lark(f"({start}) | answer_", [*rules, f"answer_: {json_rule(answer)}"])
+        return _lark(start, rules)
+
+    def _forced(self, tools: Sequence[Tool], most_calls: int) -> tuple[str, list[str]]:
+        """Calls and nothing else: how to start, and the rules for that."""
         marker = self.marker if self.marker_is_shown else ""
         if self.around[0]:
             start = f"{_text(marker + self.around[0])} {self._several(', ', most_calls)} "
-            return _lark(start + _text(self.around[1]), self._bodies(named, ""))
+            return start + _text(self.around[1]), self._bodies(tools, "")
         if not marker:
-            return _lark("call_", self._bodies(named, ""))
-        return _lark(self._several("\n", most_calls), self._bodies(named, marker))
+            return "call_", self._bodies(tools, "")
+        return self._several("\n", most_calls), self._bodies(tools, marker)
 
     def _auto(self, tools: Sequence[Tool], most_calls: int) -> Grammar | None:
         """Free text until a marker, a valid call behind it."""
