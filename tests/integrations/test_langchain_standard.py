@@ -71,7 +71,7 @@ class TestIntegration(ChatModelIntegrationTests):
 
     def invoke_with_cache_creation_input(self, *, stream: bool = False) -> AIMessage:
         # Models of one namespace share what they have encoded.
-        model = self.chat_model_class(**PARAMS, namespace=f"creation, stream={stream}")
+        model = self.chat_model_class(**PARAMS, namespace=f"creation-{stream}")
         message = _ask(model, stream=stream)
         assert message.usage_metadata["input_token_details"]["cache_creation"] > 0
         return message
@@ -95,8 +95,8 @@ class TestIntegration(ChatModelIntegrationTests):
         self,
         model: BaseChatModel,
         *,
-        tool_choice: str | None = None,
-        force_tool_call: bool = True,
+        tool_choice: str | None = None,  # noqa: PT028
+        force_tool_call: bool = True,  # noqa: PT028
     ) -> None:
         super().test_unicode_tool_call_integration(
             model, tool_choice=tool_choice, force_tool_call=force_tool_call
