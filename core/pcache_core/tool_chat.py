@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -12,6 +13,7 @@ from pcache_core.errors import ChatTemplateError
 from pcache_core.prompt import Prompt, Segment
 from pcache_core.tools import ApplyToolTemplate, ToolFormat
 
+_ID_LENGTH = 9
 _RESULT = ("<tool_response>\n", "\n</tool_response>")
 
 
@@ -28,9 +30,27 @@ def render_tool_chat(
     """
     if form.is_native:
         described = [tool.as_function() for tool in tools]
-        return render_chat(messages, lambda chat: apply(chat, described), holds_special)
+        named = [_with_short_ids(message) for message in messages]
+        return render_chat(named, lambda chat: apply(chat, described), holds_special)
     plain = [_in_words(message, form) for message in messages]
     return _with_listing(plain, tools, form, lambda chat: apply(chat, []), holds_special)
+
+
+def _with_short_ids(message: Message) -> Message:
+    """The message with ids of nine letters and digits: some templates refuse any other."""
+    calls = [replace(call, id=_short_id(call.id)) for call in message.tool_calls]
+    answered = message.tool_call_id
+    return replace(
+        message,
+        tool_calls=calls,
+        tool_call_id=answered if answered is None else _short_id(answered),
+    )
+
+
+def _short_id(call_id: str) -> str:
+    if len(call_id) == _ID_LENGTH and call_id.isalnum() and call_id.isascii():
+        return call_id
+    return hashlib.sha256(call_id.encode()).hexdigest()[:_ID_LENGTH]
 
 
 def _with_listing(
