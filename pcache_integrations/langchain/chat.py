@@ -28,10 +28,66 @@ class ChatPromptCache(CachedModel, BaseChatModel):
 
     Messages are rendered by the model's own chat template. What a prompt template wrote is
     template text; everything else in a message is plain data, and can't forge a role's mark.
-    How much was reused: `message.usage_metadata["input_token_details"]["cache_read"]`, and
-    `message.response_metadata["prompt_cache"]`.
+    Blocks of text in a message's content are modules of their own, apart from what is asked.
 
-    streaming: as in every LangChain chat model, whether `invoke` streams inside.
+    Setup:
+        `pip install pcache-integrations`. No key and no server; the weights are loaded when they
+        are first needed, once for all objects of equal options.
+
+    Key init args:
+        model: `builtin:tiny-rag`, a path or a hub id.
+        reuse: `off`, `exact`, `fast`, `balanced` or `high`.
+        store: `memory`, a folder, or the URL of a server or an object store.
+        max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, seed, stop: how answers
+            are made; each may differ by call.
+        streaming: as in every LangChain chat model, whether `invoke` streams inside.
+
+    Instantiate:
+        >>> from pcache_integrations.langchain import ChatPromptCache
+        >>> chat = ChatPromptCache(model="builtin:tiny-rag", max_tokens=64)
+
+    Invoke:
+        >>> type(chat.invoke([("system", "Be brief."), ("human", "Who sang?")])).__name__
+        'AIMessage'
+
+    Stream:
+        >>> pieces = [chunk.text for chunk in chat.stream("Who sang?")]
+
+    Async:
+        >>> import asyncio
+        >>> type(asyncio.run(chat.ainvoke("Who sang?"))).__name__
+        'AIMessage'
+
+    Tool calling:
+        A call that is demanded is made and is valid for the tool's schema, whatever the model.
+
+        >>> def weather(place: str) -> str:
+        ...     '''The weather of a place.'''
+        ...     return "Rain."
+        >>> model = chat.bind_tools([weather], tool_choice="any")
+        >>> [call["name"] for call in model.invoke("How is it in Oslo?").tool_calls]
+        ['weather']
+
+    Structured output:
+        >>> from pydantic import BaseModel
+        >>> class Person(BaseModel):
+        ...     name: str
+        ...     age: int
+        >>> type(chat.with_structured_output(Person).invoke("Who sang?")).__name__
+        'Person'
+
+    Usage metadata:
+        `cache_read` counts tokens that were reused, `cache_creation` those that were encoded for
+        later; both are a part of `input_tokens`.
+
+        >>> sorted(chat.invoke("Who sang?").usage_metadata["input_token_details"])
+        ['cache_creation', 'cache_read']
+
+    Response metadata:
+        >>> sorted(chat.invoke("Who sang?").response_metadata)
+        ['finish_reason', 'model_name', 'model_provider', 'prompt_cache']
+
+        With `logprobs=True` and `top_logprobs=N` also `logprobs`, as OpenAI has them.
     """
 
     streaming: bool = False

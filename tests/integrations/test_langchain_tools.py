@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import json
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -79,6 +80,13 @@ def with_template() -> Callable[[str], ChatPromptCache]:
         return ChatPromptCache(engine=PromptCacheEngine(lm), max_tokens=2)
 
     return make
+
+
+def test_the_examples_of_the_docstring_run() -> None:
+    tests = doctest.DocTestFinder(recurse=False).find(ChatPromptCache)
+    results = [doctest.DocTestRunner().run(test) for test in tests]
+    assert [result.failed for result in results] == [0] * len(results)
+    assert sum(result.attempted for result in results) > 10
 
 
 class TestTools:
