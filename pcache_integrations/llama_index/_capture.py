@@ -45,12 +45,16 @@ class Capture:
     Thread-safe.
     """
 
-    def __init__(self, max_plans: int = 512, max_contexts: int = 64) -> None:
+    def __init__(
+        self, max_plans: int = 512, max_contexts: int = 64, max_nodes: int = 100_000
+    ) -> None:
         self.documents = DocumentIndex()
+        self._document_ids: OrderedDict[str, str] = OrderedDict()
         self._plans: OrderedDict[str, Sequence[Segment]] = OrderedDict()
         self._contexts: OrderedDict[str, Sequence[_Span]] = OrderedDict()
         self._max_plans = max_plans
         self._max_contexts = max_contexts
+        self._max_nodes = max_nodes
         self._lock = threading.Lock()
 
     def add_plan(self, segments: Iterable[Segment]) -> None:
@@ -69,6 +73,28 @@ class Capture:
         for node in nodes:
             self.documents.add(str(node.get_content(metadata_mode=MetadataMode.NONE)), node.node_id)
             self.documents.add(node_text(node), node.node_id)
+            with self._lock:
+                document_id = node.ref_doc_id or node.node_id
+                _put(self._document_ids, node.node_id, document_id, self._max_nodes)
+
+    def document_id(self, node_id: str) -> str:
+        """The document that a node was cut from; itself if none is known."""
+        with self._lock:
+            return self._document_ids.get(node_id, node_id)
+
+    def forget(self, texts: Iterable[str]) -> None:
+        """Forget documents, and every plan and context that holds one of them."""
+        gone = DocumentIndex()
+        for text in texts:
+            self.documents.remove(text)
+            gone.add(text)
+        with self._lock:
+            remembered = [*self._plans, *self._contexts]
+        holding = [held for held in remembered if _holds_document(gone, held)]
+        with self._lock:
+            for held in holding:
+                self._plans.pop(held, None)
+                self._contexts.pop(held, None)
 
     def add_document(self, document: object) -> str:
         """Remember a node, with or without its score, or a text; return what prompts hold of it.
@@ -160,6 +186,10 @@ def _cut(piece: Segment, spans: Sequence[_Span], at: int) -> list[Segment]:
         position = end
     segments.append(Segment(piece.text[position:], piece.kind, piece.name))
     return [segment for segment in segments if segment.text]
+
+
+def _holds_document(index: DocumentIndex, text: str) -> bool:
+    return any(segment.kind == "document" for segment in index.split(text, "text"))
 
 
 def _put(entries: OrderedDict[str, _V], key: str, value: _V, limit: int) -> None:
