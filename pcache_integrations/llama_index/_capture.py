@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -31,6 +31,14 @@ def node_text(node: BaseNode) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class Origin:
+    """The document that a node was cut from, itself if it was not, and its text alone."""
+
+    document_id: str
+    bare_text: str
+
+
+@dataclass(frozen=True, slots=True)
 class _Span:
     """Where a node's text stands in a joined context."""
 
@@ -49,7 +57,7 @@ class Capture:
         self, max_plans: int = 512, max_contexts: int = 64, max_nodes: int = 100_000
     ) -> None:
         self.documents = DocumentIndex()
-        self._document_ids: OrderedDict[str, str] = OrderedDict()
+        self._origins: OrderedDict[str, Origin] = OrderedDict()
         self._plans: OrderedDict[str, Sequence[Segment]] = OrderedDict()
         self._contexts: OrderedDict[str, Sequence[_Span]] = OrderedDict()
         self._max_plans = max_plans
@@ -71,18 +79,19 @@ class Capture:
     def add_nodes(self, nodes: Iterable[BaseNode]) -> None:
         """Remember nodes: as a synthesizer writes them, and their bare text."""
         for node in nodes:
-            self.documents.add(str(node.get_content(metadata_mode=MetadataMode.NONE)), node.node_id)
+            bare = str(node.get_content(metadata_mode=MetadataMode.NONE))
+            self.documents.add(bare, node.node_id)
             self.documents.add(node_text(node), node.node_id)
+            origin = Origin(node.ref_doc_id or node.node_id, bare.strip())
             with self._lock:
-                document_id = node.ref_doc_id or node.node_id
-                _put(self._document_ids, node.node_id, document_id, self._max_nodes)
+                _put(self._origins, node.node_id, origin, self._max_nodes)
 
-    def document_id(self, node_id: str) -> str:
-        """The document that a node was cut from; itself if none is known."""
+    def origin(self, node_id: str) -> Origin:
+        """Where a node came from; from itself if it is not known."""
         with self._lock:
-            return self._document_ids.get(node_id, node_id)
+            return self._origins.get(node_id) or Origin(node_id, "")
 
-    def forget(self, texts: Iterable[str]) -> None:
+    def forget(self, texts: Collection[str]) -> None:
         """Forget documents, and every plan and context that holds one of them."""
         gone = DocumentIndex()
         for text in texts:
@@ -95,6 +104,8 @@ class Capture:
             for held in holding:
                 self._plans.pop(held, None)
                 self._contexts.pop(held, None)
+            for node_id in [n for n, origin in self._origins.items() if origin.bare_text in texts]:
+                del self._origins[node_id]
 
     def add_document(self, document: object) -> str:
         """Remember a node, with or without its score, or a text; return what prompts hold of it.

@@ -58,7 +58,9 @@ def note_documents(engine: PromptCacheEngine, capture: Capture, prompt: Prompt) 
     known = known_texts(engine)
     for segment in prompt.segments:
         if segment.kind == "document" and segment.name is not None:
-            known.add(segment.text, Owner(segment.name, capture.document_id(segment.name)))
+            origin = capture.origin(segment.name)
+            for text in (segment.text, origin.bare_text):
+                known.add(text, Owner(segment.name, origin.document_id))
     return prompt
 
 

@@ -245,14 +245,10 @@ class TestDocumentStores:
 
     def test_what_upserts_skip_is_encoded_from_the_index(self) -> None:
         stores = StorageContext.from_defaults()
-        VectorStoreIndex.from_documents(
-            documents(), embed_model=EMBEDDING, storage_context=stores
-        )
+        VectorStoreIndex.from_documents(documents(), embed_model=EMBEDDING, storage_context=stores)
         (struct,) = stores.index_store.index_structs()
         llm = llm_of()
-        index = VectorStoreIndex(
-            index_struct=struct, storage_context=stores, embed_model=EMBEDDING
-        )
+        index = VectorStoreIndex(index_struct=struct, storage_context=stores, embed_model=EMBEDDING)
         report = llm.cache_documents(index, progress=False)
         assert (report.texts, report.encoded) == (len(DOCUMENTS), len(DOCUMENTS))
         assert llm.cache_documents(stores.docstore, progress=False).already_stored == len(DOCUMENTS)
@@ -269,9 +265,7 @@ class TestWorkers:
         self, capfd: pytest.CaptureFixture[str]
     ) -> None:
         llm = llm_of()
-        nodes = self.steps(PromptCachePrecompute(llm)).run(
-            documents=documents()[:4], num_workers=2
-        )
+        nodes = self.steps(PromptCachePrecompute(llm)).run(documents=documents()[:4], num_workers=2)
         assert len(nodes) == 4
         assert "encodes nothing in this worker process, as memory" in capfd.readouterr().err
         assert num_states(llm) == 4 + 1

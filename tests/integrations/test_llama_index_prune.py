@@ -37,7 +37,8 @@ from llama_index.core.storage.docstore import SimpleDocumentStore
 from llama_index.core.vector_stores import SimpleVectorStore
 
 from corpus import DOCUMENTS
-from pcache_core import OptionError, PromptCacheEngine, StoreError
+from pcache_core import OptionError, PromptCacheEngine, Segment, StoreError
+from pcache_core.passage import Passage
 from pcache_integrations._engines import load_lm
 from pcache_integrations.llama_index import PromptCacheLLM, _handlers
 from pcache_integrations.llama_index._known import known_texts
@@ -70,27 +71,10 @@ def index_of(some: list[TextNode], **options: Any) -> VectorStoreIndex:
     return VectorStoreIndex(some, embed_model=EMBEDDING, **options)
 
 
-def sources(llm: PromptCacheLLM, *some: BaseNode) -> list[str]:
-    """Where the nodes' texts come from when a fresh engine over the same store reads them."""
-    engine = PromptCacheEngine(llm.engine.lm, llm.engine.store, reuse="fast")
-    reader = PromptCacheLLM(engine=engine, max_tokens=1)
-    texts = [n.get_content(MetadataMode.LLM).strip() for n in some]
-    found = {}
-    for text in texts:
-        reader.complete(f"Another beginning. {text}")
-        segment = engine.reports[-1].segments[-1]
-        assert segment.text == text
-        found[text] = segment.source
-    return [found[text] for text in texts]
-
-
 def stored(llm: PromptCacheLLM, *some: BaseNode) -> list[bool]:
     """Whether the store has a state of each node's text behind no opening."""
     library = llm.engine._library
     text = library.lm.text
-    from pcache_core import Segment
-    from pcache_core.passage import Passage
-
     ids = [text.ids(Segment(n.get_content(MetadataMode.LLM).strip(), "document")) for n in some]
     return [library.contains(library.key(text.bos_ids, Passage(own), 0)) for own in ids]
 
@@ -110,9 +94,7 @@ class TestRelease:
     def test_states_behind_every_opening_go(self, llm: PromptCacheLLM) -> None:
         engine = index_of(nodes()[:2]).as_query_engine(llm=llm)
         engine.query("Who?")
-        summary = SummaryIndex(nodes()[:2]).as_query_engine(
-            llm=llm, response_mode="tree_summarize"
-        )
+        summary = SummaryIndex(nodes()[:2]).as_query_engine(llm=llm, response_mode="tree_summarize")
         summary.query("Who?")
         llm.cache_documents(nodes()[:2], progress=False)
         report = llm.release_doc("doc0")
@@ -243,11 +225,9 @@ class TestPrune:
 
     @pytest.mark.parametrize("kind", [SummaryIndex, SimpleKeywordTableIndex, DocumentSummaryIndex])
     def test_other_kinds_of_index(self, llm: PromptCacheLLM, kind: type[BaseIndex[Any]]) -> None:
-        options = (
-            {"llm": llm, "embed_model": EMBEDDING, "embed_summaries": False}
-            if kind is DocumentSummaryIndex
-            else {}
-        )
+        options: dict[str, Any] = {} if kind is SummaryIndex else {"llm": llm}
+        if kind is DocumentSummaryIndex:
+            options |= {"embed_model": EMBEDDING, "embed_summaries": False}
         index = kind(nodes()[:4], **options)
         llm.cache_documents(nodes()[:4], progress=False)
         assert llm.prune(index).states == 0
@@ -285,7 +265,7 @@ class TestPrune:
     def test_the_beginning_of_a_split_node_goes_with_it(self, llm: PromptCacheLLM) -> None:
         long = node(" ".join(DOCUMENTS), "long", "n0")
         index = index_of([long])
-        llm.context_window = 150
+        llm.context_window = 700
         index.as_query_engine(llm=llm).query("Who?")
         cut = {s.text for r in llm.engine.reports for s in r.segments if s.name == "n0"}
         whole = long.get_content(MetadataMode.LLM)
