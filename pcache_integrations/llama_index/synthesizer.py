@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -137,7 +138,8 @@ class PromptCacheSynthesizer(BaseSynthesizer):
         template = self._text_qa_template
         answer: RESPONSE_TEXT_TYPE
         if self._output_cls is not None:
-            answer = self._llm.structured_predict(self._output_cls, template, **args)
+            # Completion models' programs leave their output parser in the template.
+            answer = self._llm.structured_predict(self._output_cls, deepcopy(template), **args)
         elif self._streaming:
             answer = self._llm.stream(template, **args)
         else:
@@ -152,7 +154,8 @@ class PromptCacheSynthesizer(BaseSynthesizer):
         template = self._text_qa_template
         answer: RESPONSE_TEXT_TYPE
         if self._output_cls is not None:
-            answer = await self._llm.astructured_predict(self._output_cls, template, **args)
+            given = deepcopy(template)
+            answer = await self._llm.astructured_predict(self._output_cls, given, **args)
         elif self._streaming:
             answer = await self._llm.astream(template, **args)
         else:
