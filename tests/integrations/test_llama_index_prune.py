@@ -16,6 +16,7 @@ from llama_index.core import (
 )
 from llama_index.core.embeddings import MockEmbedding
 from llama_index.core.indices.base import BaseIndex
+from llama_index.core.indices.prompt_helper import PromptHelper
 from llama_index.core.ingestion import IngestionPipeline
 from llama_index.core.node_parser import (
     HierarchicalNodeParser,
@@ -24,6 +25,7 @@ from llama_index.core.node_parser import (
     get_leaf_nodes,
 )
 from llama_index.core.postprocessor import MetadataReplacementPostProcessor
+from llama_index.core.response_synthesizers import TreeSummarize
 from llama_index.core.schema import (
     BaseNode,
     Document,
@@ -265,8 +267,9 @@ class TestPrune:
     def test_the_beginning_of_a_split_node_goes_with_it(self, llm: PromptCacheLLM) -> None:
         long = node(" ".join(DOCUMENTS), "long", "n0")
         index = index_of([long])
-        llm.context_window = 700
-        index.as_query_engine(llm=llm).query("Who?")
+        small = PromptHelper(num_output=2, chunk_size_limit=60)
+        synthesizer = TreeSummarize(llm, prompt_helper=small)
+        index.as_query_engine(llm=llm, response_synthesizer=synthesizer).query("Who?")
         cut = {s.text for r in llm.engine.reports for s in r.segments if s.name == "n0"}
         whole = long.get_content(MetadataMode.LLM)
         assert cut
