@@ -31,6 +31,7 @@ from langchain_chains import (
 from pcache_core import PromptCacheEngine, Report
 from pcache_integrations._engines import load_lm
 from pcache_integrations._mapping import DocumentIndex
+from pcache_integrations._recurring import RecurringText
 from pcache_integrations.langchain import ChatPromptCache, PromptCacheLLM
 from pcache_integrations.langchain._provenance import PROVENANCE
 
@@ -60,6 +61,7 @@ def _nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
     """What one test's chain has taught must not help the next one's."""
     monkeypatch.setattr(PROVENANCE, "documents", DocumentIndex())
     monkeypatch.setattr(PROVENANCE, "_layouts", OrderedDict())
+    monkeypatch.setattr(PROVENANCE, "recurring", RecurringText())
 
 
 @pytest.fixture

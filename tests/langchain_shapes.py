@@ -1,0 +1,484 @@
+"""Ways to write the same RAG chain with LangChain: about all that its documentation shows.
+
+A shape takes a model and a question, and asks. The oracle is plain text: which documents the chain
+was bound to find, what its template says, and the prompt that another model got from it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import operator
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from langchain_classic.chains import (
+    ConversationalRetrievalChain,
+    LLMChain,
+    RetrievalQA,
+    create_history_aware_retriever,
+    create_retrieval_chain,
+)
+from langchain_classic.chains.combine_documents import create_stuff_documents_chain
+from langchain_classic.chains.combine_documents.map_reduce import MapReduceDocumentsChain
+from langchain_classic.chains.combine_documents.reduce import ReduceDocumentsChain
+from langchain_classic.chains.combine_documents.refine import RefineDocumentsChain
+from langchain_classic.chains.combine_documents.stuff import StuffDocumentsChain
+from langchain_classic.retrievers import ContextualCompressionRetriever, EnsembleRetriever
+from langchain_classic.retrievers.document_compressors import DocumentCompressorPipeline
+from langchain_core.documents import BaseDocumentTransformer, Document
+from langchain_core.embeddings import DeterministicFakeEmbedding
+from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
+from langchain_core.output_parsers import StrOutputParser
+from langchain_core.prompts import (
+    ChatPromptTemplate,
+    FewShotPromptTemplate,
+    MessagesPlaceholder,
+    PromptTemplate,
+    StringPromptTemplate,
+)
+from langchain_core.runnables import (
+    Runnable,
+    RunnableBranch,
+    RunnableLambda,
+    RunnableParallel,
+    RunnablePassthrough,
+    chain,
+)
+from langchain_core.tools import create_retriever_tool, tool
+from langchain_core.vectorstores import InMemoryVectorStore
+
+from corpus import DOCUMENTS, OPENING, QUESTIONS, TEMPLATE
+from langchain_chains import AnswerRetriever, join
+from pcache_integrations.langchain import track
+
+Run = Callable[[Any, str], Any]
+LITERALS = (OPENING, "Question:", "Answer:")
+PROMPT = PromptTemplate.from_template(TEMPLATE)
+CHAT = ChatPromptTemplate.from_messages(
+    [("system", OPENING + "{context}"), ("human", "Question: {question}\nAnswer:")]
+)
+INPUT_PROMPT = PromptTemplate.from_template(TEMPLATE.replace("{question}", "{input}"))
+HISTORY = [HumanMessage("Where does she live now?"), AIMessage("In Trudabad, by the river.")]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One way to write the chain.
+
+    run: asks a model a question. literals: what the template says, in the prompt's order.
+    rounds: how many other questions are asked before; text that is not announced is learnt so.
+    documents: what it finds for a question, by number.
+    """
+
+    name: str
+    run: Run
+    literals: Sequence[str] = LITERALS
+    rounds: int = 0
+    documents: Callable[[str], Sequence[int]] = lambda question: QUESTIONS[question][1]
+
+    def texts(self, question: str) -> list[str]:
+        """The documents' texts."""
+        return [DOCUMENTS[number] for number in self.documents(question)]
+
+
+def found(question: str) -> list[Document]:
+    """What the retriever finds, without asking it."""
+    return [Document(DOCUMENTS[number], id=f"d{number}") for number in QUESTIONS[question][1]]
+
+
+def context_of(question: str) -> str:
+    return join(found(question))
+
+
+def rag(prompt: Any, model: Any, format_docs: Any = join) -> Runnable[str, Any]:
+    steps = {"context": AnswerRetriever() | format_docs, "question": RunnablePassthrough()}
+    return steps | prompt | model | StrOutputParser()
+
+
+async def drain(pieces: Any) -> None:
+    async for _ in pieces:
+        pass
+
+
+# -- entry points -------------------------------------------------------------------------------
+
+
+def in_threads(model: Any, question: str) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(rag(PROMPT, model).invoke, [question, question]))
+
+
+def in_a_thread(model: Any, question: str) -> None:
+    thread = threading.Thread(target=rag(PROMPT, model).invoke, args=(question,))
+    thread.start()
+    thread.join()
+
+
+def in_tasks(model: Any, question: str) -> None:
+    async def gather() -> None:
+        ask = rag(PROMPT, model).ainvoke
+        await asyncio.gather(*(asyncio.create_task(ask(question)) for _ in range(3)))
+
+    asyncio.run(gather())
+
+
+def in_a_task_group(model: Any, question: str) -> None:
+    async def grouped() -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(drain(rag(PROMPT, model).astream(question)))
+
+    asyncio.run(grouped())
+
+
+ENTRY_POINTS = [
+    Shape("invoke", lambda m, q: rag(PROMPT, m).invoke(q)),
+    Shape("ainvoke", lambda m, q: asyncio.run(rag(PROMPT, m).ainvoke(q))),
+    Shape("stream", lambda m, q: list(rag(PROMPT, m).stream(q))),
+    Shape("astream", lambda m, q: asyncio.run(drain(rag(PROMPT, m).astream(q)))),
+    Shape(
+        "astream_events",
+        lambda m, q: asyncio.run(drain(rag(PROMPT, m).astream_events(q, version="v2"))),
+    ),
+    Shape("astream_log", lambda m, q: asyncio.run(drain(rag(PROMPT, m).astream_log(q)))),
+    Shape("batch", lambda m, q: rag(PROMPT, m).batch([q, q])),
+    Shape("batch, limited", lambda m, q: rag(PROMPT, m).batch([q] * 3, {"max_concurrency": 2})),
+    Shape("batch of exceptions", lambda m, q: rag(PROMPT, m).batch([q], return_exceptions=True)),
+    Shape("abatch", lambda m, q: asyncio.run(rag(PROMPT, m).abatch([q, q]))),
+    Shape("batch_as_completed", lambda m, q: list(rag(PROMPT, m).batch_as_completed([q, q]))),
+    Shape("a pool of threads", in_threads),
+    Shape("a thread", in_a_thread),
+    Shape("gathered tasks", in_tasks),
+    Shape("a task group", in_a_task_group),
+    Shape("transform", lambda m, q: list(rag(PROMPT, m).transform(iter([q])))),
+]
+
+# -- what is put around the model ---------------------------------------------------------------
+
+WRAPPERS = [
+    Shape("bind", lambda m, q: rag(PROMPT, m.bind(stop=["\n"])).invoke(q)),
+    Shape("with_retry", lambda m, q: rag(PROMPT, m.with_retry()).invoke(q)),
+    Shape("with_fallbacks", lambda m, q: rag(PROMPT, m.with_fallbacks([m])).invoke(q)),
+    Shape("with_config", lambda m, q: rag(PROMPT, m.with_config(tags=["a"])).invoke(q)),
+    Shape(
+        "with_listeners",
+        lambda m, q: rag(PROMPT, m.with_listeners(on_end=lambda run: None)).invoke(q),
+    ),
+    Shape("configurable", lambda m, q: rag(PROMPT, configurable(m)).invoke(q)),
+    Shape("parallel", lambda m, q: rag(PROMPT, RunnableParallel(a=m, b=m) | str).invoke(q)),
+    Shape("a function", lambda m, q: rag(PROMPT, RunnableLambda(lambda p: m.invoke(p))).invoke(q)),
+    Shape(
+        "an async function",
+        lambda m, q: asyncio.run(rag(PROMPT, RunnableLambda(async_calling(m))).ainvoke(q)),
+    ),
+    Shape(
+        "a branch",
+        lambda m, q: rag(PROMPT, RunnableBranch((lambda p: bool(p), m), m)).invoke(q),
+    ),
+    Shape(
+        "the prompt as a string",
+        lambda m, q: rag(PROMPT, RunnableLambda(lambda p: p.to_string()) | m).invoke(q),
+    ),
+    Shape(
+        "the prompt stripped",
+        lambda m, q: rag(
+            PromptTemplate.from_template(f"\n{TEMPLATE}\n"),
+            RunnableLambda(lambda p: p.to_string().strip()) | m,
+        ).invoke(q),
+    ),
+    Shape("a decorated chain", lambda m, q: decorated(m).invoke(q)),
+    Shape("pick and assign", lambda m, q: assigned(m).invoke({"question": q})),
+]
+
+
+def configurable(model: Any) -> Any:
+    from langchain_core.runnables import ConfigurableField
+
+    field = ConfigurableField(id="tokens")
+    return model.configurable_fields(max_tokens=field).with_config(configurable={"tokens": 2})
+
+
+def async_calling(model: Any) -> Any:
+    async def call(prompt: Any) -> Any:
+        return await model.ainvoke(prompt)
+
+    return call
+
+
+def decorated(model: Any) -> Any:
+    @chain
+    def ask(question: str) -> Any:
+        context = join(AnswerRetriever().invoke(question))
+        return model.invoke(PROMPT.invoke({"context": context, "question": question}))
+
+    return ask
+
+
+def assigned(model: Any) -> Any:
+    retrieve = RunnableLambda(operator.itemgetter("question")) | AnswerRetriever()
+    answer = RunnablePassthrough.assign(context=lambda x: join(x["documents"])) | PROMPT | model
+    return RunnablePassthrough.assign(documents=retrieve).assign(answer=answer).pick("answer")
+
+
+# -- templates ----------------------------------------------------------------------------------
+
+
+class OwnTemplate(StringPromptTemplate):
+    """A template class of a user's own."""
+
+    def format(self, **values: Any) -> str:
+        return f"{OPENING}{values['context']}\n\nQuestion: {values['question']}\nAnswer:"
+
+
+def mustache() -> PromptTemplate:
+    return PromptTemplate.from_template(
+        TEMPLATE.replace("{context}", "{{{context}}}").replace("{question}", "{{{question}}}"),
+        template_format="mustache",
+    )
+
+
+def jinja(source: str) -> PromptTemplate:
+    return PromptTemplate.from_template(source, template_format="jinja2")
+
+
+def few_shot() -> FewShotPromptTemplate:
+    return FewShotPromptTemplate(
+        examples=[{"q": "Who paints?", "a": "Rhea."}],
+        example_prompt=PromptTemplate.from_template("Question: {q}\nAnswer: {a}"),
+        prefix="Answer as in the example.",
+        suffix="{context}\n\nQuestion: {question}\nAnswer:",
+        input_variables=["context", "question"],
+    )
+
+
+JINJA_LOOP = (
+    OPENING
+    + "{% for d in docs %}- {{ d.page_content }}\n{% endfor %}\nQuestion: {{ question }}\nAnswer:"
+)
+SOURCES = PromptTemplate.from_template("[{source}]\n{page_content}")
+
+
+def with_sources(model: Any, question: str) -> Any:
+    documents = [Document(d.page_content, metadata={"source": d.id}) for d in found(question)]
+    stuff = create_stuff_documents_chain(model, PROMPT, document_prompt=SOURCES)
+    return stuff.invoke({"context": documents, "question": question})
+
+
+TEMPLATES = [
+    Shape(
+        "f-string, question first",
+        lambda m, q: rag(
+            PromptTemplate.from_template("Question: {question}\n\nDocuments:\n{context}\n\nAnswer:"),
+            m,
+        ).invoke(q),
+        ("Question:", "Documents:", "Answer:"),
+    ),
+    Shape("mustache", lambda m, q: rag(mustache(), m).invoke(q)),
+    Shape(
+        "jinja2",
+        lambda m, q: rag(
+            jinja(TEMPLATE.replace("{", "{{ ").replace("}", " }}")), m
+        ).invoke(q),
+    ),
+    Shape(
+        "jinja2 with a loop",
+        lambda m, q: (
+            {"docs": AnswerRetriever(), "question": RunnablePassthrough()} | jinja(JINJA_LOOP) | m
+        ).invoke(q),
+    ),
+    Shape(
+        "few-shot",
+        lambda m, q: rag(few_shot(), m).invoke(q),
+        ("Answer as in the example.\n\nQuestion: Who paints?\nAnswer: Rhea.", "Question:", "Answer:"),
+    ),
+    Shape(
+        "partial",
+        lambda m, q: rag(
+            PromptTemplate.from_template("Be {mood}.\n" + TEMPLATE).partial(mood="brief"), m
+        ).invoke(q),
+        ("Be ", *LITERALS),
+    ),
+    Shape(
+        "partial by a function",
+        lambda m, q: rag(
+            PromptTemplate.from_template("Today: {day}\n" + TEMPLATE).partial(day=lambda: "Monday"),
+            m,
+        ).invoke(q),
+        ("Today:", *LITERALS),
+    ),
+    Shape("document_prompt", with_sources),
+    Shape("templates added", lambda m, q: rag(PromptTemplate.from_template(OPENING) + TEMPLATE[len(OPENING):], m).invoke(q)),
+    Shape("a template class of one's own", lambda m, q: rag(OwnTemplate(input_variables=["context", "question"]), m).invoke(q), rounds=2),
+    Shape("template.format", lambda m, q: m.invoke(PROMPT.format(context=join(AnswerRetriever().invoke(q)), question=q))),
+]
+
+# -- retrievers ---------------------------------------------------------------------------------
+
+
+class FirstSentences(BaseDocumentTransformer):
+    """Leaves the beginning of each document."""
+
+    def transform_documents(self, documents: Sequence[Document], **_: Any) -> list[Document]:
+        return [d.model_copy(update={"page_content": d.page_content}) for d in documents]
+
+
+def retrieving(retriever: Any) -> Run:
+    def run(model: Any, question: str) -> Any:
+        steps = {"context": retriever | join, "question": RunnablePassthrough()}
+        return (steps | PROMPT | model).invoke(question)
+
+    return run
+
+
+def history_aware(model: Any, question: str) -> Any:
+    rephrase = ChatPromptTemplate.from_messages([MessagesPlaceholder("chat_history"), ("human", "{input}")])
+    asked = RunnableLambda(lambda _: question)
+    retriever = create_history_aware_retriever(asked, AnswerRetriever(), rephrase)
+    stuff = create_stuff_documents_chain(model, INPUT_PROMPT)
+    return create_retrieval_chain(retriever, stuff).invoke({"input": question, "chat_history": HISTORY})
+
+
+RETRIEVERS = [
+    Shape("a retriever in a lambda", retrieving(RunnableLambda(lambda q: AnswerRetriever().invoke(q)))),
+    Shape("documents from a function", retrieving(RunnableLambda(found))),
+    Shape("ensemble", retrieving(EnsembleRetriever(retrievers=[AnswerRetriever()] * 2, weights=[0.5, 0.5]))),
+    Shape(
+        "contextual compression",
+        retrieving(
+            ContextualCompressionRetriever(
+                base_retriever=AnswerRetriever(),
+                base_compressor=DocumentCompressorPipeline(transformers=[FirstSentences()]),
+            )
+        ),
+    ),
+    Shape("reranked", retrieving(AnswerRetriever() | RunnableLambda(lambda d: d[::-1])), documents=lambda q: QUESTIONS[q][1][::-1]),
+    Shape("history-aware", history_aware),
+    Shape("create_retrieval_chain", lambda m, q: create_retrieval_chain(AnswerRetriever(), create_stuff_documents_chain(m, INPUT_PROMPT)).invoke({"input": q})),
+    Shape("documents given by hand", lambda m, q: create_stuff_documents_chain(m, PROMPT).invoke({"context": found(q), "question": q})),
+    Shape("documents cut short", lambda m, q: rag(PROMPT, m, lambda ds: "\n\n".join(d.page_content[:100] for d in ds)).invoke(q)),
+    Shape("documents stripped", lambda m, q: rag(PROMPT, m, lambda ds: "\n".join(f"* {d.page_content.strip()}" for d in ds)).invoke(q)),
+    Shape("documents in XML", lambda m, q: rag(PROMPT, m, lambda ds: "\n".join(f"<doc id='{n}'>{d.page_content}</doc>" for n, d in enumerate(ds))).invoke(q)),
+]
+
+# -- classic chains -----------------------------------------------------------------------------
+
+MAP = PromptTemplate.from_template("Read this:\n{context}\nWhat does it say?")
+REDUCE = PromptTemplate.from_template("Answers:\n{context}\n\nQuestion: {question}\nAnswer:")
+
+
+def map_reduce(model: Any, question: str) -> Any:
+    reduce = StuffDocumentsChain(llm_chain=LLMChain(llm=model, prompt=REDUCE), document_variable_name="context")
+    return MapReduceDocumentsChain(
+        llm_chain=LLMChain(llm=model, prompt=MAP),
+        reduce_documents_chain=ReduceDocumentsChain(combine_documents_chain=reduce),
+        document_variable_name="context",
+    ).invoke({"input_documents": found(question), "question": question})
+
+
+def refine(model: Any, question: str) -> Any:
+    again = "Answer so far: {so_far}\nMore:\n{context}\n\nQuestion: {question}\nAnswer:"
+    return RefineDocumentsChain(
+        initial_llm_chain=LLMChain(llm=model, prompt=PROMPT),
+        refine_llm_chain=LLMChain(llm=model, prompt=PromptTemplate.from_template(again)),
+        document_variable_name="context",
+        initial_response_name="so_far",
+    ).invoke({"input_documents": found(question), "question": question})
+
+
+def conversational(model: Any, question: str) -> Any:
+    qa = {"prompt": PROMPT}
+    chain = ConversationalRetrievalChain.from_llm(model, AnswerRetriever(), combine_docs_chain_kwargs=qa)
+    return chain.invoke({"question": question, "chat_history": []})
+
+
+CLASSIC = [
+    Shape("LLMChain", lambda m, q: LLMChain(llm=m, prompt=PROMPT).invoke({"context": join(AnswerRetriever().invoke(q)), "question": q})),
+    Shape("RetrievalQA", lambda m, q: RetrievalQA.from_chain_type(m, retriever=AnswerRetriever(), chain_type_kwargs={"prompt": PROMPT}).invoke(q)),
+    Shape("RetrievalQA, its own prompt", lambda m, q: RetrievalQA.from_chain_type(m, retriever=AnswerRetriever()).invoke(q), ("Use the following pieces of context", "Question:", "Helpful Answer:")),
+    Shape("RetrievalQA, async", lambda m, q: asyncio.run(RetrievalQA.from_chain_type(m, retriever=AnswerRetriever(), chain_type_kwargs={"prompt": PROMPT}).ainvoke(q))),
+    Shape("ConversationalRetrievalChain", conversational),
+    Shape("StuffDocumentsChain", lambda m, q: StuffDocumentsChain(llm_chain=LLMChain(llm=m, prompt=PROMPT), document_variable_name="context").invoke({"input_documents": found(q), "question": q})),
+    Shape("map_reduce", map_reduce, ("Answers:", "Question:", "Answer:"), documents=lambda q: ()),
+    Shape("refine", refine, ("Answer so far:", "More:", "Question:", "Answer:"), documents=lambda q: QUESTIONS[q][1][1:]),
+]
+
+# -- where no callback tells of anything --------------------------------------------------------
+
+
+def vector_store() -> InMemoryVectorStore:
+    store = InMemoryVectorStore(DeterministicFakeEmbedding(size=8))
+    store.add_documents([Document(text, id=f"d{number}") for number, text in enumerate(DOCUMENTS)])
+    return store
+
+
+def searched(question: str) -> list[int]:
+    """What the store finds: its embeddings are the same every time."""
+    return [DOCUMENTS.index(d.page_content) for d in vector_store().similarity_search(question, k=2)]
+
+
+def searching(store: Any) -> Run:
+    return lambda m, q: m.invoke(TEMPLATE.format(context=join(store.similarity_search(q, k=2)), question=q))
+
+
+def asearching(store: Any) -> Run:
+    async def ask(model: Any, question: str) -> Any:
+        documents = await store.asimilarity_search(question, k=2)
+        return await model.ainvoke(TEMPLATE.format(context=join(documents), question=question))
+
+    return lambda m, q: asyncio.run(ask(m, q))
+
+
+def scored(store: Any) -> Run:
+    def ask(model: Any, question: str) -> Any:
+        documents = [d for d, _ in store.similarity_search_with_score(question, k=2)]
+        return rag(PROMPT, model, lambda _: join(documents)).invoke(question)
+
+    return ask
+
+
+def cached(model: Any, question: str) -> Any:
+    if hasattr(model, "cache_documents"):
+        model.cache_documents(map(Document, DOCUMENTS), progress=False)
+    return searching(vector_store())(model, question)
+
+
+SILENT = [
+    Shape("TXT.format", lambda m, q: m.invoke(TEMPLATE.format(context=join(AnswerRetriever().invoke(q)), question=q)), rounds=2),
+    Shape("an f-string", lambda m, q: m.invoke(f"{OPENING}{join(AnswerRetriever().invoke(q))}\n\nQuestion: {q}\nAnswer:"), rounds=2),
+    Shape("an f-string in a batch", lambda m, q: m.batch([f"{OPENING}{join(AnswerRetriever().invoke(q))}\n\nQuestion: {q}\nAnswer:"]), rounds=2),
+    Shape("an f-string in a lambda", lambda m, q: (AnswerRetriever() | RunnableLambda(lambda ds: TEMPLATE.format(context=join(ds), question=q)) | m).invoke(q), rounds=2),
+    Shape("an f-string, question first", lambda m, q: m.invoke(f"Question: {q}\n\nDocuments:\n{join(AnswerRetriever().invoke(q))}\n\nAnswer:"), ("Question:", "Documents:", "Answer:"), rounds=2),
+    Shape("an f-string, streamed", lambda m, q: list(m.stream(f"{OPENING}{join(AnswerRetriever().invoke(q))}\n\nQuestion: {q}\nAnswer:")), rounds=2),
+    Shape("a tracked store", searching(track(vector_store())), rounds=2, documents=searched),
+    Shape("a tracked store, async", asearching(track(vector_store())), rounds=2, documents=searched),
+    Shape("a tracked store, with scores", scored(track(vector_store())), documents=searched),
+    Shape("cached documents", cached, rounds=2, documents=searched),
+    Shape("nothing known at all", searching(vector_store()), rounds=8, documents=searched),
+]
+
+# -- messages -----------------------------------------------------------------------------------
+
+
+@tool(response_format="content_and_artifact")
+def look_up(query: str) -> tuple[str, list[Document]]:
+    """Find documents."""
+    return join(found(query)), found(query)
+
+
+retriever_tool = create_retriever_tool(AnswerRetriever(), "find", "Find documents.")
+
+
+def flat_messages(model: Any, question: str) -> Any:
+    return model.invoke([SystemMessage(OPENING + join(AnswerRetriever().invoke(question))), HumanMessage(question)])
+
+
+CHAT_INTO_LLM = [
+    Shape("a chat template for a completion model", lambda m, q: rag(CHAT, m).invoke(q), ("System: " + OPENING, "Human: Question:", "Answer:")),
+    Shape("a chat template, streamed", lambda m, q: list(rag(CHAT, m).stream(q)), ("System: " + OPENING, "Human: Question:", "Answer:")),
+    Shape("messages for a completion model", flat_messages, ("System: ", "Human: ")),
+    Shape("a chat template in LLMChain", lambda m, q: LLMChain(llm=m, prompt=CHAT).invoke({"context": join(AnswerRetriever().invoke(q)), "question": q}), ("System: " + OPENING, "Human: Question:", "Answer:")),
+]
+
+COMPLETION_SHAPES = [*ENTRY_POINTS, *WRAPPERS, *TEMPLATES, *RETRIEVERS, *CLASSIC, *SILENT, *CHAT_INTO_LLM]
