@@ -27,6 +27,7 @@ _MIN_TOKENS = 8
 _MAX_BLOCKS = 65_536
 _MAX_ENDS = 512
 _MAX_END_CHARS = 8_000
+_MAX_CUE_CHARS = 40
 _BLANK_LINES = re.compile(r"[^\S\n]*\n\s*\n")
 _NEWLINES = re.compile(r"\s*\n\s*")
 
@@ -56,7 +57,9 @@ class RecurringText:
     def split(self, segments: Sequence[Segment], ids: Ids) -> list[Segment]:
         """Cut what came before out of unexplained segments.
 
-        Template text is only looked for where none is known and unexplained text is markup.
+        Template text is only looked for where none is known. What is data stays that: a cut that
+        made a special token of it would change the ids.
+
         Returns: segments whose texts join to the same prompt, and whose ids do.
         """
         flat = all(segment.kind != "literal" for segment in segments)
@@ -64,11 +67,15 @@ class RecurringText:
         cut = [
             part
             for number, segment in enumerate(found)
-            for part in self._cut_blocks(segment, ids, is_last=number == len(found) - 1)
+            for part in self._cut_blocks(
+                segment, ids, is_first=number == 0, is_last=number == len(found) - 1
+            )
         ]
         return self._cut_tail(cut, ids) if flat else cut
 
-    def _cut_blocks(self, segment: Segment, ids: Ids, *, is_last: bool) -> list[Segment]:
+    def _cut_blocks(
+        self, segment: Segment, ids: Ids, *, is_first: bool, is_last: bool
+    ) -> list[Segment]:
         if segment.kind not in ("text", "argument"):
             return [segment]
         blocks = list(_blocks(segment.text))
@@ -76,7 +83,7 @@ class RecurringText:
             return [segment]  # a question asked again is no document
         if segment.kind == "text" and is_last:
             blocks = blocks[:-1]  # where the question stands
-        elif segment.kind == "argument" and segment.name is None:
+        elif segment.kind == "argument" and segment.name is None and is_first:
             blocks = blocks[1:]  # where the instructions stand
         known = self._note(segment.text[start:stop] for start, stop in blocks)
         again = [
@@ -109,19 +116,20 @@ class RecurringText:
     def _cut_frame(self, segments: list[Segment], ids: Ids) -> list[Segment]:
         """Cut template text out of the prompt's start."""
         first = segments[0]
-        if first.kind != "text":
+        if not _is_unexplained(first):
             return segments
-        is_whole = len(segments) > 1
-        shared = self._shared("start", first.text, segments, is_whole=is_whole)
+        start, end = self._shared("start", first.text, segments)
+        # What ends a prompt without documents is looked at with its last block.
+        shared = (start, end if len(segments) > 1 else "")
         return [*_framed(first, shared, ids), *segments[1:]]
 
     def _cut_tail(self, segments: list[Segment], ids: Ids) -> list[Segment]:
         """Cut template text out of the prompt's last block."""
         last = segments[-1]
-        if last.kind != "text":
+        if not _is_unexplained(last):
             return segments
         begin = _last_block(last.text)
-        shared = self._shared("end", last.text[begin:], segments, is_whole=False)
+        shared = self._shared("end", last.text[begin:], segments)
         if begin and any(shared):
             whole = [replace(last, text=last.text[:begin]), replace(last, text=last.text[begin:])]
             if not _same_ids(last, whole, ids):
@@ -130,22 +138,19 @@ class RecurringText:
         return [*segments[:-1], *_framed(last, shared, ids)]
 
     def _shared(
-        self,
-        place: Literal["start", "end"],
-        text: str,
-        segments: Sequence[Segment],
-        *,
-        is_whole: bool,
+        self, place: Literal["start", "end"], text: str, segments: Sequence[Segment]
     ) -> tuple[str, str]:
         """What prompts of the same making begin and end with at that place of theirs.
 
         Prompts are of the same making if they have their first line, or their last, in common.
-        is_whole: whether the text ends where a document begins.
         """
         whole = "".join(segment.text for segment in segments).strip()
         keys = (whole.partition("\n")[0], whole.rpartition("\n")[2])
-        # The question stands at the end: equal ends are template text only if others differ.
-        other = segments[-1].text if place == "start" else ""
+        if place == "start":
+            other, is_whole = _spoken(segments).removeprefix(text), len(segments) > 1
+        else:
+            # The question may stand at the end and come again; not so in "Answer:".
+            other, is_whole = _spoken(segments).removesuffix(text), _is_cue(text)
         best = ("", "")
         for number, key in enumerate(keys):
             with self._lock:
@@ -237,6 +242,29 @@ def _cut(
 
 def _same_ids(segment: Segment, parts: Sequence[Segment], ids: Ids) -> bool:
     return tuple(ids(segment)) == tuple(number for part in parts for number in ids(part))
+
+
+def _spoken(segments: Sequence[Segment]) -> str:
+    """What tells a prompt from one that asks the same.
+
+    Documents don't, where the question may stand before them. In a chat it is a message of its own.
+    """
+    is_chat = segments[0].kind == "argument"
+    return "".join(
+        segment.text
+        for segment in segments
+        if segment.text.strip() and (is_chat or segment.kind != "document")
+    )
+
+
+def _is_unexplained(segment: Segment) -> bool:
+    return segment.kind == "text" or (segment.kind == "argument" and segment.name is None)
+
+
+def _is_cue(text: str) -> bool:
+    """Whether the text is a few words that something is to follow, such as "Answer:"."""
+    line = text.strip()
+    return len(line) <= _MAX_CUE_CHARS and line.endswith(":") and "\n" not in line
 
 
 def _to_boundary(text: str) -> str:

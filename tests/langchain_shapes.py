@@ -12,8 +12,10 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
+from langchain.agents import create_agent
+from langchain.agents.middleware import dynamic_prompt
 from langchain_classic.chains import (
     ConversationalRetrievalChain,
     LLMChain,
@@ -30,6 +32,7 @@ from langchain_classic.retrievers import ContextualCompressionRetriever, Ensembl
 from langchain_classic.retrievers.document_compressors import DocumentCompressorPipeline
 from langchain_core.documents import BaseDocumentTransformer, Document
 from langchain_core.embeddings import DeterministicFakeEmbedding
+from langchain_core.language_models.chat_models import BaseChatModel
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import (
@@ -49,6 +52,10 @@ from langchain_core.runnables import (
 )
 from langchain_core.tools import create_retriever_tool, tool
 from langchain_core.vectorstores import InMemoryVectorStore
+from langgraph.checkpoint.memory import InMemorySaver
+from langgraph.graph import END, START, StateGraph
+from langgraph.graph.message import add_messages
+from langgraph.prebuilt import ToolNode
 
 from corpus import DOCUMENTS, OPENING, QUESTIONS, TEMPLATE
 from langchain_chains import AnswerRetriever, join
@@ -70,7 +77,9 @@ class Shape:
 
     run: asks a model a question. literals: what the template says, in the prompt's order.
     rounds: how many other questions are asked before; text that is not announced is learnt so.
-    documents: what it finds for a question, by number.
+    documents: what the last prompt holds for a question, by number.
+    cut: how many characters of each document.
+    asks: whether the question is in the prompt.
     """
 
     name: str
@@ -78,6 +87,8 @@ class Shape:
     literals: Sequence[str] = LITERALS
     rounds: int = 0
     documents: Callable[[str], Sequence[int]] = lambda question: QUESTIONS[question][1]
+    cut: int | None = None
+    asks: bool = True
 
     def texts(self, question: str) -> list[str]:
         """The documents' texts."""
@@ -270,7 +281,9 @@ TEMPLATES = [
     Shape(
         "f-string, question first",
         lambda m, q: rag(
-            PromptTemplate.from_template("Question: {question}\n\nDocuments:\n{context}\n\nAnswer:"),
+            PromptTemplate.from_template(
+                "Question: {question}\n\nDocuments:\n{context}\n\nAnswer:"
+            ),
             m,
         ).invoke(q),
         ("Question:", "Documents:", "Answer:"),
@@ -278,9 +291,7 @@ TEMPLATES = [
     Shape("mustache", lambda m, q: rag(mustache(), m).invoke(q)),
     Shape(
         "jinja2",
-        lambda m, q: rag(
-            jinja(TEMPLATE.replace("{", "{{ ").replace("}", " }}")), m
-        ).invoke(q),
+        lambda m, q: rag(jinja(TEMPLATE.replace("{", "{{ ").replace("}", " }}")), m).invoke(q),
     ),
     Shape(
         "jinja2 with a loop",
@@ -291,7 +302,11 @@ TEMPLATES = [
     Shape(
         "few-shot",
         lambda m, q: rag(few_shot(), m).invoke(q),
-        ("Answer as in the example.\n\nQuestion: Who paints?\nAnswer: Rhea.", "Question:", "Answer:"),
+        (
+            "Answer as in the example.\n\nQuestion: Who paints?\nAnswer: Rhea.",
+            "Question:",
+            "Answer:",
+        ),
     ),
     Shape(
         "partial",
@@ -309,9 +324,21 @@ TEMPLATES = [
         ("Today:", *LITERALS),
     ),
     Shape("document_prompt", with_sources),
-    Shape("templates added", lambda m, q: rag(PromptTemplate.from_template(OPENING) + TEMPLATE[len(OPENING):], m).invoke(q)),
-    Shape("a template class of one's own", lambda m, q: rag(OwnTemplate(input_variables=["context", "question"]), m).invoke(q), rounds=2),
-    Shape("template.format", lambda m, q: m.invoke(PROMPT.format(context=join(AnswerRetriever().invoke(q)), question=q))),
+    Shape(
+        "templates added",
+        lambda m, q: rag(
+            PromptTemplate.from_template(OPENING) + TEMPLATE[len(OPENING) :], m
+        ).invoke(q),
+    ),
+    Shape(
+        "a template class of one's own",
+        lambda m, q: rag(OwnTemplate(input_variables=["context", "question"]), m).invoke(q),
+        rounds=2,
+    ),
+    Shape(
+        "template.format",
+        lambda m, q: m.invoke(PROMPT.format(context=join(AnswerRetriever().invoke(q)), question=q)),
+    ),
 ]
 
 # -- retrievers ---------------------------------------------------------------------------------
@@ -333,17 +360,26 @@ def retrieving(retriever: Any) -> Run:
 
 
 def history_aware(model: Any, question: str) -> Any:
-    rephrase = ChatPromptTemplate.from_messages([MessagesPlaceholder("chat_history"), ("human", "{input}")])
+    rephrase = ChatPromptTemplate.from_messages(
+        [MessagesPlaceholder("chat_history"), ("human", "{input}")]
+    )
     asked = RunnableLambda(lambda _: question)
     retriever = create_history_aware_retriever(asked, AnswerRetriever(), rephrase)
     stuff = create_stuff_documents_chain(model, INPUT_PROMPT)
-    return create_retrieval_chain(retriever, stuff).invoke({"input": question, "chat_history": HISTORY})
+    return create_retrieval_chain(retriever, stuff).invoke(
+        {"input": question, "chat_history": HISTORY}
+    )
 
 
 RETRIEVERS = [
-    Shape("a retriever in a lambda", retrieving(RunnableLambda(lambda q: AnswerRetriever().invoke(q)))),
+    Shape(
+        "a retriever in a lambda", retrieving(RunnableLambda(lambda q: AnswerRetriever().invoke(q)))
+    ),
     Shape("documents from a function", retrieving(RunnableLambda(found))),
-    Shape("ensemble", retrieving(EnsembleRetriever(retrievers=[AnswerRetriever()] * 2, weights=[0.5, 0.5]))),
+    Shape(
+        "ensemble",
+        retrieving(EnsembleRetriever(retrievers=[AnswerRetriever()] * 2, weights=[0.5, 0.5])),
+    ),
     Shape(
         "contextual compression",
         retrieving(
@@ -353,13 +389,45 @@ RETRIEVERS = [
             )
         ),
     ),
-    Shape("reranked", retrieving(AnswerRetriever() | RunnableLambda(lambda d: d[::-1])), documents=lambda q: QUESTIONS[q][1][::-1]),
+    Shape(
+        "reranked",
+        retrieving(AnswerRetriever() | RunnableLambda(lambda d: d[::-1])),
+        documents=lambda q: QUESTIONS[q][1][::-1],
+    ),
     Shape("history-aware", history_aware),
-    Shape("create_retrieval_chain", lambda m, q: create_retrieval_chain(AnswerRetriever(), create_stuff_documents_chain(m, INPUT_PROMPT)).invoke({"input": q})),
-    Shape("documents given by hand", lambda m, q: create_stuff_documents_chain(m, PROMPT).invoke({"context": found(q), "question": q})),
-    Shape("documents cut short", lambda m, q: rag(PROMPT, m, lambda ds: "\n\n".join(d.page_content[:100] for d in ds)).invoke(q)),
-    Shape("documents stripped", lambda m, q: rag(PROMPT, m, lambda ds: "\n".join(f"* {d.page_content.strip()}" for d in ds)).invoke(q)),
-    Shape("documents in XML", lambda m, q: rag(PROMPT, m, lambda ds: "\n".join(f"<doc id='{n}'>{d.page_content}</doc>" for n, d in enumerate(ds))).invoke(q)),
+    Shape(
+        "create_retrieval_chain",
+        lambda m, q: create_retrieval_chain(
+            AnswerRetriever(), create_stuff_documents_chain(m, INPUT_PROMPT)
+        ).invoke({"input": q}),
+    ),
+    Shape(
+        "documents given by hand",
+        lambda m, q: create_stuff_documents_chain(m, PROMPT).invoke(
+            {"context": found(q), "question": q}
+        ),
+    ),
+    Shape(
+        "documents cut short",
+        lambda m, q: rag(
+            PROMPT, m, lambda ds: "\n\n".join(d.page_content[:100] for d in ds)
+        ).invoke(q),
+        cut=100,
+    ),
+    Shape(
+        "documents stripped",
+        lambda m, q: rag(
+            PROMPT, m, lambda ds: "\n".join(f"* {d.page_content.strip()}" for d in ds)
+        ).invoke(q),
+    ),
+    Shape(
+        "documents in XML",
+        lambda m, q: rag(
+            PROMPT,
+            m,
+            lambda ds: "\n".join(f"<doc id='{n}'>{d.page_content}</doc>" for n, d in enumerate(ds)),
+        ).invoke(q),
+    ),
 ]
 
 # -- classic chains -----------------------------------------------------------------------------
@@ -369,7 +437,9 @@ REDUCE = PromptTemplate.from_template("Answers:\n{context}\n\nQuestion: {questio
 
 
 def map_reduce(model: Any, question: str) -> Any:
-    reduce = StuffDocumentsChain(llm_chain=LLMChain(llm=model, prompt=REDUCE), document_variable_name="context")
+    reduce = StuffDocumentsChain(
+        llm_chain=LLMChain(llm=model, prompt=REDUCE), document_variable_name="context"
+    )
     return MapReduceDocumentsChain(
         llm_chain=LLMChain(llm=model, prompt=MAP),
         reduce_documents_chain=ReduceDocumentsChain(combine_documents_chain=reduce),
@@ -389,19 +459,52 @@ def refine(model: Any, question: str) -> Any:
 
 def conversational(model: Any, question: str) -> Any:
     qa = {"prompt": PROMPT}
-    chain = ConversationalRetrievalChain.from_llm(model, AnswerRetriever(), combine_docs_chain_kwargs=qa)
+    chain = ConversationalRetrievalChain.from_llm(
+        model, AnswerRetriever(), combine_docs_chain_kwargs=qa
+    )
     return chain.invoke({"question": question, "chat_history": []})
 
 
 CLASSIC = [
-    Shape("LLMChain", lambda m, q: LLMChain(llm=m, prompt=PROMPT).invoke({"context": join(AnswerRetriever().invoke(q)), "question": q})),
-    Shape("RetrievalQA", lambda m, q: RetrievalQA.from_chain_type(m, retriever=AnswerRetriever(), chain_type_kwargs={"prompt": PROMPT}).invoke(q)),
-    Shape("RetrievalQA, its own prompt", lambda m, q: RetrievalQA.from_chain_type(m, retriever=AnswerRetriever()).invoke(q), ("Use the following pieces of context", "Question:", "Helpful Answer:")),
-    Shape("RetrievalQA, async", lambda m, q: asyncio.run(RetrievalQA.from_chain_type(m, retriever=AnswerRetriever(), chain_type_kwargs={"prompt": PROMPT}).ainvoke(q))),
+    Shape(
+        "LLMChain",
+        lambda m, q: LLMChain(llm=m, prompt=PROMPT).invoke(
+            {"context": join(AnswerRetriever().invoke(q)), "question": q}
+        ),
+    ),
+    Shape(
+        "RetrievalQA",
+        lambda m, q: RetrievalQA.from_chain_type(
+            m, retriever=AnswerRetriever(), chain_type_kwargs={"prompt": PROMPT}
+        ).invoke(q),
+    ),
+    Shape(
+        "RetrievalQA, its own prompt",
+        lambda m, q: RetrievalQA.from_chain_type(m, retriever=AnswerRetriever()).invoke(q),
+        ("Use the following pieces of context", "Question:", "Helpful Answer:"),
+    ),
+    Shape(
+        "RetrievalQA, async",
+        lambda m, q: asyncio.run(
+            RetrievalQA.from_chain_type(
+                m, retriever=AnswerRetriever(), chain_type_kwargs={"prompt": PROMPT}
+            ).ainvoke(q)
+        ),
+    ),
     Shape("ConversationalRetrievalChain", conversational),
-    Shape("StuffDocumentsChain", lambda m, q: StuffDocumentsChain(llm_chain=LLMChain(llm=m, prompt=PROMPT), document_variable_name="context").invoke({"input_documents": found(q), "question": q})),
+    Shape(
+        "StuffDocumentsChain",
+        lambda m, q: StuffDocumentsChain(
+            llm_chain=LLMChain(llm=m, prompt=PROMPT), document_variable_name="context"
+        ).invoke({"input_documents": found(q), "question": q}),
+    ),
     Shape("map_reduce", map_reduce, ("Answers:", "Question:", "Answer:"), documents=lambda q: ()),
-    Shape("refine", refine, ("Answer so far:", "More:", "Question:", "Answer:"), documents=lambda q: QUESTIONS[q][1][1:]),
+    Shape(
+        "refine",
+        refine,
+        ("Answer so far:", "More:", "Question:", "Answer:"),
+        documents=lambda q: QUESTIONS[q][1][1:],
+    ),
 ]
 
 # -- where no callback tells of anything --------------------------------------------------------
@@ -415,11 +518,15 @@ def vector_store() -> InMemoryVectorStore:
 
 def searched(question: str) -> list[int]:
     """What the store finds: its embeddings are the same every time."""
-    return [DOCUMENTS.index(d.page_content) for d in vector_store().similarity_search(question, k=2)]
+    return [
+        DOCUMENTS.index(d.page_content) for d in vector_store().similarity_search(question, k=2)
+    ]
 
 
 def searching(store: Any) -> Run:
-    return lambda m, q: m.invoke(TEMPLATE.format(context=join(store.similarity_search(q, k=2)), question=q))
+    return lambda m, q: m.invoke(
+        TEMPLATE.format(context=join(store.similarity_search(q, k=2)), question=q)
+    )
 
 
 def asearching(store: Any) -> Run:
@@ -438,6 +545,21 @@ def scored(store: Any) -> Run:
     return ask
 
 
+def formatted(question: str) -> str:
+    context = join(AnswerRetriever().invoke(question))
+    return TEMPLATE.format(context=context, question=question)
+
+
+def f_string(question: str) -> str:
+    context = join(AnswerRetriever().invoke(question))
+    return f"{OPENING}{context}\n\nQuestion: {question}\nAnswer:"
+
+
+def question_first(question: str) -> str:
+    context = join(AnswerRetriever().invoke(question))
+    return f"Question: {question}\n\nDocuments:\n{context}\n\nAnswer:"
+
+
 def cached(model: Any, question: str) -> Any:
     if hasattr(model, "cache_documents"):
         model.cache_documents(map(Document, DOCUMENTS), progress=False)
@@ -445,14 +567,23 @@ def cached(model: Any, question: str) -> Any:
 
 
 SILENT = [
-    Shape("TXT.format", lambda m, q: m.invoke(TEMPLATE.format(context=join(AnswerRetriever().invoke(q)), question=q)), rounds=2),
-    Shape("an f-string", lambda m, q: m.invoke(f"{OPENING}{join(AnswerRetriever().invoke(q))}\n\nQuestion: {q}\nAnswer:"), rounds=2),
-    Shape("an f-string in a batch", lambda m, q: m.batch([f"{OPENING}{join(AnswerRetriever().invoke(q))}\n\nQuestion: {q}\nAnswer:"]), rounds=2),
-    Shape("an f-string in a lambda", lambda m, q: (AnswerRetriever() | RunnableLambda(lambda ds: TEMPLATE.format(context=join(ds), question=q)) | m).invoke(q), rounds=2),
-    Shape("an f-string, question first", lambda m, q: m.invoke(f"Question: {q}\n\nDocuments:\n{join(AnswerRetriever().invoke(q))}\n\nAnswer:"), ("Question:", "Documents:", "Answer:"), rounds=2),
-    Shape("an f-string, streamed", lambda m, q: list(m.stream(f"{OPENING}{join(AnswerRetriever().invoke(q))}\n\nQuestion: {q}\nAnswer:")), rounds=2),
+    Shape("TXT.format", lambda m, q: m.invoke(formatted(q)), rounds=2),
+    Shape("an f-string", lambda m, q: m.invoke(f_string(q)), rounds=2),
+    Shape("an f-string in a batch", lambda m, q: m.batch([f_string(q)]), rounds=2),
+    Shape(
+        "an f-string in a lambda", lambda m, q: (RunnableLambda(f_string) | m).invoke(q), rounds=2
+    ),
+    Shape(
+        "an f-string, question first",
+        lambda m, q: m.invoke(question_first(q)),
+        ("Question:", "Documents:", "Answer:"),
+        rounds=2,
+    ),
+    Shape("an f-string, streamed", lambda m, q: list(m.stream(f_string(q))), rounds=2),
     Shape("a tracked store", searching(track(vector_store())), rounds=2, documents=searched),
-    Shape("a tracked store, async", asearching(track(vector_store())), rounds=2, documents=searched),
+    Shape(
+        "a tracked store, async", asearching(track(vector_store())), rounds=2, documents=searched
+    ),
     Shape("a tracked store, with scores", scored(track(vector_store())), documents=searched),
     Shape("cached documents", cached, rounds=2, documents=searched),
     Shape("nothing known at all", searching(vector_store()), rounds=8, documents=searched),
@@ -471,14 +602,201 @@ retriever_tool = create_retriever_tool(AnswerRetriever(), "find", "Find document
 
 
 def flat_messages(model: Any, question: str) -> Any:
-    return model.invoke([SystemMessage(OPENING + join(AnswerRetriever().invoke(question))), HumanMessage(question)])
+    system = SystemMessage(OPENING + join(AnswerRetriever().invoke(question)))
+    return model.invoke([system, HumanMessage(question)])
+
+
+def chat_in_llm_chain(model: Any, question: str) -> Any:
+    context = join(AnswerRetriever().invoke(question))
+    return LLMChain(llm=model, prompt=CHAT).invoke({"context": context, "question": question})
+
+
+IN_ROLES = ("System: " + OPENING, "Human: Question:", "Answer:")
 
 
 CHAT_INTO_LLM = [
-    Shape("a chat template for a completion model", lambda m, q: rag(CHAT, m).invoke(q), ("System: " + OPENING, "Human: Question:", "Answer:")),
-    Shape("a chat template, streamed", lambda m, q: list(rag(CHAT, m).stream(q)), ("System: " + OPENING, "Human: Question:", "Answer:")),
+    Shape("a chat template for a completion model", lambda m, q: rag(CHAT, m).invoke(q), IN_ROLES),
+    Shape("a chat template, streamed", lambda m, q: list(rag(CHAT, m).stream(q)), IN_ROLES),
     Shape("messages for a completion model", flat_messages, ("System: ", "Human: ")),
-    Shape("a chat template in LLMChain", lambda m, q: LLMChain(llm=m, prompt=CHAT).invoke({"context": join(AnswerRetriever().invoke(q)), "question": q}), ("System: " + OPENING, "Human: Question:", "Answer:")),
+    Shape("a chat template in LLMChain", chat_in_llm_chain, IN_ROLES),
 ]
 
-COMPLETION_SHAPES = [*ENTRY_POINTS, *WRAPPERS, *TEMPLATES, *RETRIEVERS, *CLASSIC, *SILENT, *CHAT_INTO_LLM]
+# -- chats, graphs and agents -------------------------------------------------------------------
+
+
+def graph_of(answer: Any, checkpointer: Any = None) -> Any:
+    """Two nodes: documents are found and put into the state, then the model answers."""
+    builder = StateGraph(GraphState)
+    builder.add_node("retrieve", lambda state: {"documents": found(state["question"])})
+    builder.add_node("answer", answer)
+    builder.add_edge(START, "retrieve")
+    builder.add_edge("retrieve", "answer")
+    builder.add_edge("answer", END)
+    return builder.compile(checkpointer=checkpointer)
+
+
+class GraphState(TypedDict, total=False):
+    question: str
+    documents: list[Document]
+    messages: Annotated[list[Any], add_messages]
+    answer: Any
+
+
+def answering(model: Any) -> Any:
+    def answer(state: GraphState) -> Any:
+        values = {"context": join(state["documents"]), "question": state["question"]}
+        return {"answer": model.invoke(prompt_for(model).invoke(values))}
+
+    return answer
+
+
+def prompt_for(model: Any) -> Any:
+    return CHAT if isinstance(model, BaseChatModel) else PROMPT
+
+
+def checkpointed(model: Any, question: str) -> Any:
+    graph = graph_of(answering(model), InMemorySaver())
+    return graph.invoke({"question": question}, {"configurable": {"thread_id": "1"}})
+
+
+def resumed(model: Any, question: str) -> Any:
+    """What a tool found lies in a checkpoint, which another process reads back."""
+    message = ToolMessage(
+        context_of(question),
+        tool_call_id="1",
+        artifact=[
+            {"type": "Document", "page_content": d.page_content, "id": d.id}
+            for d in found(question)
+        ],
+    )
+    builder = StateGraph(GraphState)
+    builder.add_node("answer", answering_from_messages(model))
+    builder.add_edge(START, "answer")
+    return builder.compile().invoke({"question": question, "messages": [message]})
+
+
+def answering_from_messages(model: Any) -> Any:
+    def answer(state: GraphState) -> Any:
+        values = {"context": state["messages"][-1].text, "question": state["question"]}
+        return {"answer": model.invoke(prompt_for(model).invoke(values))}
+
+    return answer
+
+
+def calling_a_tool(used: Any, argument: str) -> Run:
+    """A node runs a tool as agents do; the model reads what it returned."""
+
+    def run(model: Any, question: str) -> Any:
+        call = {"name": used.name, "args": {argument: question}, "id": "1", "type": "tool_call"}
+        builder = StateGraph(GraphState)
+        builder.add_node("tools", ToolNode([used]))
+        builder.add_node("answer", answering_from_messages(model))
+        builder.add_edge(START, "tools")
+        builder.add_edge("tools", "answer")
+        start = [AIMessage("", tool_calls=[call])]
+        return builder.compile().invoke({"question": question, "messages": start})
+
+    return run
+
+
+GRAPHS = [
+    Shape("a graph", lambda m, q: graph_of(answering(m)).invoke({"question": q})),
+    Shape(
+        "a graph, async", lambda m, q: asyncio.run(graph_of(answering(m)).ainvoke({"question": q}))
+    ),
+    Shape("a graph, streamed", lambda m, q: list(graph_of(answering(m)).stream({"question": q}))),
+    Shape("a graph with checkpoints", checkpointed),
+    Shape("documents from a checkpoint", resumed),
+    Shape("a tool with an artifact", calling_a_tool(look_up, "query")),
+    Shape("a retriever tool", calling_a_tool(retriever_tool, "query")),
+]
+
+COMPLETION_SHAPES = [
+    *ENTRY_POINTS,
+    *WRAPPERS,
+    *TEMPLATES,
+    *RETRIEVERS,
+    *CLASSIC,
+    *SILENT,
+    *CHAT_INTO_LLM,
+    *GRAPHS,
+]
+
+
+def by_hand(model: Any, question: str) -> Any:
+    system = SystemMessage(OPENING + join(AnswerRetriever().invoke(question)))
+    return model.invoke([system, HumanMessage(question)])
+
+
+def with_history(model: Any, question: str) -> Any:
+    prompt = ChatPromptTemplate.from_messages(
+        [("system", OPENING + "{context}"), MessagesPlaceholder("history"), ("human", "{question}")]
+    )
+    steps = {
+        "context": AnswerRetriever() | join,
+        "question": RunnablePassthrough(),
+        "history": lambda _: HISTORY,
+    }
+    return (steps | prompt | model).invoke(question)
+
+
+def in_blocks(model: Any, question: str) -> Any:
+    prompt = ChatPromptTemplate.from_messages(
+        [
+            (
+                "human",
+                [
+                    {"type": "text", "text": OPENING + "{context}", "cache_control": {"type": "x"}},
+                    {"type": "text", "text": "Question: {question}"},
+                ],
+            )
+        ]
+    )
+    return rag(prompt, model).invoke(question)
+
+
+def stuffed(model: Any, question: str) -> Any:
+    prompt = ChatPromptTemplate.from_messages(
+        [("system", OPENING + "{context}"), ("human", "Question: {input}")]
+    )
+    stuff = create_stuff_documents_chain(model, prompt)
+    return create_retrieval_chain(AnswerRetriever(), stuff).invoke({"input": question})
+
+
+def agent_with_documents(model: Any, question: str) -> Any:
+    """The tutorial's agent: a prompt that searches the store by itself."""
+
+    @dynamic_prompt
+    def with_context(request: Any) -> str:
+        return OPENING + join(tracked_store.similarity_search(question, k=2))
+
+    agent = create_agent(model, tools=[], middleware=[with_context])
+    return agent.invoke({"messages": [HumanMessage(question)]})
+
+
+tracked_store = track(vector_store())
+SYSTEM_ONLY = (OPENING,)
+ASKED = (OPENING, "Question:")
+
+
+CHAT_SHAPES = [
+    Shape("invoke", lambda m, q: rag(CHAT, m).invoke(q)),
+    Shape("ainvoke", lambda m, q: asyncio.run(rag(CHAT, m).ainvoke(q))),
+    Shape("stream", lambda m, q: list(rag(CHAT, m).stream(q))),
+    Shape("astream", lambda m, q: asyncio.run(drain(rag(CHAT, m).astream(q)))),
+    Shape("batch", lambda m, q: rag(CHAT, m).batch([q, q])),
+    Shape("abatch", lambda m, q: asyncio.run(rag(CHAT, m).abatch([q, q]))),
+    Shape("bind", lambda m, q: rag(CHAT, m.bind(stop=["."])).invoke(q)),
+    Shape("with_retry", lambda m, q: rag(CHAT, m.with_retry()).invoke(q)),
+    Shape("with_fallbacks", lambda m, q: rag(CHAT, m.with_fallbacks([m])).invoke(q)),
+    Shape("a function", lambda m, q: rag(CHAT, RunnableLambda(lambda p: m.invoke(p))).invoke(q)),
+    Shape("messages by hand", by_hand, ()),
+    Shape("a template with history", with_history, SYSTEM_ONLY),
+    Shape("content blocks", in_blocks, ASKED),
+    Shape("a completion template", lambda m, q: rag(PROMPT, m).invoke(q)),
+    Shape("create_retrieval_chain", stuffed, ASKED),
+    Shape("LLMChain", chat_in_llm_chain),
+    Shape("ConversationalRetrievalChain", conversational),
+    Shape("an agent that searches", agent_with_documents, (), documents=searched),
+    *GRAPHS,
+]

@@ -23,9 +23,13 @@ _PLAIN = (str, int, float, bool, type(None))
 
 
 class Span(NamedTuple):
-    """A stretch of `chars` characters. name: the variable of an argument."""
+    """A stretch of `chars` characters. name: the variable of an argument.
 
-    kind: Literal["literal", "argument", "text"]
+    `rest` is what is left of a prompt in which all of its values were found: template text, as far
+    as nobody changed a value before it was written.
+    """
+
+    kind: Literal["literal", "argument", "rest", "text"]
     name: str | None
     chars: int
 
@@ -62,12 +66,13 @@ def searched_layout(values: Mapping[str, Any], text: str) -> Layout:
         free = all(end <= taken_start or taken_end <= start for taken_start, taken_end, _ in found)
         if len(value) >= _MIN_VALUE_CHARS and start >= 0 and free:
             found.append((start, end, name))
+    rest: Literal["rest", "text"] = "rest" if len(found) == len(values) else "text"
     spans: list[Span] = []
     position = 0
     for start, end, name in sorted(found):
-        spans += [Span("text", None, start - position), Span("argument", name, end - start)]
+        spans += [Span(rest, None, start - position), Span("argument", name, end - start)]
         position = end
-    spans.append(Span("text", None, len(text) - position))
+    spans.append(Span(rest, None, len(text) - position))
     return tuple(span for span in spans if span.chars)
 
 

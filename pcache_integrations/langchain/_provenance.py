@@ -106,10 +106,11 @@ class Provenance:
         for span in layout or (Span("text", None, len(text)),):
             part = text[position : position + span.chars]
             position += span.chars
-            if span.kind == "literal":
+            if span.kind == "literal" or (span.kind == "rest" and kind == "text"):
                 segments.append(Segment(part, "literal"))
             else:
-                part_kind = kind if span.kind == "text" else span.kind
+                # Only where all text is markup, what is merely likely may be template text.
+                part_kind = "argument" if span.kind == "argument" else kind
                 segments += self.documents.split(part, part_kind, span.name)
         found = settle(segments, text).segments
         return list(found if ids is None else self.recurring.split(found, ids))
