@@ -790,13 +790,15 @@ CHAT_SHAPES = [
     Shape("with_retry", lambda m, q: rag(CHAT, m.with_retry()).invoke(q)),
     Shape("with_fallbacks", lambda m, q: rag(CHAT, m.with_fallbacks([m])).invoke(q)),
     Shape("a function", lambda m, q: rag(CHAT, RunnableLambda(lambda p: m.invoke(p))).invoke(q)),
-    Shape("messages by hand", by_hand, ()),
+    Shape("messages by hand", by_hand, SYSTEM_ONLY, rounds=2),
     Shape("a template with history", with_history, SYSTEM_ONLY),
     Shape("content blocks", in_blocks, ASKED),
     Shape("a completion template", lambda m, q: rag(PROMPT, m).invoke(q)),
     Shape("create_retrieval_chain", stuffed, ASKED),
     Shape("LLMChain", chat_in_llm_chain),
     Shape("ConversationalRetrievalChain", conversational),
-    Shape("an agent that searches", agent_with_documents, (), documents=searched),
+    Shape(
+        "an agent that searches", agent_with_documents, SYSTEM_ONLY, rounds=2, documents=searched
+    ),
     *GRAPHS,
 ]
