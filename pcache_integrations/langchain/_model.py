@@ -32,6 +32,8 @@ _OF_A_CALL = (
     "reuse", "max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed",
 )  # fmt: skip
 
+_ANSWERS_DEPEND_ON = ("model", "dtype", "repair", "recurring_text", *_OF_A_CALL)
+
 
 class CachedModel(BaseLanguageModel[Any]):
     """Options and engine of a LangChain model that runs on a `PromptCacheEngine`.
@@ -156,7 +158,7 @@ class CachedModel(BaseLanguageModel[Any]):
     @property
     def _identifying_params(self) -> dict[str, Any]:
         """Everything that answers depend on: the key of LangChain's response caches."""
-        options = {name: getattr(self, name) for name in ("model", "dtype", "repair", *_OF_A_CALL)}
+        options = {name: getattr(self, name) for name in _ANSWERS_DEPEND_ON}
         # LangChain keeps the stop strings of the call under "stop".
         return {**options, "default_stop": self.stop}
 

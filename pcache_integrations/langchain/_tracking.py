@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import inspect
 from collections.abc import Callable
 from functools import wraps
@@ -53,13 +54,19 @@ def track(vector_store: StoreT) -> StoreT:
 
 def _as_it_was(store: Any, protocol: Any) -> Any:
     """How to copy or pickle a tracked store: as one of the class that it was of."""
-    mine = type(store)
-    made = super(mine, store).__reduce_ex__(protocol)
+    mine: Any = type(store)
+    made: Any = super(mine, store).__reduce_ex__(protocol)
     if isinstance(made, str):
         return made
-    original = mine.__base__
+    original: Any = mine.__base__
     function, arguments, *rest = (original if part is mine else part for part in made)
+    # Pickle insists on the object's own class with this function, but not with one just like it.
+    function = _new if function is copyreg.__newobj__ else function  # type: ignore[attr-defined]
     return (function, tuple(original if part is mine else part for part in arguments), *rest)
+
+
+def _new(kind: Any, *arguments: Any) -> Any:
+    return kind.__new__(kind, *arguments)
 
 
 def _is_search(kind: type, name: str) -> bool:
