@@ -14,6 +14,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Literal
 
 from pcache_core.prompt import Segment, SegmentKind
@@ -241,7 +242,7 @@ def _cut(
 
 
 def _same_ids(segment: Segment, parts: Sequence[Segment], ids: Ids) -> bool:
-    return tuple(ids(segment)) == tuple(number for part in parts for number in ids(part))
+    return tuple(ids(segment)) == tuple(chain.from_iterable(map(ids, parts)))
 
 
 def _spoken(segments: Sequence[Segment]) -> str:
