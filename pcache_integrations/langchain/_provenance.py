@@ -31,6 +31,7 @@ from pcache_integrations.langchain._layouts import (
     searched_layout,
     trimmed_layout,
 )
+from pcache_integrations.langchain._source import source_layout
 
 _log = logging.getLogger(__name__)
 
@@ -78,6 +79,11 @@ class Provenance:
             layout = searched_layout(inputs, text)
             if len(layout) > 1:
                 self._remember(text, layout)
+
+    def add_caller(self, text: str) -> None:
+        """Remember a text that the functions that led to this call have made, if they tell how."""
+        if self._layout(text) is None and (layout := source_layout(text)) is not None:
+            self._remember(text, layout)
 
     def add_flattened(self, messages: Sequence[BaseMessage], text: str) -> None:
         """Remember a text that LangChain made of messages: the marks of roles are its own."""

@@ -178,7 +178,7 @@ class TestCompletionModel:
         self, llm: PromptCacheLLM
     ) -> None:
         context = join(AnswerRetriever().invoke(QUESTION))
-        text = TEMPLATE.format(context=context, question=QUESTION)
+        text = "".join(["Read.\n\n", context, "\n\nNow: ", QUESTION])
         llm.invoke(text)
         report = llm.engine.reports[-1]
         assert [kind for kind, _ in kinds_of(report)] == [
