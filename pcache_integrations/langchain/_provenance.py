@@ -13,7 +13,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from langchain_core.documents import Document
@@ -182,8 +182,10 @@ def _items(value: object) -> Iterable[object]:
         return (value.artifact,)
     if isinstance(value, BaseMessage):
         return ()
-    if is_dataclass(value) or isinstance(value, BaseModel):
-        return getattr(value, "__dict__", {}).values()
+    if isinstance(value, BaseModel):
+        return vars(value).values()
+    if is_dataclass(value) and not isinstance(value, type):
+        return [getattr(value, field.name, None) for field in fields(value)]
     return ()
 
 
