@@ -20,7 +20,7 @@ from pcache_core.lm import CausalLM
 from pcache_core.params import RepairPolicy, ReuseMode, SamplingParams
 from pcache_core.prompt import Prompt, Segment
 from pcache_core.report import EncodeReport, Report, SegmentReport
-from pcache_core.results import Chunk, Generation, Prefill
+from pcache_core.results import Chunk, Generation, Prefill, TokenLogprob
 from pcache_core.store import DiskStore, MemoryStore, ModuleStore, TieredStore
 
 __all__ = [
@@ -54,4 +54,5 @@ __all__ = [
     "StoreError",
     "TemplateError",
     "TieredStore",
+    "TokenLogprob",
 ]

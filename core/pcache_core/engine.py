@@ -19,6 +19,7 @@ from pcache_core.errors import BudgetError, OptionError
 from pcache_core.generate import AnswerText, decode_loop
 from pcache_core.library import ModuleLibrary
 from pcache_core.lm import CausalLM
+from pcache_core.logprobs import TokenScorer
 from pcache_core.params import (
     DEFAULT_REUSE,
     REPAIR,
@@ -286,6 +287,7 @@ class PromptCacheEngine:
                 text=AnswerText(self.lm.text.decode, request.params.stop),
                 end_ids=self._end_ids(request.params),
                 max_tokens=request.params.max_tokens,
+                score=TokenScorer(self.lm.text.decode, request.params.logprobs),
             ):
                 if count == 0:
                     reading.report.ttft_ms = check_ms + _ms_since(started)

@@ -12,6 +12,8 @@ from pcache_core.errors import OptionError
 ReuseMode = Literal["off", "exact", "fast", "balanced", "high"]
 REUSE_MODES: tuple[ReuseMode, ...] = get_args(ReuseMode)
 DEFAULT_REUSE: ReuseMode = "balanced"
+MAX_LOGPROBS = 20
+"""Most alternatives of a token whose log probabilities can be asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +74,8 @@ class SamplingParams:
     stop: strings that end generation; neither they nor a part of them is returned.
     stop_token_ids: ids that end generation, beside the model's own end-of-sequence ids.
     seed: makes sampling repeatable.
+    logprobs: report each token's log probability, and those of this many likeliest ones; None
+        reports none. They are the model's own, before temperature, penalties and filters.
 
     Raises: OptionError: a value out of range; an empty stop string.
     """
@@ -85,6 +89,7 @@ class SamplingParams:
     stop: Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
     seed: int | None = None
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else _as_tuple("stop", self.stop)
@@ -112,6 +117,9 @@ class SamplingParams:
         if self.seed is not None:
             _check_integer("seed", self.seed)
             _check_range("seed", self.seed, 0, 2**63 - 1, "from 0 to 2**63 - 1")
+        if self.logprobs is not None:
+            _check_integer("logprobs", self.logprobs)
+            _check_range("logprobs", self.logprobs, 0, MAX_LOGPROBS, f"from 0 to {MAX_LOGPROBS}")
 
 
 def _as_tuple(name: str, value: object) -> tuple[Any, ...]:
