@@ -16,6 +16,7 @@ from pcache_core.errors import (
     StoreError,
     TemplateError,
 )
+from pcache_core.forget import ForgetReport
 from pcache_core.lm import CausalLM
 from pcache_core.params import RepairPolicy, ReuseMode, SamplingParams
 from pcache_core.prompt import Prompt, Segment
@@ -32,6 +33,7 @@ __all__ = [
     "DependencyError",
     "DiskStore",
     "EncodeReport",
+    "ForgetReport",
     "Generation",
     "MemoryStore",
     "Message",

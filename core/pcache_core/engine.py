@@ -11,11 +11,12 @@ import asyncio
 import os
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Generator, Sequence
+from collections.abc import AsyncGenerator, Generator, Iterable, Sequence
 from dataclasses import replace
 
 from pcache_core.chat import Message, render_chat
 from pcache_core.errors import BudgetError, OptionError
+from pcache_core.forget import ForgetReport, forget
 from pcache_core.generate import AnswerText, decode_loop
 from pcache_core.library import ModuleLibrary
 from pcache_core.lm import CausalLM
@@ -114,6 +115,17 @@ class PromptCacheEngine:
             min_module_tokens=self.min_module_tokens,
             progress=progress,
         )
+
+    def forget(self, texts: Iterable[str]) -> ForgetReport:
+        """Drop the states of documents, whatever they were encoded behind.
+
+        Found are those that this process has used or made, and in a folder everyone's. On a server,
+        those that other processes encoded behind an opening of theirs are not, nor are states of
+        a document's beginning. What recent requests computed goes with newer requests.
+
+        Raises: PromptError: `texts` is one string. StoreError: a folder can't be read.
+        """
+        return forget(self._library, texts)
 
     def prefill(
         self,

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from pcache_core.encode import Module, encode_anchor, encode_modules
 from pcache_core.errors import StateMismatchError
 from pcache_core.key import KeySpace, ModuleKey
 from pcache_core.kv import KVState
+from pcache_core.ledger import Ledger
 from pcache_core.lm import CausalLM
 from pcache_core.passage import Passage
 from pcache_core.report import Source
 from pcache_core.store import ModuleStore
+from pcache_core.store.search import find_in_folders
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +39,7 @@ class ModuleLibrary:
     def __init__(self, lm: CausalLM, store: ModuleStore, namespace: str) -> None:
         self.lm = lm
         self._store = store
+        self._ledger = Ledger()
         self._keys = KeySpace(
             lm.fingerprint, str(lm.dtype), namespace, model_name=lm.name, decode=lm.text.decode
         )
@@ -45,6 +48,11 @@ class ModuleLibrary:
     def budget_bytes(self) -> int | None:
         """The store's budget; None without one."""
         return self._store.stats().budget_bytes
+
+    @property
+    def nbytes(self) -> int:
+        """What the store holds, in bytes; 0 where it can't know."""
+        return self._store.stats().nbytes or 0
 
     @property
     def _is_fixed(self) -> bool:
@@ -84,8 +92,24 @@ class ModuleLibrary:
                 logger.warning("dropped a stored state: %s", error)
                 self._store.delete(key)
                 continue
+            self._ledger.note(key)
             return Found(hit.state, hit.tier, key.digest)
         return None
+
+    def drop(self, texts: Collection[tuple[int, ...]]) -> int:
+        """Delete every state of these token sequences that can be known; returns how many.
+
+        Those that this process met, those behind the beginning-of-sequence token, and those in
+        folders, whoever wrote them.
+        Raises: StoreError: a folder can't be read.
+        """
+        keys = set(find_in_folders(self._store, self._keys, texts))
+        keys |= {key for ids in texts for key in self._ledger.take(ids)}
+        keys |= {self.key(self.lm.text.bos_ids, Passage(ids), 0) for ids in texts}
+        present = [key for key in keys if self._store.contains(key)]
+        for key in present:
+            self._store.delete(key)
+        return len(present)
 
     def anchor(self, anchor_ids: Sequence[int]) -> Found | None:
         """The state of an anchor, encoded if it is new; None for an empty one."""
@@ -112,7 +136,9 @@ class ModuleLibrary:
             yield keys[module], self._keep(keys[module], encoded)
 
     def _keep(self, key: ModuleKey, state: KVState) -> Found:
-        if not self._store.put(key, state):
+        if self._store.put(key, state):
+            self._ledger.note(key)
+        else:
             logger.info("a state of %d bytes does not fit the store", state.nbytes)
         return Found(state, "encoded", key.digest)
 
