@@ -16,7 +16,7 @@ from pcache_integrations._engines import load_lm
 from pcache_integrations.langchain import ChatPromptCache
 
 CAPABLE = "needs a capable model"
-PARAMS = {"model": "builtin:tiny-rag"}
+PARAMS = {"model": "builtin:tiny-rag", "max_tokens": 120}
 
 
 @pytest.fixture(scope="module", autouse=True)
