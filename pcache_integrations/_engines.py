@@ -16,6 +16,7 @@ from pcache_core.store import CostAware, ModuleStore
 
 _loaded: WeakValueDictionary[tuple[str, str, str], CausalLM] = WeakValueDictionary()
 _loading = threading.Lock()
+_building = threading.Lock()
 
 
 def load_lm(model: str, dtype: str = "auto", device: str = "auto") -> CausalLM:
@@ -116,6 +117,29 @@ class EngineOptions:
         check_store(self.store)
 
 
+_built: WeakValueDictionary[EngineOptions, PromptCacheEngine] = WeakValueDictionary()
+
+
+def build_engine(options: EngineOptions) -> PromptCacheEngine:
+    """Build an engine, or share the one that was built of equal options. Thread-safe.
+
+    It goes, with its weights and the states in memory, when no language model uses it any more.
+
+    Raises: ModelError: the model can't be loaded. StoreError: the folder can't be made.
+    """
+    with _building:
+        engine = _built.get(options)
+        if engine is None:
+            engine = _built[options] = PromptCacheEngine(
+                load_lm(options.model, options.dtype, options.device),
+                store=build_store(options.store),
+                reuse=check_reuse(options.reuse),
+                namespace=options.namespace,
+                repair=options.repair,
+            )
+        return engine
+
+
 class EngineHandle:
     """An engine that is built when it is first needed. Thread-safe."""
 
@@ -133,14 +157,7 @@ class EngineHandle:
         """The engine, always the same. Raises: ModelError: the model can't be loaded."""
         with self._lock:
             if self._engine is None:
-                options = self.options
-                self._engine = PromptCacheEngine(
-                    load_lm(options.model, options.dtype, options.device),
-                    store=build_store(options.store),
-                    reuse=check_reuse(options.reuse),
-                    namespace=options.namespace,
-                    repair=options.repair,
-                )
+                self._engine = build_engine(self.options)
             return self._engine
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EngineHandle:

@@ -17,12 +17,14 @@ from pcache_core.errors import (
     TemplateError,
 )
 from pcache_core.forget import ForgetReport
+from pcache_core.grammar import Grammar
 from pcache_core.lm import CausalLM
 from pcache_core.params import RepairPolicy, ReuseMode, SamplingParams
 from pcache_core.prompt import Prompt, Segment
 from pcache_core.report import EncodeReport, Report, SegmentReport
 from pcache_core.results import Chunk, Generation, Prefill, TokenLogprob
 from pcache_core.store import DiskStore, MemoryStore, ModuleStore, TieredStore
+from pcache_core.tools import InvalidToolCall, Tool, ToolAnswer, ToolCall, ToolFormat
 
 __all__ = [
     "BudgetError",
@@ -35,6 +37,8 @@ __all__ = [
     "EncodeReport",
     "ForgetReport",
     "Generation",
+    "Grammar",
+    "InvalidToolCall",
     "MemoryStore",
     "Message",
     "ModelError",
@@ -57,4 +61,8 @@ __all__ = [
     "TemplateError",
     "TieredStore",
     "TokenLogprob",
+    "Tool",
+    "ToolAnswer",
+    "ToolCall",
+    "ToolFormat",
 ]

@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Generator, Iterable, Sequence
 from dataclasses import replace
+from functools import cached_property
 
 from pcache_core.chat import Message, render_chat
 from pcache_core.errors import BudgetError, OptionError
@@ -40,6 +41,8 @@ from pcache_core.request import Request, check_request
 from pcache_core.results import Chunk, Generation, Prefill
 from pcache_core.schemas import SchemaShelf
 from pcache_core.store import MemoryStore, ModuleStore, StoreStats
+from pcache_core.tool_chat import render_tool_chat
+from pcache_core.tools import Tool, ToolFormat, tool_format
 
 _KEPT_REPORTS = 256
 
@@ -209,12 +212,23 @@ class PromptCacheEngine:
             else:
                 step.add_done_callback(lambda _: chunks.close())
 
-    def prompt_from_chat(self, messages: Sequence[Message]) -> Prompt:
+    def prompt_from_chat(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> Prompt:
         """Render chat messages by the model's own template, markup as `literal` segments.
 
+        tools: that the model may call; `tool_format` says how it does.
         Raises: ChatTemplateError: the model has no template, or it refuses the messages.
         """
-        return render_chat(messages, self.lm.text.apply_chat_template, self.lm.text.holds_special)
+        text = self.lm.text
+        if not tools and not any(m.tool_calls or m.role == "tool" for m in messages):
+            return render_chat(messages, text.apply_chat_template, text.holds_special)
+        return render_tool_chat(
+            messages, tools, self.tool_format, text.apply_chat_template, text.holds_special
+        )
+
+    @cached_property
+    def tool_format(self) -> ToolFormat:
+        """How the model is told of tools and how it calls them."""
+        return tool_format(self.lm.text.apply_chat_template, self.lm.text.holds_special)
 
     def add_schema(
         self,

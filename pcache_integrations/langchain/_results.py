@@ -52,6 +52,24 @@ def completion_logprobs(records: Sequence[TokenLogprob], start: int = 0) -> dict
     }
 
 
+def chat_logprobs(records: Sequence[TokenLogprob]) -> dict[str, Any]:
+    """Tokens' log probabilities, in the shape of OpenAI's chats."""
+    return {
+        "content": [
+            {**_as_token(record), "top_logprobs": [_as_token(other) for other in record.top]}
+            for record in records
+        ]
+    }
+
+
+def _as_token(record: TokenLogprob) -> dict[str, Any]:
+    return {
+        "token": record.token,
+        "bytes": list(record.token.encode()),
+        "logprob": record.logprob,
+    }
+
+
 def _alternatives(record: TokenLogprob) -> dict[str, float]:
     found: dict[str, float] = {}
     for other in (*record.top, record):

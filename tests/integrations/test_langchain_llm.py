@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import gc
 import json
 import pickle
 import threading
 import time
+import weakref
 from typing import Any
 
 import pytest
@@ -77,10 +79,20 @@ class TestOptions:
         with pytest.raises(OptionError, match="brings its own model"):
             PromptCacheLLM(engine=engine, model="other")
 
-    def test_models_with_equal_options_share_weights_but_no_states(self) -> None:
-        one, two = PromptCacheLLM(), PromptCacheLLM()
-        assert one.engine.lm is two.engine.lm
-        assert one.engine.store is not two.engine.store
+    def test_models_with_equal_options_share_one_engine(self) -> None:
+        one, two = PromptCacheLLM(), PromptCacheLLM(reuse="off", max_tokens=3)
+        assert one.engine is two.engine
+        other = PromptCacheLLM(namespace="apart")
+        assert other.engine is not one.engine
+        assert other.engine.lm is one.engine.lm
+
+    def test_an_engine_that_nobody_uses_is_freed(self) -> None:
+        llm = PromptCacheLLM(namespace="short-lived", max_tokens=2)
+        llm.invoke("Hello")
+        engine = weakref.ref(llm.engine)
+        del llm
+        gc.collect()
+        assert engine() is None
 
     def test_copies_share_the_engine(self) -> None:
         llm = PromptCacheLLM(namespace="copies", max_tokens=2)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import uuid
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -62,7 +64,7 @@ def test_a_path_that_can_be_no_folder_is_an_error_of_ours(tmp_path: Path) -> Non
 def test_documents_that_one_model_object_cached_serve_another(
     kind: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    """Two objects share no memory: the second has its own engine."""
+    """The first is gone, and its engine with it: the second has its own."""
     if kind == "redis":
         spec = request.getfixturevalue("redis_url")
     else:
@@ -76,8 +78,11 @@ def test_documents_that_one_model_object_cached_serve_another(
     answer = first.invoke(PROMPT)
     assert isinstance(first.engine.store, TieredStore)
     first.engine.store.flush()
+    gone = weakref.ref(first.engine)
+    del first
+    gc.collect()
+    assert gone() is None
     second = llm()
-    assert second.engine.store is not first.engine.store
     report = second.cache_documents(list(DOCUMENTS))
     assert (report.encoded, report.already_stored) == (0, len(DOCUMENTS))
     assert second.invoke(PROMPT) == answer

@@ -7,6 +7,7 @@ import threading
 import warnings
 from collections.abc import Sequence
 from functools import cached_property
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
@@ -24,6 +25,9 @@ from pcache_core.lm.structure import context_length
 from pcache_core.lm.tokenizer import SegmentTokenizer
 from pcache_core.params import SamplingParams
 from pcache_core.prompt import Segment
+
+if TYPE_CHECKING:
+    from pcache_core.lm.constraint import GrammarCompiler
 
 _locks: WeakKeyDictionary[PreTrainedModel, threading.RLock] = WeakKeyDictionary()
 _locks_lock = threading.Lock()
@@ -68,6 +72,7 @@ class CausalLM:
         with _lock_of(model):
             self.support: Support = probe(model)
         self._lock = _lock_of(model)
+        self._compiler: GrammarCompiler | None = None
         if not self.support.reuses_modules:
             warnings.warn(
                 f"{self.name}: documents can't be reused, only "
@@ -154,7 +159,28 @@ class CausalLM:
 
     def sampler(self, params: SamplingParams) -> Sampler:
         """A token chooser for one request."""
-        return Sampler(params, self.device)
+        if params.grammar is None:
+            return Sampler(params, self.device)
+        constraint = self._grammars.constraint(params.grammar, params.max_tokens)
+        return Sampler(params, self.device, constraint)
+
+    def check_grammar(self, params: SamplingParams) -> None:
+        """Raises: OptionError: an answer that follows `params.grammar` needs more tokens.
+
+        ModelError: the tokenizer is not of a kind that grammars can be followed with.
+        """
+        if params.grammar is not None:
+            self._grammars.check(params.grammar, params.max_tokens)
+
+    @property
+    def _grammars(self) -> GrammarCompiler:
+        """One for all requests; made when the first grammar comes."""
+        from pcache_core.lm.constraint import GrammarCompiler
+
+        with self._lock:
+            if self._compiler is None:
+                self._compiler = GrammarCompiler(self.tokenizer, self.end_ids, self.name)
+            return self._compiler
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Compute a batch's tokens, filling their rows; logits of the last one, [vocab] fp32."""
