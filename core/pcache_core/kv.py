@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import torch
 
@@ -48,6 +49,60 @@ def stack_layers(shapes: Sequence[LayerShape]) -> tuple[Stack, ...]:
     return tuple(Stack(shape, tuple(layers)) for shape, layers in groups.items())
 
 
+Part = Literal["keys", "values"]
+
+# Numbers that are copied, converted or turned at a time, so that they stay in the processor's cache
+# from one step to the next and scratch memory stays small.
+_BLOCK_NUMBERS = 2**19
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Block:
+    """Neighbouring layers of one stack's keys or values.
+
+    layers: which of the stack's, by index. rows: [layers, heads, tokens, head_dim].
+    scale: [layers, heads, 1, head_dim] fp32, what int8 `rows` are multiples of; None for others.
+    """
+
+    stack: int
+    part: Part
+    layers: slice
+    rows: torch.Tensor
+    scale: torch.Tensor | None = None
+
+
+class Rows(Protocol):
+    """A state that can be copied into a slot: in memory, or where a store keeps it."""
+
+    @property
+    def stacks(self) -> tuple[Stack, ...]: ...
+    @property
+    def token_ids(self) -> tuple[int, ...]: ...
+    @property
+    def position(self) -> int: ...
+    @property
+    def num_tokens(self) -> int: ...
+
+    def check(self, stacks: tuple[Stack, ...], dtype: torch.dtype) -> None:
+        """Raises: StateMismatchError: shapes or dtype are not this model's."""
+
+    def blocks(self) -> Iterator[Block]:
+        """All of it once. Raises: StateMismatchError: at the end, if what was read is damaged."""
+
+    def whole(self) -> KVState:
+        """All of it in the model's dtype. Raises: StateMismatchError: it is damaged."""
+
+
+def layer_blocks(tensor: torch.Tensor) -> Iterator[slice]:
+    """Layers of a stacked tensor that are worked on together: all of them but on a CPU."""
+    layers = len(tensor)
+    count = layers
+    if tensor.device.type == "cpu" and tensor.numel():
+        count = max(1, _BLOCK_NUMBERS * layers // tensor.numel())
+    for start in range(0, layers, count):
+        yield slice(start, min(start + count, layers))
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class KVState:
     """Keys and values of a module's tokens, every layer; treated as immutable.
@@ -87,6 +142,19 @@ class KVState:
             token_ids=self.token_ids[start:stop],
             position=position,
         )
+
+    def blocks(self) -> Iterator[Block]:
+        """Its tensors, a few layers at a time."""
+        parts: tuple[tuple[Part, Sequence[torch.Tensor]], ...]
+        parts = (("keys", self.keys), ("values", self.values))
+        for index in range(len(self.stacks)):
+            for part, tensors in parts:
+                for layers in layer_blocks(tensors[index]):
+                    yield Block(index, part, layers, tensors[index][layers])
+
+    def whole(self) -> KVState:
+        """Itself."""
+        return self
 
     def check(self, stacks: tuple[Stack, ...], dtype: torch.dtype) -> None:
         """Raises: StateMismatchError: shapes or dtype are not this model's, or tensors disagree."""

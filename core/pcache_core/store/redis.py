@@ -10,7 +10,7 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -22,7 +22,16 @@ from pcache_core.errors import DependencyError, OptionError, StateMismatchError
 from pcache_core.key import ModuleKey
 from pcache_core.kv import KVState
 from pcache_core.store import serde
-from pcache_core.store.base import Hit, StoreStats
+from pcache_core.store.base import (
+    Admits,
+    Hit,
+    Offer,
+    Opened,
+    StoreStats,
+    everything,
+    milliseconds_since,
+    read,
+)
 from pcache_core.store.counters import Counters, Outage
 from pcache_core.store.packing import check_storage_dtype
 from pcache_core.store.record import StorageDtype
@@ -117,9 +126,26 @@ class RedisStore:
 
     def get_many(self, keys: Sequence[ModuleKey]) -> list[Hit | None]:
         """What `get` returns for each key, in few round trips."""
-        names = list(dict.fromkeys(self._name(key) for key in keys))
-        contents = self._ask(lambda: self._contents(names)) or {}
-        return [self._hit(key, contents.get(self._name(key))) for key in keys]
+        unique = list(dict.fromkeys(keys))
+        opened = dict(zip(unique, self.open_many(unique, everything), strict=True))
+        return [(each := opened[key]) and read(each) for key in keys]
+
+    def open_many(self, keys: Sequence[ModuleKey], admits: Admits) -> list[Opened | None]:
+        """The states that the server has whole: one question for all, then their bytes.
+
+        Round trips: one for the manifests, and one for every 16 MiB of all states together.
+        """
+        by_name = {self._name(key): key for key in keys}
+        started = time.perf_counter()
+        contents = (self._ask(lambda: self._contents(by_name, admits)) or {}) if keys else {}
+        elapsed_ms = milliseconds_since(started)
+        total = sum(len(content or b"") for content in contents.values())
+        return [
+            self._opened(key, contents[name], elapsed_ms / max(total, 1))
+            if name in contents
+            else self._counters.missed()
+            for name, key in by_name.items()
+        ]
 
     def put(self, key: ModuleKey, state: KVState) -> bool:
         """Send the state; False if the server did not take all of it."""
@@ -160,51 +186,69 @@ class RedisStore:
         self._server.worked()
         return answer
 
-    def _contents(self, names: Sequence[str]) -> dict[str, tuple[float, bytes]]:
-        """The stored bytes of those that are there and complete, and the ms each one took."""
-        if not names:
-            return {}
-        contents: dict[str, tuple[float, bytes]] = {}
-        for name, text in zip(names, cast(_Answers, self._client.mget(names)), strict=True):
+    def _contents(
+        self, keys: Mapping[str, ModuleKey], admits: Admits
+    ) -> dict[str, bytearray | None]:
+        """The stored bytes of those that are there and complete; None for those not admitted."""
+        contents: dict[str, bytearray | None] = {}
+        chunks: dict[str, list[str]] = {}
+        texts = cast(_Answers, self._client.mget(list(keys)))
+        for (name, key), text in zip(keys.items(), texts, strict=True):
             if text is None:
                 continue
-            started = time.perf_counter()
             try:
-                content = self._content(name, _Manifest.parse(text))
+                manifest = _Manifest.parse(text)
             except StateMismatchError:
-                content = b""  # dropped like any other damaged state
-            if content is not None:
-                contents[name] = ((time.perf_counter() - started) * 1000, content)
+                contents[name] = bytearray()  # dropped like any other damaged state
+                continue
+            if admits(Offer(key, "remote", manifest.nbytes)):
+                chunks[name] = manifest.names(name)
+            else:
+                contents[name] = None
+        found = self._chunks([chunk for names in chunks.values() for chunk in names])
+        for name, names in chunks.items():
+            if all(chunk in found for chunk in names):
+                contents[name] = bytearray().join(found.pop(chunk) for chunk in names)
         return contents
 
-    def _content(self, name: str, manifest: _Manifest) -> bytes | None:
-        """All chunks, one after another; None if one is gone or of another length."""
-        chunks: list[bytes] = []
-        for batch in _batches(manifest.names(name)):
+    def _chunks(self, names: Sequence[str]) -> dict[str, bytes]:
+        """The chunks that are there."""
+        found: dict[str, bytes] = {}
+        for batch in _batches(names):
             with self._client.pipeline(transaction=False) as pipeline:
-                for chunk_name in batch:
-                    pipeline.get(chunk_name)
-                chunks += pipeline.execute()
-            if any(chunk is None for chunk in chunks):
-                return None
-        return b"".join(chunks)
+                for name in batch:
+                    pipeline.get(name)
+                answers = zip(batch, pipeline.execute(), strict=True)
+            found.update((name, chunk) for name, chunk in answers if chunk is not None)
+        return found
 
-    def _hit(self, key: ModuleKey, found: tuple[float, bytes] | None) -> Hit | None:
-        if found is None:
-            self._counters.missed()
+    def _opened(
+        self, key: ModuleKey, content: bytearray | None, ms_per_byte: float
+    ) -> Opened | None:
+        if content is None:
+            self._counters.declined()
             return None
-        started = time.perf_counter() - found[0] / 1000
+        nbytes = len(content)
+
+        def settle(load_ms: float, error: StateMismatchError | None) -> None:
+            if error is None:
+                self._counters.hit(load_ms + nbytes * ms_per_byte, nbytes)
+            else:
+                self._drop(key, error)
+
         try:
-            raw = torch.frombuffer(bytearray(found[1]), dtype=torch.uint8)
-            state = serde.decode(raw, key, self._seal)
+            raw = torch.frombuffer(content, dtype=torch.uint8)
+            rows = serde.open_state(raw, key, self._seal)
         except (StateMismatchError, ValueError) as error:  # ValueError: no bytes at all
-            logger.warning("dropped the stored state %s: %s", self._name(key), error)
-            self._counters.dropped()
-            self._counters.missed()
-            self.delete(key)
+            self._drop(key, error)
             return None
-        self._counters.hit(started)
-        return Hit(state, "remote")
+        return Opened(rows, "remote", nbytes, settle)
+
+    def _drop(self, key: ModuleKey, error: Exception) -> None:
+        logger.warning("dropped the stored state %s: %s", self._name(key), error)
+        self._counters.dropped()
+        self._counters.missed()
+        self.delete(key)
 
     def _written(self, name: str, manifest: _Manifest, buffers: Sequence[memoryview]) -> bool:
         try:
