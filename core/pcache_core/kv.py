@@ -75,13 +75,20 @@ class Rows(Protocol):
     """A state that can be copied into a slot: in memory, or where a store keeps it."""
 
     @property
-    def stacks(self) -> tuple[Stack, ...]: ...
+    def stacks(self) -> tuple[Stack, ...]:
+        """How its tensors hold the caching layers."""
+
     @property
-    def token_ids(self) -> tuple[int, ...]: ...
+    def token_ids(self) -> tuple[int, ...]:
+        """Of the module, without its anchor."""
+
     @property
-    def position(self) -> int: ...
+    def position(self) -> int:
+        """Of the first token when it was encoded."""
+
     @property
-    def num_tokens(self) -> int: ...
+    def num_tokens(self) -> int:
+        """Tokens in the module."""
 
     def check(self, stacks: tuple[Stack, ...], dtype: torch.dtype) -> None:
         """Raises: StateMismatchError: shapes or dtype are not this model's."""

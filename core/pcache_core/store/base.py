@@ -97,7 +97,7 @@ class Opened:
     """A state that was found and is read when it is used.
 
     nbytes: as kept. settle: called once, when it has been read or turned out to be damaged, with
-        the milliseconds that took: the store counts it, keeps it nearer or drops it.
+        the milliseconds that reading took: the store counts it, keeps it nearer or drops it.
     """
 
     rows: Rows
@@ -117,9 +117,7 @@ class OpeningStore(ModuleStore, Protocol):
         """
 
 
-def open_many(
-    store: ModuleStore, keys: Sequence[ModuleKey], admits: Admits
-) -> list[Opened | None]:
+def open_many(store: ModuleStore, keys: Sequence[ModuleKey], admits: Admits) -> list[Opened | None]:
     """Open several states together; those of a store that can't are read by this."""
     if isinstance(store, OpeningStore):
         return store.open_many(keys, admits)
@@ -135,8 +133,10 @@ def open_many(
     return [None if hit is None else opened(key, hit) for key, hit in hits]
 
 
-def read(opened: Opened) -> Hit | None:
-    """Read an opened state all at once; None if it is damaged."""
+def read(opened: Opened | None) -> Hit | None:
+    """Read an opened state all at once; None if there is none, or it is damaged."""
+    if opened is None:
+        return None
     started = time.perf_counter()
     try:
         state = opened.rows.whole()

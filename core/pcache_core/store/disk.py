@@ -16,7 +16,16 @@ from pcache_core.errors import OptionError, StateMismatchError, StoreError
 from pcache_core.key import ModuleKey
 from pcache_core.kv import KVState
 from pcache_core.store import serde
-from pcache_core.store.base import Admits, Hit, Offer, Opened, StoreStats, everything, read
+from pcache_core.store.base import (
+    Admits,
+    Hit,
+    Offer,
+    Opened,
+    StoreStats,
+    everything,
+    milliseconds_since,
+    read,
+)
 from pcache_core.store.counters import Counters, Outage
 from pcache_core.store.folder import Entry, StateFolder, Usage
 from pcache_core.store.memory import check_budget
@@ -82,7 +91,7 @@ class DiskStore:
     def get_many(self, keys: Sequence[ModuleKey]) -> list[Hit | None]:
         """What `get` returns for each key; the disk is asked for all of them at once."""
         found = self.open_many(keys, everything)
-        return [None if opened is None else read(opened) for opened in found]
+        return [read(opened) for opened in found]
 
     def open_many(self, keys: Sequence[ModuleKey], admits: Admits) -> list[Opened | None]:
         """The states that are there, mapped and not yet read.
@@ -90,8 +99,10 @@ class DiskStore:
         The kernel is told to read all of them before the first is looked at: a disk serves them
         together, and goes on while the first are copied into a slot.
         """
+        started = time.perf_counter()
         files = [(key, self._file(key, admits)) for key in keys]
-        return [None if file is None else self._opened(key, *file) for key, file in files]
+        opening_ms = milliseconds_since(started) / max(len(keys), 1)
+        return [file and self._opened(key, *file, opening_ms) for key, file in files]
 
     def _file(self, key: ModuleKey, admits: Admits) -> tuple[Entry, mmap.mmap] | None:
         path = self._folder.path(self._name(key))
@@ -109,7 +120,9 @@ class DiskStore:
             self._counters.missed()
         return None
 
-    def _opened(self, key: ModuleKey, entry: Entry, content: mmap.mmap) -> Opened | None:
+    def _opened(
+        self, key: ModuleKey, entry: Entry, content: mmap.mmap, opening_ms: float
+    ) -> Opened | None:
         try:
             raw = torch.frombuffer(content, dtype=torch.uint8)
             rows = serde.open_state(raw, key, self._seal)
@@ -123,7 +136,7 @@ class DiskStore:
                 return
             self._folder.used(entry)
             self._reading.worked()
-            self._counters.hit(load_ms, entry.nbytes)
+            self._counters.hit(opening_ms + load_ms, entry.nbytes)
 
         return Opened(rows, "disk", entry.nbytes, settle)
 

@@ -87,7 +87,7 @@ class ObjectStore:
 
     def get_many(self, keys: Sequence[ModuleKey]) -> list[Hit | None]:
         """What `get` returns for each key; several are read at a time."""
-        return [each and read(each) for each in self.open_many(keys, everything)]
+        return [read(each) for each in self.open_many(keys, everything)]
 
     def open_many(self, keys: Sequence[ModuleKey], admits: Admits) -> list[Opened | None]:
         """The states that are there, their bytes read; several at a time."""

@@ -128,7 +128,7 @@ class RedisStore:
         """What `get` returns for each key, in few round trips."""
         unique = list(dict.fromkeys(keys))
         opened = dict(zip(unique, self.open_many(unique, everything), strict=True))
-        return [(each := opened[key]) and read(each) for key in keys]
+        return [read(opened[key]) for key in keys]
 
     def open_many(self, keys: Sequence[ModuleKey], admits: Admits) -> list[Opened | None]:
         """The states that the server has whole: one question for all, then their bytes.
@@ -143,7 +143,7 @@ class RedisStore:
         return [
             self._opened(key, contents[name], elapsed_ms / max(total, 1))
             if name in contents
-            else self._counters.missed()
+            else self._missed()
             for name, key in by_name.items()
         ]
 
@@ -221,6 +221,10 @@ class RedisStore:
                 answers = zip(batch, pipeline.execute(), strict=True)
             found.update((name, chunk) for name, chunk in answers if chunk is not None)
         return found
+
+    def _missed(self) -> Opened | None:
+        self._counters.missed()
+        return None
 
     def _opened(
         self, key: ModuleKey, content: bytearray | None, ms_per_byte: float

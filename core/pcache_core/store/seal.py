@@ -19,8 +19,11 @@ _MIN_KEY_BYTES = 16
 class Hash(Protocol):
     """Takes bytes one after another."""
 
-    def update(self, data: memoryview, /) -> None: ...
-    def digest(self) -> bytes: ...
+    def update(self, data: memoryview, /) -> None:
+        """Add bytes."""
+
+    def digest(self) -> bytes:
+        """The hash of all that was added."""
 
 
 class Seal:

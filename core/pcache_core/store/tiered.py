@@ -112,9 +112,9 @@ class TieredStore:
     def stats(self) -> StoreStats:
         """All tiers together, each one's own in `tiers`.
 
-        hits, evictions, damaged, failures, load_ms, declined, loaded_nbytes: summed. misses: of this store, a look-up that
-        no tier could serve. states: of the tier that has most. nbytes: of all, copies included.
-        budget_bytes: the largest, what a single state may take.
+        hits, evictions, damaged, failures, load_ms, declined, loaded_nbytes: summed. misses: of
+        this store, a look-up that no tier could serve. states: of the tier that has most. nbytes:
+        of all, copies included. budget_bytes: the largest, what a single state may take.
         """
         tiers = tuple(tier.stats() for tier in self.tiers)
         budgets = [tier.budget_bytes for tier in tiers]
