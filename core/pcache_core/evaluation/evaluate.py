@@ -36,7 +36,8 @@ def evaluate(  # noqa: PLR0913 (each is an option of the command)
 
     modes: beside `off`, which is always asked and has a row. sweep: more ways to ask, for a curve.
     storage_dtype: how files keep the states between being encoded and being used; None keeps them
-        in memory. An answer ends at a line's end. Shows a progress bar on standard error if that is a terminal.
+        in memory.
+    An answer ends at a line's end. Shows a progress bar on standard error if that is a terminal.
 
     Raises: ContextLengthError, ChatTemplateError, OptionError: before the first question.
     """
