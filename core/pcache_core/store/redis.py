@@ -82,8 +82,8 @@ class _Manifest:
     def text(self) -> str:
         return f"{self.writing}:{self.chunks}:{self.nbytes}"
 
-    def names(self, name: str) -> list[str]:
-        return [f"{name}:{self.writing}:{index}" for index in range(self.chunks)]
+    def names(self, name: str) -> Iterator[str]:
+        return (f"{name}:{self.writing}:{index}" for index in range(self.chunks))
 
 
 class RedisStore:
@@ -191,7 +191,7 @@ class RedisStore:
     ) -> dict[str, bytearray | None]:
         """The stored bytes of those that are there and complete; None for those not admitted."""
         contents: dict[str, bytearray | None] = {}
-        chunks: dict[str, list[str]] = {}
+        wanted: dict[str, _Manifest] = {}
         texts = cast(_Answers, self._client.mget(list(keys)))
         for (name, key), text in zip(keys.items(), texts, strict=True):
             if text is None:
@@ -202,25 +202,35 @@ class RedisStore:
                 contents[name] = bytearray()  # dropped like any other damaged state
                 continue
             if admits(Offer(key, "remote", manifest.nbytes)):
-                chunks[name] = manifest.names(name)
+                wanted[name] = manifest
             else:
                 contents[name] = None
-        found = self._chunks([chunk for names in chunks.values() for chunk in names])
-        for name, names in chunks.items():
-            if all(chunk in found for chunk in names):
-                contents[name] = bytearray().join(found.pop(chunk) for chunk in names)
-        return contents
+        return contents | self._joined(wanted)
 
-    def _chunks(self, names: Sequence[str]) -> dict[str, bytes]:
-        """The chunks that are there."""
-        found: dict[str, bytes] = {}
-        for batch in _batches(names):
+    def _joined(self, manifests: Mapping[str, _Manifest]) -> dict[str, bytearray]:
+        """The chunks of each state, joined; those of which a chunk is gone are left out."""
+        joined = {name: bytearray() for name in manifests}
+
+        def names() -> Iterator[tuple[str, str]]:
+            for name, manifest in manifests.items():
+                for chunk_name in manifest.names(name):
+                    if (
+                        name not in joined
+                    ):  # whatever its manifest claims, the rest is not asked for
+                        break
+                    yield name, chunk_name
+
+        for batch in _batches(names()):
             with self._client.pipeline(transaction=False) as pipeline:
-                for name in batch:
-                    pipeline.get(name)
-                answers = zip(batch, pipeline.execute(), strict=True)
-            found.update((name, chunk) for name, chunk in answers if chunk is not None)
-        return found
+                for _, chunk_name in batch:
+                    pipeline.get(chunk_name)
+                answers = pipeline.execute()
+            for (name, _), chunk in zip(batch, answers, strict=True):
+                if chunk is None:
+                    joined.pop(name, None)
+                elif name in joined:
+                    joined[name] += chunk
+        return joined
 
     def _missed(self) -> Opened | None:
         self._counters.missed()
@@ -265,7 +275,7 @@ class RedisStore:
 
     def _send(self, name: str, manifest: _Manifest, buffers: Sequence[memoryview]) -> None:
         """Chunks first, the manifest last, then the chunks it replaces go."""
-        names = manifest.names(name)
+        names = list(manifest.names(name))
         for batch in _batches(zip(names, _chunks(buffers), strict=True)):
             with self._client.pipeline(transaction=False) as pipeline:
                 for chunk_name, chunk in batch:
@@ -289,7 +299,8 @@ class RedisStore:
             return
         with suppress(StateMismatchError):
             for batch in _batches(_Manifest.parse(manifest).names(name)):
-                self._client.unlink(*batch)
+                if not self._client.unlink(*batch):
+                    return  # it claimed more than there are
 
 
 def _batches(items: Iterable[T]) -> Iterator[Sequence[T]]:
