@@ -116,6 +116,7 @@ def load(
     anchor; it is not worth a forward of its own.
     """
     fillings, placed, declined = [], set(), []
+    damaged: set[str] = set()
     missing: dict[ModuleKey, list[Wanted]] = {}
     opening: Wanted | None = None
     for wish, found in zip(wishes, library.find_all([w.keys for w in wishes]), strict=True):
@@ -124,9 +125,11 @@ def load(
             continue
         filling = found and _filling(tokens, wish, found)
         if filling and filling.found.opened:
-            if _read(library, lease, tokens, filling):
+            digest = filling.found.digest
+            if digest not in damaged and _read(library, lease, tokens, filling):
                 placed.add(filling)
             else:
+                damaged.add(digest)
                 filling = None
         if filling:
             fillings.append(filling)

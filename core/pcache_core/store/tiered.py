@@ -166,7 +166,7 @@ class TieredStore:
 
         def settle(load_ms: float, error: StateMismatchError | None) -> None:
             opened.settle(load_ms, error)
-            if error is None:
+            if error is None and not self.tiers[0].contains(key):
                 # Damaged since it was used, a moment ago: the next look-up finds that.
                 with suppress(StateMismatchError):
                     self._promote(key, opened.rows.whole(), opened.tier, index)
