@@ -176,9 +176,8 @@ class RedisStore:
         def names() -> Iterator[tuple[str, str]]:
             for name, manifest in manifests.items():
                 for chunk_name in manifest.names(name):
-                    if (
-                        name not in joined
-                    ):  # whatever its manifest claims, the rest is not asked for
+                    # However many its manifest claims, nothing behind a missing one is asked for.
+                    if name not in joined:
                         break
                     yield name, chunk_name
 
