@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 
-from pcache_core.kv import KVState, Part, Rows, Slot
+from pcache_core.kv import SCRATCH_NUMBERS, KVState, Part, Rows, Slot, layer_blocks
 
 # Largest relative error of a right rotation beyond twice the layer's own drift, by dtype.
 _FLOOR = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -98,16 +98,16 @@ def place(
         out = targets[block.stack][block.layers, :, rows]
         layers = slot.stacks[block.stack].layers[block.layers]
         for run, rotation in _runs([rotations[layer] for layer in layers]):
+            source = block.rows[run]
             scale = None if block.scale is None else block.scale[run]
             if rotation is None or rotation.part != block.part or position == state.position:
-                _copy(block.rows[run], scale, out[run])
+                _copy(source, scale, out[run])
                 continue
             name = id(rotation.frequencies)
             if name not in turns:
                 angles = rotation.angles(old, new)
                 turns[name] = (angles.cos().float(), angles.sin().float())
-            exact = _exact(block.rows[run].to(out.device), scale)
-            rotation.turn(exact, *turns[name], out=out[run])
+            _turn(rotation, source, scale, turns[name], out[run])
 
 
 _Turn = tuple[torch.Tensor, torch.Tensor]
@@ -118,12 +118,24 @@ def _copy(rows: torch.Tensor, scale: torch.Tensor | None, out: torch.Tensor) -> 
     """Write rows to `out`, [layers, heads, tokens, dim], in its dtype."""
     if scale is None:
         out.copy_(rows)
-    else:
-        torch.mul(rows.to(out.device), scale.to(out.device), out=out)
+        return
+    for layers in layer_blocks(rows, SCRATCH_NUMBERS):
+        torch.mul(rows[layers].to(out.device), scale[layers].to(out.device), out=out[layers])
 
 
-def _exact(rows: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
-    return rows if scale is None else rows * scale.to(rows.device)
+def _turn(
+    rotation: Rotation,
+    rows: torch.Tensor,
+    scale: torch.Tensor | None,
+    turn: _Turn,
+    out: torch.Tensor,
+) -> None:
+    """Write rows to `out`, turned."""
+    for layers in layer_blocks(rows, SCRATCH_NUMBERS):
+        exact = rows[layers].to(out.device)
+        if scale is not None:
+            exact = exact * scale[layers].to(out.device)
+        rotation.turn(exact, *turn, out=out[layers])
 
 
 def _runs(rotations: Sequence[Rotation | None]) -> list[tuple[slice, Rotation | None]]:

@@ -96,8 +96,8 @@ Admits = Callable[[Offer], bool]
 class Opened:
     """A state that was found and is read when it is used.
 
-    nbytes: as kept. settle: called once, when it has been read or turned out to be damaged, with
-        the milliseconds that reading took: the store counts it, keeps it nearer or drops it.
+    nbytes: as kept. settle: called when it has been read or turned out to be damaged, with the
+        milliseconds that reading took: the store counts it, keeps it nearer or drops it.
     """
 
     rows: Rows
