@@ -16,6 +16,8 @@ _DECAY = 0.9
 _GIVEN_MS = 1000.0
 # A difference that measurements can't tell from noise; a state that is loaded serves again, too.
 _LEAST_GAIN_MS = 1.0
+# Loads that took less together, the last ten or so, are quick enough, or a hiccup.
+_LEAST_LOADING_MS = 50.0
 # A tier that was slow may be fast again; nothing else would find out.
 _TRY_AGAIN_AFTER = 32
 # Less than this says more about a forward's fixed cost than about what a token costs.
@@ -71,7 +73,8 @@ class Measured:
     """Loads a state if that takes no longer than computing its tokens, a millisecond aside.
 
     Speeds are exponential averages of what this process saw; larger pieces of work count for more.
-    As long as nothing is known of a tier, or of the model, states are loaded. Every 32nd state that
+    As long as nothing is known of a tier, or of the model, and while the last ten or so loads took
+    less than 50 ms together, states are loaded. Every 32nd state that
     a slow tier offers is loaded all the same, in case it has become faster. What memory holds is
     never computed instead. A token that is computed is exact, so no answer gets worse by this.
 
@@ -101,7 +104,8 @@ class Measured:
         if offer.tier == "memory":
             return None
         with self._lock:
-            load_ms = self._loads.get(offer.tier, _UNKNOWN).expected_ms(offer.nbytes)
+            speed = self._loads.get(offer.tier, _UNKNOWN)
+            load_ms = speed.expected_ms(offer.nbytes) if speed.is_slow_enough else None
             compute_ms = self._model.expected_ms(len(offer.key.token_ids))
             if load_ms is None or compute_ms is None or load_ms <= compute_ms + _LEAST_GAIN_MS:
                 return None
@@ -157,6 +161,11 @@ class _Speed:
     def add(self, amount: float, elapsed_ms: float) -> None:
         self._amount = _DECAY * self._amount + amount
         self._elapsed_ms = _DECAY * self._elapsed_ms + elapsed_ms
+
+    @property
+    def is_slow_enough(self) -> bool:
+        """Whether it took long enough to be worth a thought."""
+        return self._elapsed_ms >= _LEAST_LOADING_MS
 
     def expected_ms(self, amount: float) -> float | None:
         """None while nothing is known."""

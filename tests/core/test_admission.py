@@ -84,6 +84,15 @@ def test_a_tier_that_was_slow_gets_a_chance_now_and_then_and_can_use_it() -> Non
     assert speeds.declines(offer(1000, 10**6)) is None
 
 
+def test_a_hiccup_of_a_quick_disk_keeps_nothing_from_being_loaded() -> None:
+    speeds = Measured(tokens_per_s=1e6)
+    for _ in range(100):
+        speeds.loaded("disk", 1000, 4.0)
+        assert speeds.declines(offer(10, 10**6)) is None
+    speeds.loaded("disk", 1000, 60.0)
+    assert speeds.declines(offer(10, 10**6)) is not None
+
+
 def test_speeds_follow_what_is_measured_and_few_tokens_tell_nothing() -> None:
     speeds = Measured()
     speeds.loaded("disk", 10**6, 1000)

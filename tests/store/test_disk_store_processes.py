@@ -100,7 +100,7 @@ from pcache_core import CausalLM, DiskStore, Prompt, PromptCacheEngine, Segment
 
 lm = CausalLM(tiny_models.build("llama", seed=3), tiny_models.tiny_tokenizer())
 store = DiskStore(sys.argv[1])
-engine = PromptCacheEngine(lm, store, "fast")
+engine = PromptCacheEngine(lm, store, "fast", admission="always")
 texts = [f"Document {n}: the river runs past mill number {n}, and on." for n in range(40)]
 start = sys.stdin.readline()
 encoded = engine.encode(texts, progress=False) if start.strip() == "encode" else None
