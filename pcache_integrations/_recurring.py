@@ -14,6 +14,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Literal
 
 from pcache_core.prompt import Segment, SegmentKind
@@ -57,13 +58,11 @@ class RecurringText:
     def split(self, segments: Sequence[Segment], ids: Ids) -> list[Segment]:
         """Cut what came before out of unexplained segments.
 
-        Template text is only looked for where none is known. What is data stays that: a cut that
-        made a special token of it would change the ids.
+        What is data stays that: a cut that made a special token of it would change the ids.
 
         Returns: segments whose texts join to the same prompt, and whose ids do.
         """
-        flat = all(segment.kind != "literal" for segment in segments)
-        found = self._cut_frame(list(segments), ids) if flat else list(segments)
+        found = self._cut_frame(list(segments), ids)
         cut = [
             part
             for number, segment in enumerate(found)
@@ -71,7 +70,7 @@ class RecurringText:
                 segment, ids, is_first=number == 0, is_last=number == len(found) - 1
             )
         ]
-        return self._cut_tail(cut, ids) if flat else cut
+        return self._cut_tail(cut, ids)
 
     def _cut_blocks(
         self, segment: Segment, ids: Ids, *, is_first: bool, is_last: bool
@@ -241,7 +240,7 @@ def _cut(
 
 
 def _same_ids(segment: Segment, parts: Sequence[Segment], ids: Ids) -> bool:
-    return tuple(ids(segment)) == tuple(number for part in parts for number in ids(part))
+    return tuple(ids(segment)) == tuple(chain.from_iterable(map(ids, parts)))
 
 
 def _spoken(segments: Sequence[Segment]) -> str:

@@ -566,6 +566,46 @@ def cached(model: Any, question: str) -> Any:
     return searching(vector_store())(model, question)
 
 
+def f_string_in_place(model: Any, question: str) -> Any:
+    context = join(AnswerRetriever().invoke(question))
+    return model.invoke(f"Read these documents.\n\n{context}\n\nQuestion: {question}\nAnswer:")
+
+
+def format_in_place(model: Any, question: str) -> Any:
+    context = join(AnswerRetriever().invoke(question))
+    return model.invoke(TEMPLATE.format(context=context, question=question))
+
+
+async def awaited_f_string(model: Any, question: str) -> Any:
+    context = join(await AnswerRetriever().ainvoke(question))
+    prompt = f"Read these documents.\n\n{context}\n\nQuestion: {question}\nAnswer:"
+    return [piece async for piece in model.astream(prompt)]
+
+
+def f_string_in_a_step(model: Any, question: str) -> Any:
+    step = RunnableLambda(lambda documents: f"Read this.\n\n{join(documents)}\n\nWhat is it?")
+    return (AnswerRetriever() | step | model).invoke(question)
+
+
+READ = ("Read these documents.", "Question:", "Answer:")
+
+IN_SOURCE = [
+    Shape("an f-string in place", f_string_in_place, READ),
+    Shape("TXT.format in place", format_in_place),
+    Shape("an f-string, awaited", lambda m, q: asyncio.run(awaited_f_string(m, q)), READ),
+    Shape("an f-string in a step", f_string_in_a_step, ("Read this.", "What is it?"), asks=False),
+    Shape(
+        "an f-string in a batch, in place",
+        lambda m, q: m.batch([f"Look here:\n\n{context_given(q)}\n\nNow, {q} Your answer:"]),
+        ("Look here:", "Now,", "Your answer:"),
+    ),
+]
+
+
+def context_given(question: str) -> str:
+    return join(AnswerRetriever().invoke(question))
+
+
 SILENT = [
     Shape("TXT.format", lambda m, q: m.invoke(formatted(q)), rounds=2),
     Shape("an f-string", lambda m, q: m.invoke(f_string(q)), rounds=2),
@@ -717,6 +757,7 @@ COMPLETION_SHAPES = [
     *TEMPLATES,
     *RETRIEVERS,
     *CLASSIC,
+    *IN_SOURCE,
     *SILENT,
     *CHAT_INTO_LLM,
     *GRAPHS,

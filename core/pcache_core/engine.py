@@ -10,11 +10,11 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections import deque
 from collections.abc import AsyncGenerator, Generator, Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
 
+from pcache_core.admission import Admission, AdmissionName, check_admission
 from pcache_core.chat import Message, render_chat
 from pcache_core.errors import BudgetError, OptionError
 from pcache_core.forget import ForgetReport, forget
@@ -36,15 +36,14 @@ from pcache_core.pml import Positions, PromptTree, Schema
 from pcache_core.precompute import precompute, precompute_units
 from pcache_core.prompt import Prompt
 from pcache_core.reading import PromptReader
-from pcache_core.report import EncodeReport, Report
+from pcache_core.report import EncodeReport
 from pcache_core.request import Request, check_request
 from pcache_core.results import Chunk, Generation, Prefill
 from pcache_core.schemas import SchemaShelf
-from pcache_core.store import MemoryStore, ModuleStore, StoreStats
+from pcache_core.store import MemoryStore, ModuleStore
 from pcache_core.tool_chat import render_tool_chat
 from pcache_core.tools import Tool, ToolFormat, tool_format
-
-_KEPT_REPORTS = 256
+from pcache_core.totals import EngineStats, Reports
 
 
 class PromptCacheEngine:
@@ -57,6 +56,9 @@ class PromptCacheEngine:
     repair: what `balanced` and `high` compute again, instead of their own choice.
     namespace: part of every key; engines of different namespaces never share a state.
     min_module_tokens: shorter documents are computed in line.
+    admission: which stored states are loaded. `measured`: those that take no longer to load than
+        to compute, as far as this process has seen; `always`: all of them, so that what is reused
+        never depends on the machine's speed. See `pcache_core.admission`.
     reports: of the last 256 requests.
 
     May be called from several threads; forwards take turns.
@@ -64,7 +66,7 @@ class PromptCacheEngine:
     Raises: OptionError: unknown mode, bad namespace. BudgetError: the store can't hold one token.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (each is an option of the engine)
         self,
         lm: CausalLM,
         store: ModuleStore | None = None,
@@ -73,6 +75,7 @@ class PromptCacheEngine:
         *,
         min_module_tokens: int = 8,
         repair: RepairPolicy | None = None,
+        admission: AdmissionName | Admission = "measured",
     ) -> None:
         if not isinstance(lm, CausalLM):
             raise OptionError(
@@ -91,9 +94,9 @@ class PromptCacheEngine:
         self.repair = check_repair(repair)
         self.namespace = namespace
         self.min_module_tokens = min_module_tokens
-        self.reports: deque[Report] = deque(maxlen=_KEPT_REPORTS)
         self._check_budget()
-        self._library = ModuleLibrary(lm, self.store, namespace)
+        self._library = ModuleLibrary(lm, self.store, namespace, check_admission(admission))
+        self.reports = Reports(self._library.learn)
         self._schemas = SchemaShelf(lm)
         self._reader = PromptReader(self._library, min_module_tokens)
 
@@ -279,9 +282,10 @@ class PromptCacheEngine:
         """The prompt's token ids, the same for every reuse mode."""
         return tokenise(prompt, self.lm.text.ids, self.lm.text.bos_ids)
 
-    def stats(self) -> StoreStats:
-        """What the store holds, its hits and misses, by tier where it has several."""
-        return self.store.stats()
+    def stats(self) -> EngineStats:
+        """What the store holds, its hits and misses by tier, and tokens saved and computed."""
+        encoded = self._library.encoded
+        return EngineStats.of(self.store.stats(), self.reports, encoded.tokens, encoded.elapsed_ms)
 
     def _check(
         self,

@@ -25,8 +25,8 @@ _PLAIN = (str, int, float, bool, type(None))
 class Span(NamedTuple):
     """A stretch of `chars` characters. name: the variable of an argument.
 
-    `rest` is what is left of a prompt in which all of its values were found: template text, as far
-    as nobody changed a value before it was written.
+    `rest` is most likely template text: what is left of a prompt in which all of its values were
+    found, or what a string of the caller's explains.
     """
 
     kind: Literal["literal", "argument", "rest", "text"]

@@ -41,8 +41,10 @@ class CachedModel(BaseLanguageModel[Any]):
     model: a built-in model, a path or a hub id. reuse: a reuse mode. repair: what `balanced` and
     `high` compute again, instead of their own choice. store: where states are kept.
     dtype, device: of the model. namespace: states are shared within one only.
-    recurring_text: whether blocks of text that come back become modules by themselves, at second
-    sight; documents that LangChain knows as such always do.
+    storage_dtype: how a folder or server keeps states: `auto` as the model has them, or
+        `float32`, `bfloat16`, `float16`, `int8`, which is a quarter of `float32`.
+    recurring_text: whether text that LangChain knows nothing of is looked for, too: blocks that
+    come back are modules from their second sight on, and so is what the caller's f-strings say.
     engine_handle: how copies of this object share its engine.
     The others are those of `SamplingParams`. What only hosted models need (`api_key`, `base_url`,
     `max_retries`, `timeout`) is accepted and has no effect.
@@ -57,6 +59,7 @@ class CachedModel(BaseLanguageModel[Any]):
     dtype: str = "auto"
     device: str = "auto"
     namespace: str = "default"
+    storage_dtype: str = "auto"
     max_tokens: int = 256
     temperature: float = 0.0
     top_p: float = 1.0

@@ -13,7 +13,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from langchain_core.documents import Document
@@ -31,6 +31,7 @@ from pcache_integrations.langchain._layouts import (
     searched_layout,
     trimmed_layout,
 )
+from pcache_integrations.langchain._source import source_layout
 
 _log = logging.getLogger(__name__)
 
@@ -78,6 +79,11 @@ class Provenance:
             layout = searched_layout(inputs, text)
             if len(layout) > 1:
                 self._remember(text, layout)
+
+    def add_caller(self, text: str) -> None:
+        """Remember a text that the functions that led to this call have made, if they tell how."""
+        if self._layout(text) is None and (layout := source_layout(text)) is not None:
+            self._remember(text, layout)
 
     def add_flattened(self, messages: Sequence[BaseMessage], text: str) -> None:
         """Remember a text that LangChain made of messages: the marks of roles are its own."""
@@ -176,8 +182,10 @@ def _items(value: object) -> Iterable[object]:
         return (value.artifact,)
     if isinstance(value, BaseMessage):
         return ()
-    if is_dataclass(value) or isinstance(value, BaseModel):
-        return getattr(value, "__dict__", {}).values()
+    if isinstance(value, BaseModel):
+        return vars(value).values()
+    if is_dataclass(value) and not isinstance(value, type):
+        return [getattr(value, field.name, None) for field in fields(value)]
     return ()
 
 

@@ -17,7 +17,7 @@ from uuid import UUID
 
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.documents import Document
-from langchain_core.prompt_values import PromptValue, StringPromptValue
+from langchain_core.prompt_values import StringPromptValue
 from langchain_core.prompts.string import DEFAULT_FORMATTER_MAPPING
 from langchain_core.tracers.context import register_configure_hook
 
@@ -83,9 +83,9 @@ class ProvenanceHandler(BaseCallbackHandler):
         if isinstance(output, StringPromptValue):
             with harmless("looking for a template's values in its prompt"):
                 self._provenance.add_written(inputs, output.to_string())
-        elif not isinstance(output, PromptValue):
-            with harmless("looking for documents in a chain's outputs"):
-                self._provenance.add_documents(output)
+            return
+        with harmless("looking for documents in a chain's outputs"):
+            self._provenance.add_documents(output)
 
     def on_chain_error(self, error: BaseException, *, run_id: UUID, **kwargs: Any) -> None:
         """A template could not be rendered."""

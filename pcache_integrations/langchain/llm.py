@@ -133,6 +133,9 @@ class PromptCacheLLM(CachedModel, BaseLLM):
         return await super().agenerate_prompt(noted, *args, **kwargs)
 
     def _convert_input(self, model_input: LanguageModelInput) -> PromptValue:
+        if isinstance(model_input, str) and self.recurring_text:
+            with harmless("looking for the template of a text"):
+                PROVENANCE.add_caller(model_input)
         return _noted(super()._convert_input(model_input))
 
     def _generate(

@@ -86,6 +86,9 @@ class PromptCacheLLM(AutoMap, CustomLLM):
         default=None, description="What balanced and high compute again, if not their own choice."
     )
     store: str = Field(default="memory", description="Where states are kept.")
+    storage_dtype: str = Field(
+        default="auto", description="How files and servers keep states: auto, bfloat16, int8 …"
+    )
     max_tokens: int = Field(default=256, description="Most tokens to generate.")
     temperature: float = Field(default=0.0, description="0 takes the likeliest token.")
     top_p: float = Field(default=1.0, description="Sample from this much probability.")

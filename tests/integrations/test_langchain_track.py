@@ -113,6 +113,20 @@ def test_anything_that_can_be_searched_is_tracked() -> None:
     assert len(PROVENANCE.documents) == len(DOCUMENTS)
 
 
+class AsyncCatalogue:
+    """A store of a server's, which only answers those who wait."""
+
+    async def asearch(self, query: str) -> list[Document]:
+        """Find everything."""
+        await asyncio.sleep(0)
+        return [Document(text) for text in DOCUMENTS]
+
+
+async def test_what_only_async_searches_find_is_known() -> None:
+    assert len(await track(AsyncCatalogue()).asearch("anything")) == len(DOCUMENTS)
+    assert len(PROVENANCE.documents) == len(DOCUMENTS)
+
+
 @pytest.mark.parametrize(
     "nothing", [None, "store", object(), AnswerRetriever(), InMemoryVectorStore]
 )

@@ -17,6 +17,7 @@ from pcache_core.store.object import ObjectStore
 from pcache_core.store.redis import RedisStore
 from pcache_integrations._engines import build_store, check_store
 from pcache_integrations.langchain import PromptCacheLLM
+from pcache_integrations.llama_index import PromptCacheLLM as LlamaIndexLLM
 from redis_server import Server
 
 PROMPT = f"Answer the question from the documents.\n\n{DOCUMENTS[1]}\n\nQuestion: Who?\nAnswer:"
@@ -58,6 +59,19 @@ def test_a_path_that_can_be_no_folder_is_an_error_of_ours(tmp_path: Path) -> Non
     (tmp_path / "file").write_text("x")
     with pytest.raises(StoreError):
         build_store(str(tmp_path / "file"))
+
+
+@pytest.mark.parametrize("spec", ["PATH", "redis://127.0.0.1:1/0", "memory://bucket"])
+def test_what_lasts_is_kept_as_asked(tmp_path: Path, spec: str) -> None:
+    store = build_store(spec.replace("PATH", str(tmp_path)), "int8")
+    assert isinstance(store, TieredStore)
+    assert getattr(store.tiers[1], "storage_dtype") == "int8"  # noqa: B009 (each has it)
+
+
+def test_an_unknown_storage_dtype_is_refused_before_anything_is_loaded() -> None:
+    for model in (PromptCacheLLM, LlamaIndexLLM):
+        with pytest.raises(OptionError, match="storage_dtype='int4'"):
+            model(storage_dtype="int4")
 
 
 @pytest.mark.parametrize("kind", ["path", "redis", "object"])
