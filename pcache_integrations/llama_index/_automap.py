@@ -7,17 +7,19 @@ import logging
 from collections.abc import AsyncGenerator, Generator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from llama_index.core.llms.llm import LLM
 from llama_index.core.prompts import BasePromptTemplate
-from llama_index.core.types import TokenAsyncGen, TokenGen
+from llama_index.core.types import PydanticProgramMode, TokenAsyncGen, TokenGen
 
 from pcache_integrations.llama_index._capture import CAPTURE
+from pcache_integrations.llama_index._formats import format_of
 from pcache_integrations.llama_index._shadow import shadow
 
 _logger = logging.getLogger(__name__)
+# Programs that have the model write the object, instead of calling a function with it.
+_WRITTEN = (PydanticProgramMode.DEFAULT, PydanticProgramMode.LLM)
 
 if TYPE_CHECKING:
-    _Base = LLM
+    from pcache_integrations.llama_index._model import CachedLLM as _Base
 else:
     _Base = object
 
@@ -57,8 +59,9 @@ class AutoMap(_Base):
         **prompt_args: Any,
     ) -> Any:
         """As the base class."""
-        self._plan(prompt, prompt_args, output_cls)
-        return super().structured_predict(output_cls, prompt, llm_kwargs, **prompt_args)
+        llm, kwargs = self._structured(output_cls, llm_kwargs)
+        llm._plan(prompt, prompt_args, output_cls)
+        return super(AutoMap, llm).structured_predict(output_cls, prompt, kwargs, **prompt_args)
 
     async def astructured_predict(
         self,
@@ -68,8 +71,11 @@ class AutoMap(_Base):
         **prompt_args: Any,
     ) -> Any:
         """As the base class."""
-        await asyncio.to_thread(self._plan, prompt, prompt_args, output_cls)
-        return await super().astructured_predict(output_cls, prompt, llm_kwargs, **prompt_args)
+        llm, kwargs = self._structured(output_cls, llm_kwargs)
+        await asyncio.to_thread(llm._plan, prompt, prompt_args, output_cls)
+        return await super(AutoMap, llm).astructured_predict(
+            output_cls, prompt, kwargs, **prompt_args
+        )
 
     def stream_structured_predict(
         self,
@@ -79,8 +85,11 @@ class AutoMap(_Base):
         **prompt_args: Any,
     ) -> Generator[Any, None, None]:
         """As the base class."""
-        self._plan(prompt, prompt_args, output_cls)
-        return super().stream_structured_predict(output_cls, prompt, llm_kwargs, **prompt_args)
+        llm, kwargs = self._structured(output_cls, llm_kwargs)
+        llm._plan(prompt, prompt_args, output_cls)
+        return super(AutoMap, llm).stream_structured_predict(
+            output_cls, prompt, kwargs, **prompt_args
+        )
 
     async def astream_structured_predict(
         self,
@@ -90,15 +99,31 @@ class AutoMap(_Base):
         **prompt_args: Any,
     ) -> AsyncGenerator[Any, None]:
         """As the base class."""
-        await asyncio.to_thread(self._plan, prompt, prompt_args, output_cls)
-        return await super().astream_structured_predict(
-            output_cls, prompt, llm_kwargs, **prompt_args
+        llm, kwargs = self._structured(output_cls, llm_kwargs)
+        await asyncio.to_thread(llm._plan, prompt, prompt_args, output_cls)
+        return await super(AutoMap, llm).astream_structured_predict(
+            output_cls, prompt, kwargs, **prompt_args
         )
+
+    def _structured(
+        self, output_cls: Any, llm_kwargs: dict[str, Any] | None
+    ) -> tuple[AutoMap, dict[str, Any]]:
+        """The LLM that predicts objects, and what its calls are to be given.
+
+        Unless another way was chosen, the model writes the object itself: decoding is constrained
+        to its schema, and streams show it grow, as they can't show a function's argument.
+        """
+        chosen = self.pydantic_program_mode
+        if chosen not in _WRITTEN:
+            return self, dict(llm_kwargs or {})
+        writer = self.model_copy(update={"pydantic_program_mode": PydanticProgramMode.LLM})
+        return writer, {"response_format": format_of(output_cls), **(llm_kwargs or {})}
 
     def _plan(self, template: Any, args: Mapping[str, Any], output_cls: Any = None) -> None:
         """Remember how the coming prompt is made up. Whatever fails here costs reuse, no more."""
+        written = output_cls if self.pydantic_program_mode in _WRITTEN else None
         try:
-            for plan in shadow(self, template, args, output_cls):
+            for plan in shadow(self, template, args, written):
                 CAPTURE.add_plan(plan)
         except Exception:
             _logger.debug("could not plan %s", type(template).__name__, exc_info=True)
