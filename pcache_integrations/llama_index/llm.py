@@ -84,7 +84,7 @@ class PromptCacheLLM(AutoMap, CachedLLM):
         self, model: str | None = None, *, engine: PromptCacheEngine | None = None, **options: Any
     ) -> None:
         """Take the options; for type checkers, which would leave `engine` out."""
-        super().__init__(model, engine=engine, **options)
+        CachedLLM.__init__(self, model, engine=engine, **options)
 
     @llm_completion_callback()
     def complete(
