@@ -85,12 +85,16 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class CallOptions:
-    """All options of a call, checked. schema: that its answer must follow; None for free text.
+    """All options of a call, checked.
+
+    schema: that its answer must follow; None for free text. unstopped: the sampling parameters
+    for an answer that must be whole to be of use, which the LLM's own stop strings don't end.
 
     Raises: OptionError: an unknown name, a value out of range.
     """
 
     params: SamplingParams
+    unstopped: SamplingParams
     reuse: ReuseMode
     schema: Mapping[str, Any] | None
     tools: ToolOptions = ToolOptions()
@@ -105,7 +109,8 @@ class CallOptions:
             params = replace(params, logprobs=answer.num_logprobs)
         # A grammar that was given goes before a format.
         schema = None if params.grammar else schema_of(answer.response_format)
-        return cls(params, reuse, schema)
+        unstopped = params if meant.get("stop") else replace(params, stop=())
+        return cls(params, unstopped, reuse, schema)
 
     @classmethod
     def of_chat(cls, own: Mapping[str, Any], given: Mapping[str, Any]) -> CallOptions:
@@ -117,7 +122,7 @@ class CallOptions:
         """A call without tools."""
         params = self.params
         if self.schema is not None:
-            params = replace(params, grammar=Grammar.json(self.schema))
+            params = replace(self.unstopped, grammar=Grammar.json(self.schema))
         return Call(prompt, params, self.reuse)
 
     def call_with_tools(self, prompt: Prompt, engine: PromptCacheEngine) -> Call:
@@ -136,7 +141,8 @@ class CallOptions:
         if several is None:
             several = choice == "auto"
         most_calls = _MOST_CALLS if several else 1
-        params, form = self.params, engine.tool_format
+        params = self.params if choice in ("auto", "none") else self.unstopped
+        form = engine.tool_format
         if params.grammar is None:
             grammar = form.grammar(tools, choice, most_calls, self.schema)
             params = replace(params, grammar=grammar)
