@@ -12,6 +12,9 @@ PromptCacheError
 ├── TemplateError         a template can't be read, rendered or made a schema (ValueError)
 ├── StateMismatchError    a state is of another shape, model or dtype
 ├── StoreError            a store can't be reached or written
+├── OverloadedError       too many requests wait already
+├── RequestTimeoutError   a request took longer than it may (TimeoutError)
+├── RequestCancelledError nobody waits for a request's answer any longer
 └── DependencyError       an optional package is not installed (ImportError)
 ```
 Every message says what was wrong, what was given, the limit and the remedy.
@@ -79,6 +82,18 @@ class StateMismatchError(PromptCacheError):
 
 class StoreError(PromptCacheError):
     """A store can't be reached or written."""
+
+
+class OverloadedError(PromptCacheError):
+    """As many requests wait as the engine takes; nothing was done."""
+
+
+class RequestTimeoutError(PromptCacheError, TimeoutError):
+    """A request took longer than its caller allowed; what it held is free again."""
+
+
+class RequestCancelledError(PromptCacheError):
+    """Nobody waits for a request's answer any longer, so that its work was given up."""
 
 
 class DependencyError(PromptCacheError, ImportError):

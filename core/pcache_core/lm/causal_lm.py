@@ -16,6 +16,7 @@ from pcache_core.errors import ModelError
 from pcache_core.kv import LayerShape, Slot, Stack, stack_layers
 from pcache_core.lm.batch import Batch
 from pcache_core.lm.fingerprint import fingerprint
+from pcache_core.lm.forward_queue import ForwardQueue, IsCancelled, never
 from pcache_core.lm.loading import load
 from pcache_core.lm.probe import Support, probe
 from pcache_core.lm.sampling import Sampler
@@ -68,6 +69,7 @@ class CausalLM:
         with _lock_of(model):
             self.support: Support = probe(model)
         self._lock = _lock_of(model)
+        self._forwards = ForwardQueue(self._compute, self._joins)
         if not self.support.reuses_modules:
             warnings.warn(
                 f"{self.name}: documents can't be reused, only "
@@ -156,13 +158,14 @@ class CausalLM:
         """A token chooser for one request."""
         return Sampler(params, self.device)
 
-    def forward(self, batch: Batch) -> torch.Tensor:
-        """Compute a batch's tokens, filling their rows; logits of the last one, [vocab] fp32."""
-        assert self.support.forward is not None, "a model without a cache has no slots"
-        with self._lock:
-            if self.support.is_beyond_stable(batch.end):
-                self._forget_longer_prompts()
-            return self.support.forward(batch)
+    def forward(self, batch: Batch, is_cancelled: IsCancelled = never) -> torch.Tensor:
+        """Compute a batch's tokens, filling their rows; logits of the last one, [vocab] fp32.
+
+        May be called from several threads at once, and then computes their batches together.
+
+        Raises: CancelledError: nobody waits for the result any longer.
+        """
+        return self._forwards.run(batch, is_cancelled)
 
     def check_ids(self, token_ids: Sequence[int]) -> None:
         """Raises: ModelError: an id beyond the model's embeddings."""
@@ -179,14 +182,21 @@ class CausalLM:
         special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
         return frozenset(special[text] for text in stop if text in special)
 
-    def _forget_longer_prompts(self) -> None:
-        """Bring length-dependent rotary frequencies back to those of a short prompt.
+    def _joins(self, batch: Batch) -> bool:
+        """Whether a batch may be cut, and share a forward with others."""
+        forward = self.support.forward
+        whole = forward is None or self.support.is_beyond_stable(batch.end)
+        return not whole and forward.merges
 
-        Dynamic NTK keeps the frequencies of the longest prompt so far until a short one comes, so
-        without this an answer would depend on what else is asked.
-        """
-        assert self.support.forward is not None
-        self.support.forward(Batch.of_rows(self.new_slot(1), [0], [0], [0]))
+    def _compute(self, batches: Sequence[Batch]) -> list[torch.Tensor]:
+        forward = self.support.forward
+        assert forward is not None, "a model without a cache has no slots"
+        with self._lock:
+            if any(self.support.is_beyond_stable(batch.end) for batch in batches):
+                # Dynamic NTK keeps the frequencies of the longest prompt so far until a short one
+                # comes, so without this an answer would depend on what else is asked.
+                forward([Batch.of_rows(self.new_slot(1), [0], [0], [0])])
+            return forward(batches)
 
     @cached_property
     def _own_cache_works(self) -> bool:
