@@ -13,9 +13,12 @@ from pcache_core import CausalLM, DiskStore, MemoryStore, PromptCacheEngine, Tie
 from pcache_core.errors import OptionError
 from pcache_core.params import RepairPolicy, check_repair, check_reuse
 from pcache_core.store import CostAware, ModuleStore
+from pcache_core.store.packing import check_storage_dtype
+from pcache_core.store.record import StorageDtype
 
 _loaded: WeakValueDictionary[tuple[str, str, str], CausalLM] = WeakValueDictionary()
 _loading = threading.Lock()
+_building = threading.Lock()
 
 
 def load_lm(model: str, dtype: str = "auto", device: str = "auto") -> CausalLM:
@@ -33,11 +36,12 @@ def load_lm(model: str, dtype: str = "auto", device: str = "auto") -> CausalLM:
         return lm
 
 
-def check_store(spec: str) -> None:
+def check_store(spec: str, storage_dtype: str = "auto") -> None:
     """Whether `build_store` takes `spec`. No folder is made and no server is asked.
 
     Raises: OptionError: it does not. DependencyError: a package it needs is not installed.
     """
+    check_storage_dtype(storage_dtype)
     if not isinstance(spec, str) or not spec.strip():
         raise OptionError(
             f"store={spec!r} must be 'memory', a folder's path, 'redis://host:port/database' or "
@@ -49,30 +53,33 @@ def check_store(spec: str) -> None:
         raise OptionError(f"store={spec!r}: did you mean 'memory'? A folder is './{spec}'")
 
 
-def build_store(spec: str) -> ModuleStore:
+def build_store(spec: str, storage_dtype: str = "auto") -> ModuleStore:
     """The store that `spec` names: memory alone, or memory before a folder or a server.
+
+    storage_dtype: how the folder or server keeps numbers; memory keeps what comes.
 
     Raises: OptionError, DependencyError: as `check_store`. StoreError: the folder can't be made.
     """
     check_store(spec)
     if spec == "memory":
         return MemoryStore()
-    lasting = _remote_store(spec) if "://" in spec else DiskStore(spec)
+    dtype = check_storage_dtype(storage_dtype)
+    lasting = _remote_store(spec, dtype) if "://" in spec else DiskStore(spec, storage_dtype=dtype)
     return TieredStore([MemoryStore(policy=CostAware()), lasting])
 
 
-def _remote_store(url: str) -> ModuleStore:
+def _remote_store(url: str, storage_dtype: StorageDtype = "auto") -> ModuleStore:
     """A store that connects when it is first used; its package is imported only here."""
     if url.partition("://")[0] in ("redis", "rediss", "valkey", "unix"):
         from pcache_core.store.redis import RedisStore
 
-        return RedisStore(url)
+        return RedisStore(url, storage_dtype=storage_dtype)
     from pcache_core.store.object import ObjectStore
 
-    return ObjectStore(url)
+    return ObjectStore(url, storage_dtype=storage_dtype)
 
 
-ENGINE_OPTIONS = ("model", "store", "dtype", "device", "namespace", "repair")
+ENGINE_OPTIONS = ("model", "store", "dtype", "device", "namespace", "repair", "storage_dtype")
 """Options of a language model that decide which engine it gets."""
 
 
@@ -89,6 +96,7 @@ def describe_engine(engine: PromptCacheEngine, options: Mapping[str, Any]) -> di
         "device": str(engine.lm.device),
         "namespace": engine.namespace,
         "repair": engine.repair,
+        "storage_dtype": getattr(engine.store, "storage_dtype", "auto"),
         "reuse": engine.reuse,
     }
 
@@ -109,11 +117,35 @@ class EngineOptions:
     namespace: str
     repair: RepairPolicy | None
     reuse: str = field(compare=False)
+    storage_dtype: str = "auto"
 
     def __post_init__(self) -> None:
         check_reuse(self.reuse)
         check_repair(self.repair)
-        check_store(self.store)
+        check_store(self.store, self.storage_dtype)
+
+
+_built: WeakValueDictionary[EngineOptions, PromptCacheEngine] = WeakValueDictionary()
+
+
+def build_engine(options: EngineOptions) -> PromptCacheEngine:
+    """Build an engine, or share the one that was built of equal options. Thread-safe.
+
+    It goes, with its weights and the states in memory, when no language model uses it any more.
+
+    Raises: ModelError: the model can't be loaded. StoreError: the folder can't be made.
+    """
+    with _building:
+        engine = _built.get(options)
+        if engine is None:
+            engine = _built[options] = PromptCacheEngine(
+                load_lm(options.model, options.dtype, options.device),
+                store=build_store(options.store, options.storage_dtype),
+                reuse=check_reuse(options.reuse),
+                namespace=options.namespace,
+                repair=options.repair,
+            )
+        return engine
 
 
 class EngineHandle:
@@ -133,14 +165,7 @@ class EngineHandle:
         """The engine, always the same. Raises: ModelError: the model can't be loaded."""
         with self._lock:
             if self._engine is None:
-                options = self.options
-                self._engine = PromptCacheEngine(
-                    load_lm(options.model, options.dtype, options.device),
-                    store=build_store(options.store),
-                    reuse=check_reuse(options.reuse),
-                    namespace=options.namespace,
-                    repair=options.repair,
-                )
+                self._engine = build_engine(self.options)
             return self._engine
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EngineHandle:

@@ -50,6 +50,14 @@ class DocumentIndex:
             while len(self._names) > self._max_documents:
                 self._forget(self._names.popitem(last=False)[0])
 
+    def remove(self, text: str) -> None:
+        """Forget a document if it is known."""
+        document = text.strip()
+        with self._lock:
+            if document in self._names:
+                del self._names[document]
+                self._forget(document)
+
     def split(self, text: str, kind: SegmentKind, name: str | None = None) -> list[Segment]:
         """Cut `text` into the documents it holds and, between them, segments of `kind`.
 

@@ -91,6 +91,13 @@ def evaluate(  # noqa: PLR0913 (each is an option of the command)
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 32,
     dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1 …")] = "auto",
+    storage_dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Keep states in files as auto, float32, bfloat16, float16 or int8, and use them "
+            "from there; without it they stay in memory."
+        ),
+    ] = None,
     curve: Annotated[
         Path | None,
         typer.Option(help="Also sweep the repaired share, and plot it into this .svg or .png."),
@@ -102,6 +109,7 @@ def evaluate(  # noqa: PLR0913 (each is an option of the command)
     from pcache_core.evaluation.curve import check_plot, plot, sweep
     from pcache_core.evaluation.evaluate import evaluate as ask
     from pcache_core.params import REUSE_MODES, check_reuse
+    from pcache_core.store.packing import check_storage_dtype
 
     names = REUSE_MODES if modes is None else modes.split(",")
     chosen = [check_reuse(name.strip()) for name in names]
@@ -109,6 +117,7 @@ def evaluate(  # noqa: PLR0913 (each is an option of the command)
     given = {
         name: value for name, value in world.items() if value is not None and value is not False
     }
+    storage = None if storage_dtype is None else check_storage_dtype(storage_dtype)
     if curve is not None:
         check_plot(curve)
     asked = _questions(data, given, questions)
@@ -119,6 +128,7 @@ def evaluate(  # noqa: PLR0913 (each is an option of the command)
         sweep=() if curve is None else sweep(),
         layout="chat" if chat else "completion",
         max_tokens=max_tokens,
+        storage_dtype=storage,
     )
     if as_json:
         print(json.dumps(result.as_json(), indent=2))

@@ -16,12 +16,15 @@ from pcache_core.errors import (
     StoreError,
     TemplateError,
 )
+from pcache_core.forget import ForgetReport
+from pcache_core.grammar import Grammar
 from pcache_core.lm import CausalLM
 from pcache_core.params import RepairPolicy, ReuseMode, SamplingParams
 from pcache_core.prompt import Prompt, Segment
 from pcache_core.report import EncodeReport, Report, SegmentReport
-from pcache_core.results import Chunk, Generation, Prefill
+from pcache_core.results import Chunk, Generation, Prefill, TokenLogprob
 from pcache_core.store import DiskStore, MemoryStore, ModuleStore, TieredStore
+from pcache_core.tools import InvalidToolCall, Tool, ToolAnswer, ToolCall, ToolFormat
 
 __all__ = [
     "BudgetError",
@@ -32,7 +35,10 @@ __all__ = [
     "DependencyError",
     "DiskStore",
     "EncodeReport",
+    "ForgetReport",
     "Generation",
+    "Grammar",
+    "InvalidToolCall",
     "MemoryStore",
     "Message",
     "ModelError",
@@ -54,4 +60,9 @@ __all__ = [
     "StoreError",
     "TemplateError",
     "TieredStore",
+    "TokenLogprob",
+    "Tool",
+    "ToolAnswer",
+    "ToolCall",
+    "ToolFormat",
 ]

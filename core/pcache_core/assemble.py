@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from pcache_core.admission import Declined
 from pcache_core.encode import Module
 from pcache_core.key import ModuleKey
-from pcache_core.kv import KVState
+from pcache_core.kv import Rows
 from pcache_core.library import Found, ModuleLibrary
 from pcache_core.lm import CausalLM, place
 from pcache_core.plan import Candidate, Piece, TokenisedPrompt
@@ -89,31 +90,67 @@ def _is_cut(module: Candidate, end: int) -> bool:
     return module.start < end < module.stop
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Loaded:
+    """What the states of a prompt's wishes turned out to be.
+
+    fillings: by first row. placed: those whose rows are in the slot already.
+    declined: wishes whose state is there but takes longer to load than to compute.
+    """
+
+    fillings: tuple[Filling, ...]
+    placed: frozenset[Filling]
+    declined: tuple[tuple[Wanted, Declined], ...]
+
+
+NOTHING = Loaded((), frozenset(), ())
+
+
 def load(
-    tokens: TokenisedPrompt, wishes: Sequence[Wanted], library: ModuleLibrary
-) -> list[Filling]:
+    tokens: TokenisedPrompt, wishes: Sequence[Wanted], library: ModuleLibrary, lease: Lease
+) -> Loaded:
     """Find the states, encode those that are missing (together), and say which rows they fill.
 
-    The opening is used when its state is there or has to be made as an anchor; it is not worth a
-    forward of its own.
+    A state that is not in memory is read right into its rows: what is damaged shows then, and is
+    encoded with the missing. The opening is used when its state is there or has to be made as an
+    anchor; it is not worth a forward of its own.
     """
-    fillings = []
+    fillings, placed, declined = [], set(), []
+    damaged: set[str] = set()
     missing: dict[ModuleKey, list[Wanted]] = {}
     opening: Wanted | None = None
-    for wish in wishes:
-        if wish.candidate.is_opening:
+    for wish, found in zip(wishes, library.find_all([w.keys for w in wishes]), strict=True):
+        if isinstance(found, Declined):
+            declined.append((wish, found))
+            continue
+        filling = found and _filling(tokens, wish, found)
+        if filling and filling.found.opened:
+            digest = filling.found.digest
+            if digest not in damaged and _read(library, lease, tokens, filling):
+                placed.add(filling)
+            else:
+                damaged.add(digest)
+                filling = None
+        if filling:
+            fillings.append(filling)
+        elif wish.candidate.is_opening:
             opening = wish
-        elif found := library.find(wish.keys):
-            fillings.append(_filling(tokens, wish, found))
         else:
             missing.setdefault(wish.keys[0], []).append(wish)
     anchor = library.anchor(tokens.anchor_ids) if missing else None
     modules = {key: wishes[0].module for key, wishes in missing.items()}
-    for key, found in library.encode(anchor, modules):
-        fillings.extend(_filling(tokens, wish, found) for wish in missing[key])
-    if opening is not None and (found := anchor or library.find(opening.keys)):
-        fillings.append(_filling(tokens, opening, found))
-    return sorted(fillings, key=lambda filling: filling.candidate.start)
+    for key, made in library.encode(anchor, modules):
+        fillings.extend(_filling(tokens, wish, made) for wish in missing[key])
+    if opening is not None and anchor is not None:
+        fillings.append(_filling(tokens, opening, anchor))
+    fillings.sort(key=lambda filling: filling.candidate.start)
+    return Loaded(tuple(fillings), frozenset(placed), tuple(declined))
+
+
+def _read(library: ModuleLibrary, lease: Lease, tokens: TokenisedPrompt, filling: Filling) -> bool:
+    return library.read(
+        filling.found, lambda rows: _place(library.lm, lease, tokens, filling, rows)
+    )
 
 
 def _filling(tokens: TokenisedPrompt, wish: Wanted, found: Found) -> Filling:
@@ -125,20 +162,29 @@ def _filling(tokens: TokenisedPrompt, wish: Wanted, found: Found) -> Filling:
     return Filling(wish.module, candidate, found, exact)
 
 
-def fill(lm: CausalLM, lease: Lease, tokens: TokenisedPrompt, fillings: Sequence[Filling]) -> None:
-    """Copy states into their rows, moved to their positions."""
+def fill(lm: CausalLM, lease: Lease, tokens: TokenisedPrompt, loaded: Loaded) -> None:
+    """Copy the other states into their rows, moved to their positions."""
+    for filling in loaded.fillings:
+        if filling not in loaded.placed:
+            _place(lm, lease, tokens, filling, filling.found.state)
+
+
+def _place(
+    lm: CausalLM, lease: Lease, tokens: TokenisedPrompt, filling: Filling, state: Rows
+) -> None:
+    """Raises: StateMismatchError: it was damaged where it is kept."""
     rotations = lm.support.rotations or (None,) * len(lm.layers)
-    for filling in fillings:
-        for part, row in _parts(filling):
-            place(lease.slot, row, part, rotations, tokens.positions[row])
+    for part, row in _parts(filling, state):
+        place(lease.slot, row, part, rotations, tokens.positions[row])
 
 
-def _parts(filling: Filling) -> Iterator[tuple[KVState, int]]:
+def _parts(filling: Filling, rows: Rows) -> Iterator[tuple[Rows, int]]:
     """A state's runs, each of which follows itself without a gap, and their first rows."""
-    state, passage = filling.found.state, filling.module.passage
+    passage = filling.module.passage
     if len(filling.candidate.runs) == 1:
-        yield state, filling.candidate.start
+        yield rows, filling.candidate.start
         return
+    state = rows.whole()
     # Where the tokens stood that are kept, the first of them where the state says.
     offsets = [passage.positions(0)[index] for index in passage.kept]
     first = state.position - offsets[0]
@@ -148,23 +194,27 @@ def _parts(filling: Filling) -> Iterator[tuple[KVState, int]]:
         done += stop - start
 
 
-def describe(
-    tokens: TokenisedPrompt, prefix: int, fillings: Sequence[Filling], reuse: str
-) -> Report:
+def describe(tokens: TokenisedPrompt, prefix: int, loaded: Loaded, reuse: str) -> Report:
     """The request's report, times still zero and nothing repaired."""
     sources: list[Source] = ["computed"] * len(tokens.token_ids)
     sources[:prefix] = ["prefix"] * prefix
-    for filling in fillings:
+    notes = [""] * len(tokens.token_ids)
+    for wish, declined in loaded.declined:
+        for start, stop in wish.candidate.runs:
+            notes[start:stop] = [str(declined)] * (stop - start)
+    for filling in loaded.fillings:
         for start, stop in filling.candidate.runs:
             sources[start:stop] = [filling.found.source] * (stop - start)
+            notes[start:stop] = [""] * (stop - start)
     encoded, computed = sources.count("encoded"), sources.count("computed")
     return Report(
-        segments=tuple(_segment(piece, sources) for piece in tokens.pieces),
+        segments=tuple(_segment(piece, sources, notes) for piece in tokens.pieces),
         prompt_tokens=len(sources),
         cached_tokens=len(sources) - encoded - computed,
         encoded_tokens=encoded,
         computed_tokens=computed,
         reuse=reuse,
+        not_loaded_tokens=len(notes) - notes.count(""),
     )
 
 
@@ -180,7 +230,7 @@ def describe_repair(report: Report, tokens: TokenisedPrompt, rows: Sequence[int]
     report.segments = tuple(segments)
 
 
-def _segment(piece: Piece, sources: Sequence[Source]) -> SegmentReport:
+def _segment(piece: Piece, sources: Sequence[Source], notes: Sequence[str]) -> SegmentReport:
     here = sources[piece.start : piece.stop]
     return SegmentReport(
         kind=piece.segment.kind,
@@ -188,4 +238,5 @@ def _segment(piece: Piece, sources: Sequence[Source]) -> SegmentReport:
         text=piece.segment.text,
         num_tokens=len(here),
         source=max(dict.fromkeys(here), key=here.count) if here else "computed",
+        note=max(notes[piece.start : piece.stop], default=""),
     )

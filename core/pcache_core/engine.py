@@ -7,18 +7,22 @@ bookkeeping.
 
 from __future__ import annotations
 
-import asyncio
 import os
 import time
-from collections import deque
-from collections.abc import AsyncGenerator, Generator, Sequence
+from collections.abc import AsyncGenerator, Generator, Iterable, Sequence
+from contextlib import aclosing
 from dataclasses import replace
+from functools import cached_property
 
+from pcache_core.admission import Admission, AdmissionName, check_admission
+from pcache_core.background import BackgroundStreams
 from pcache_core.chat import Message, render_chat
 from pcache_core.errors import BudgetError, OptionError
+from pcache_core.forget import ForgetReport, forget
 from pcache_core.generate import AnswerText, decode_loop
 from pcache_core.library import ModuleLibrary
 from pcache_core.lm import CausalLM
+from pcache_core.logprobs import TokenScorer
 from pcache_core.params import (
     DEFAULT_REUSE,
     REPAIR,
@@ -33,13 +37,16 @@ from pcache_core.pml import Positions, PromptTree, Schema
 from pcache_core.precompute import precompute, precompute_units
 from pcache_core.prompt import Prompt
 from pcache_core.reading import PromptReader
-from pcache_core.report import EncodeReport, Report
+from pcache_core.report import EncodeReport
 from pcache_core.request import Request, check_request
 from pcache_core.results import Chunk, Generation, Prefill
 from pcache_core.schemas import SchemaShelf
-from pcache_core.store import MemoryStore, ModuleStore, StoreStats
+from pcache_core.store import MemoryStore, ModuleStore
+from pcache_core.tool_chat import render_tool_chat
+from pcache_core.tools import Tool, ToolFormat, tool_format
+from pcache_core.totals import EngineStats, Reports
 
-_KEPT_REPORTS = 256
+_MAX_RUNNING = 16
 
 
 class PromptCacheEngine:
@@ -52,14 +59,18 @@ class PromptCacheEngine:
     repair: what `balanced` and `high` compute again, instead of their own choice.
     namespace: part of every key; engines of different namespaces never share a state.
     min_module_tokens: shorter documents are computed in line.
+    admission: which stored states are loaded. `measured`: those that take no longer to load than
+        to compute, as far as this process has seen; `always`: all of them, so that what is reused
+        never depends on the machine's speed. See `pcache_core.admission`.
     reports: of the last 256 requests.
 
-    May be called from several threads; forwards take turns.
+    Requests of several threads and tasks run at the same time and share forwards; of those that
+    an event loop waits for, 16 run at once.
 
     Raises: OptionError: unknown mode, bad namespace. BudgetError: the store can't hold one token.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (each is an option of the engine)
         self,
         lm: CausalLM,
         store: ModuleStore | None = None,
@@ -68,6 +79,7 @@ class PromptCacheEngine:
         *,
         min_module_tokens: int = 8,
         repair: RepairPolicy | None = None,
+        admission: AdmissionName | Admission = "measured",
     ) -> None:
         if not isinstance(lm, CausalLM):
             raise OptionError(
@@ -86,11 +98,12 @@ class PromptCacheEngine:
         self.repair = check_repair(repair)
         self.namespace = namespace
         self.min_module_tokens = min_module_tokens
-        self.reports: deque[Report] = deque(maxlen=_KEPT_REPORTS)
         self._check_budget()
-        self._library = ModuleLibrary(lm, self.store, namespace)
+        self._library = ModuleLibrary(lm, self.store, namespace, check_admission(admission))
+        self.reports = Reports(self._library.learn)
         self._schemas = SchemaShelf(lm)
         self._reader = PromptReader(self._library, min_module_tokens)
+        self._background = BackgroundStreams(_MAX_RUNNING, lm.cancelled_by)
 
     def encode(
         self,
@@ -113,6 +126,17 @@ class PromptCacheEngine:
             min_module_tokens=self.min_module_tokens,
             progress=progress,
         )
+
+    def forget(self, texts: Iterable[str]) -> ForgetReport:
+        """Drop the states of documents, whatever they were encoded behind.
+
+        Found are those that this process has used or made, and in a folder everyone's. On a server,
+        those that other processes encoded behind an opening of theirs are not, nor are states of
+        a document's beginning. What recent requests computed goes with newer requests.
+
+        Raises: PromptError: `texts` is one string. StoreError: a folder can't be read.
+        """
+        return forget(self._library, texts)
 
     def prefill(
         self,
@@ -179,29 +203,29 @@ class PromptCacheEngine:
         reuse: ReuseMode | None = None,
         repair: RepairPolicy | None = None,
     ) -> AsyncGenerator[Chunk, None]:
-        """`stream` without blocking the event loop; each piece is made in a worker thread."""
-        chunks = await asyncio.to_thread(self.stream, prompt, params, reuse, repair)
-        step: asyncio.Future[Chunk | None] | None = None
-        try:
-            while True:
-                step = asyncio.ensure_future(asyncio.to_thread(next, chunks, None))
-                chunk = await asyncio.shield(step)
-                if chunk is None:
-                    return
+        """`stream` without blocking the event loop; one that is given up frees its slot."""
+        chunks = self._background.read(lambda: self.stream(prompt, params, reuse, repair))
+        async with aclosing(chunks):
+            async for chunk in chunks:
                 yield chunk
-        finally:
-            # A cancelled request may still be inside a step, and ends when that step does.
-            if step is None or step.done():
-                chunks.close()
-            else:
-                step.add_done_callback(lambda _: chunks.close())
 
-    def prompt_from_chat(self, messages: Sequence[Message]) -> Prompt:
+    def prompt_from_chat(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> Prompt:
         """Render chat messages by the model's own template, markup as `literal` segments.
 
+        tools: that the model may call; `tool_format` says how it does.
         Raises: ChatTemplateError: the model has no template, or it refuses the messages.
         """
-        return render_chat(messages, self.lm.text.apply_chat_template, self.lm.text.holds_special)
+        text = self.lm.text
+        if not tools and not any(m.tool_calls or m.role == "tool" for m in messages):
+            return render_chat(messages, text.apply_chat_template, text.holds_special)
+        return render_tool_chat(
+            messages, tools, self.tool_format, text.apply_chat_template, text.holds_special
+        )
+
+    @cached_property
+    def tool_format(self) -> ToolFormat:
+        """How the model is told of tools and how it calls them."""
+        return tool_format(self.lm.text.apply_chat_template, self.lm.text.holds_special)
 
     def add_schema(
         self,
@@ -252,9 +276,10 @@ class PromptCacheEngine:
         """The prompt's token ids, the same for every reuse mode."""
         return tokenise(prompt, self.lm.text.ids, self.lm.text.bos_ids)
 
-    def stats(self) -> StoreStats:
-        """What the store holds, its hits and misses, by tier where it has several."""
-        return self.store.stats()
+    def stats(self) -> EngineStats:
+        """What the store holds, its hits and misses by tier, and tokens saved and computed."""
+        encoded = self._library.encoded
+        return EngineStats.of(self.store.stats(), self.reports, encoded.tokens, encoded.elapsed_ms)
 
     def _check(
         self,
@@ -286,6 +311,7 @@ class PromptCacheEngine:
                 text=AnswerText(self.lm.text.decode, request.params.stop),
                 end_ids=self._end_ids(request.params),
                 max_tokens=request.params.max_tokens,
+                score=TokenScorer(self.lm.text.decode, request.params.logprobs),
             ):
                 if count == 0:
                     reading.report.ttft_ms = check_ms + _ms_since(started)

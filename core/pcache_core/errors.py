@@ -12,8 +12,6 @@ PromptCacheError
 ├── TemplateError         a template can't be read, rendered or made a schema (ValueError)
 ├── StateMismatchError    a state is of another shape, model or dtype
 ├── StoreError            a store can't be reached or written
-├── OverloadedError       too many requests wait already
-├── RequestTimeoutError   a request took longer than it may (TimeoutError)
 ├── RequestCancelledError nobody waits for a request's answer any longer
 └── DependencyError       an optional package is not installed (ImportError)
 ```
@@ -82,14 +80,6 @@ class StateMismatchError(PromptCacheError):
 
 class StoreError(PromptCacheError):
     """A store can't be reached or written."""
-
-
-class OverloadedError(PromptCacheError):
-    """As many requests wait as the engine takes; nothing was done."""
-
-
-class RequestTimeoutError(PromptCacheError, TimeoutError):
-    """A request took longer than its caller allowed; what it held is free again."""
 
 
 class RequestCancelledError(PromptCacheError):

@@ -6,13 +6,16 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 
-from pcache_core.results import Chunk, FinishReason
+from pcache_core.results import Chunk, FinishReason, TokenLogprob
 
 Step = Callable[[int], torch.Tensor]
 """Appends one token; logits of the next, [vocab]."""
 
 Choose = Callable[[Sequence[int], torch.Tensor], int]
 """Picks a token from the text so far and the logits."""
+
+Score = Callable[[int, torch.Tensor], tuple[TokenLogprob, ...]]
+"""What is reported of a token, from the logits it was picked from."""
 
 
 class AnswerText:
@@ -82,6 +85,7 @@ def decode_loop(  # noqa: PLR0913 (each is one collaborator)
     text: AnswerText,
     end_ids: Collection[int],
     max_tokens: int,
+    score: Score,
 ) -> Iterator[Chunk]:
     """Generate until an end id, a stop string or `max_tokens`; a chunk a token.
 
@@ -94,14 +98,15 @@ def decode_loop(  # noqa: PLR0913 (each is one collaborator)
             yield Chunk(text.finish(), (), "stop")
             return
         token_ids.append(token)
+        scores = score(token, logits)
         new = text.add(token)
         if text.stopped:
-            yield Chunk(new, (token,), "stop")
+            yield Chunk(new, (token,), "stop", logprobs=scores)
             return
         if count == max_tokens:
             tail = text.finish()
             reason: FinishReason = "stop" if text.stopped else "length"
-            yield Chunk(new + tail, (token,), reason)
+            yield Chunk(new + tail, (token,), reason, logprobs=scores)
             return
-        yield Chunk(new, (token,))
+        yield Chunk(new, (token,), logprobs=scores)
         logits = step(token)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal, Protocol
 
+import numpy as np
 import torch
 
 from pcache_core.errors import StateMismatchError
@@ -48,6 +51,72 @@ def stack_layers(shapes: Sequence[LayerShape]) -> tuple[Stack, ...]:
     return tuple(Stack(shape, tuple(layers)) for shape, layers in groups.items())
 
 
+Part = Literal["keys", "values"]
+
+# Numbers that are checked and copied at a time, so that the one finds in the cache what the other
+# brought there; fewer where they are converted or turned, which takes scratch memory as well.
+_BLOCK_NUMBERS = 2**20
+SCRATCH_NUMBERS = 2**18
+_ALIGNMENT = 64
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Block:
+    """Neighbouring layers of one stack's keys or values.
+
+    layers: which of the stack's, by index. rows: [layers, heads, tokens, head_dim].
+    scale: [layers, heads, 1, head_dim] fp32, what int8 `rows` are multiples of; None for others.
+    """
+
+    stack: int
+    part: Part
+    layers: slice
+    rows: torch.Tensor
+    scale: torch.Tensor | None = None
+
+
+class Rows(Protocol):
+    """A state that can be copied into a slot: in memory, or where a store keeps it."""
+
+    @property
+    def stacks(self) -> tuple[Stack, ...]:
+        """How its tensors hold the caching layers."""
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """Of the module, without its anchor."""
+
+    @property
+    def position(self) -> int:
+        """Of the first token when it was encoded."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in the module."""
+
+    def check(self, stacks: tuple[Stack, ...], dtype: torch.dtype) -> None:
+        """Raises: StateMismatchError: shapes or dtype are not this model's."""
+
+    def blocks(self) -> Iterator[Block]:
+        """All of it once. Raises: StateMismatchError: at the end, if what was read is damaged."""
+
+    def whole(self) -> KVState:
+        """All of it in the model's dtype. Raises: StateMismatchError: it is damaged."""
+
+
+def layer_blocks(tensor: torch.Tensor, numbers: int = _BLOCK_NUMBERS) -> Iterator[slice]:
+    """Layers of a stacked tensor that are worked on together: all of them but on a CPU.
+
+    numbers: how many at most, though never less than a layer's.
+    """
+    layers = len(tensor)
+    count = layers
+    if tensor.device.type == "cpu" and tensor.numel():
+        count = max(1, numbers * layers // tensor.numel())
+    for start in range(0, layers, count):
+        yield slice(start, min(start + count, layers))
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class KVState:
     """Keys and values of a module's tokens, every layer; treated as immutable.
@@ -88,6 +157,19 @@ class KVState:
             position=position,
         )
 
+    def blocks(self) -> Iterator[Block]:
+        """Its tensors, a few layers at a time."""
+        parts: tuple[tuple[Part, Sequence[torch.Tensor]], ...]
+        parts = (("keys", self.keys), ("values", self.values))
+        for index in range(len(self.stacks)):
+            for part, tensors in parts:
+                for layers in layer_blocks(tensors[index]):
+                    yield Block(index, part, layers, tensors[index][layers])
+
+    def whole(self) -> KVState:
+        """Itself."""
+        return self
+
     def check(self, stacks: tuple[Stack, ...], dtype: torch.dtype) -> None:
         """Raises: StateMismatchError: shapes or dtype are not this model's, or tensors disagree."""
         if self.stacks != stacks or not len(self.keys) == len(self.values) == len(stacks):
@@ -125,7 +207,7 @@ class Slot:
         device: torch.device,
     ) -> None:
         def buffer(layers: int, heads: int, dim: int) -> torch.Tensor:
-            return torch.empty(layers, heads, capacity, dim, dtype=dtype, device=device)
+            return _empty((layers, heads, capacity, dim), dtype, device)
 
         self.stacks = stacks
         self.capacity = capacity
@@ -165,6 +247,18 @@ class Slot:
         ):
             mine[:, :, :stop].copy_(theirs[:, :, :stop])
         self.positions[:stop].copy_(source.positions[:stop])
+
+
+def _empty(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """Uninitialised memory. NumPy's comes in large pages on Linux, which are quick to touch."""
+    if device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
+    nbytes = math.prod(shape) * dtype.itemsize
+    content = torch.from_numpy(np.empty(nbytes + _ALIGNMENT, np.uint8))
+    start = -content.data_ptr() % _ALIGNMENT
+    return content[start : start + nbytes].view(dtype).reshape(shape)
 
 
 def _by_layer(

@@ -3,28 +3,47 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from pcache_core.encode import Module, encode_anchor, encode_modules
+from pcache_core.admission import Admission, Declined
+from pcache_core.encode import Module, encode_modules
 from pcache_core.errors import StateMismatchError
 from pcache_core.key import KeySpace, ModuleKey
-from pcache_core.kv import KVState
+from pcache_core.kv import KVState, Rows
+from pcache_core.ledger import Ledger
 from pcache_core.lm import CausalLM
 from pcache_core.passage import Passage
-from pcache_core.report import Source
-from pcache_core.store import ModuleStore
+from pcache_core.report import Report, Source
+from pcache_core.store import ModuleStore, Offer, Opened, open_many
+from pcache_core.store.search import find_in_folders
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Found:
-    """A state, where it came from, and the digest that names it."""
+    """A state, where it came from, and the digest that names it.
 
-    state: KVState
+    opened: how a store has it that was not read yet; None for a state in memory. opening_ms: what
+        that took so far.
+    """
+
+    state: Rows
     source: Source
     digest: str
+    opened: Opened | None = None
+    opening_ms: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """How much a library encoded since it was made."""
+
+    tokens: int = 0
+    elapsed_ms: float = 0.0
 
 
 class ModuleLibrary:
@@ -32,11 +51,20 @@ class ModuleLibrary:
 
     A state is looked up behind the prompt's own anchor first, then behind the beginning-of-sequence
     token alone, so that what was encoded before any template was known is found as well.
+
+    admission: decides which states are loaded and which are computed although they are there.
     """
 
-    def __init__(self, lm: CausalLM, store: ModuleStore, namespace: str) -> None:
+    def __init__(
+        self, lm: CausalLM, store: ModuleStore, namespace: str, admission: Admission
+    ) -> None:
         self.lm = lm
+        self.encoded = Encoded()
         self._store = store
+        self._ledger = Ledger()
+        self._admission = admission
+        self._lock = threading.Lock()
+        self._encoding: dict[ModuleKey, threading.Event] = {}
         self._keys = KeySpace(
             lm.fingerprint, str(lm.dtype), namespace, model_name=lm.name, decode=lm.text.decode
         )
@@ -45,6 +73,11 @@ class ModuleLibrary:
     def budget_bytes(self) -> int | None:
         """The store's budget; None without one."""
         return self._store.stats().budget_bytes
+
+    @property
+    def nbytes(self) -> int:
+        """What the store holds, in bytes; 0 where it can't know."""
+        return self._store.stats().nbytes or 0
 
     @property
     def _is_fixed(self) -> bool:
@@ -71,30 +104,109 @@ class ModuleLibrary:
         """Whether the store has it."""
         return self._store.contains(key)
 
-    def find(self, keys: Sequence[ModuleKey]) -> Found | None:
-        """The first state that is there and whole; a state that does not fit is dropped."""
-        for key in keys:
-            hit = self._store.get(key)
-            if hit is None:
-                continue
-            try:
-                hit.state.check(self.lm.stacks, self.lm.dtype)
-                _check_identity(hit.state, key)
-            except StateMismatchError as error:
-                logger.warning("dropped a stored state: %s", error)
-                self._store.delete(key)
-                continue
-            return Found(hit.state, hit.tier, key.digest)
-        return None
+    def find_all(self, wishes: Sequence[Sequence[ModuleKey]]) -> list[Found | Declined | None]:
+        """For each wish the state of the first of its keys that is there; none is read yet.
+
+        The store is asked once for the first key of all wishes, then once for the second key of
+        those that are still open. Declined: it is there, and computing it takes less.
+        """
+        found: list[Found | Declined | None] = [None] * len(wishes)
+        for choice in range(max(map(len, wishes), default=0)):
+            asked = {
+                index: keys[choice]
+                for index, keys in enumerate(wishes)
+                if found[index] is None and choice < len(keys)
+            }
+            answers = self._open(list(dict.fromkeys(asked.values())))
+            for index, key in asked.items():
+                found[index] = answers.get(key)
+        return found
+
+    def read(self, found: Found, use: Callable[[Rows], None]) -> bool:
+        """Let `use` read a state, once and whole; False if it was damaged, and is dropped."""
+        if found.opened is None:
+            use(found.state)
+            return True
+        started = time.perf_counter()
+        error = None
+        try:
+            use(found.state)
+        except StateMismatchError as mismatch:
+            error = mismatch
+        reading_ms = _ms_since(started)
+        found.opened.settle(reading_ms, error)
+        if error is None:
+            opened = found.opened
+            self._admission.loaded(opened.tier, opened.nbytes, found.opening_ms + reading_ms)
+        return error is None
+
+    def _open(self, keys: Sequence[ModuleKey]) -> dict[ModuleKey, Found | Declined]:
+        if not keys:
+            return {}
+        answers: dict[ModuleKey, Found | Declined] = {}
+
+        def admits(offer: Offer) -> bool:
+            declined = self._admission.declines(offer)
+            if declined is not None:
+                answers[offer.key] = declined
+            return declined is None
+
+        started = time.perf_counter()
+        pairs = list(zip(keys, open_many(self._store, keys, admits), strict=True))
+        elapsed_ms = _ms_since(started)
+        to_read = sum(each.nbytes for _, each in pairs if each and each.tier != "memory")
+        for key, opened in pairs:
+            if opened is not None and self._fits(key, opened):
+                share_ms = elapsed_ms * opened.nbytes / max(to_read, 1)
+                answers[key] = _found(key, opened, share_ms)
+        return answers
+
+    def _fits(self, key: ModuleKey, opened: Opened) -> bool:
+        """Whether it is what was asked for; if not, the store drops it."""
+        try:
+            opened.rows.check(self.lm.stacks, self.lm.dtype)
+            _check_identity(opened.rows, key)
+        except StateMismatchError as error:
+            logger.warning("dropped a stored state: %s", error)
+            opened.settle(0.0, error)
+            return False
+        self._ledger.note(key)
+        return True
+
+    def _find(self, key: ModuleKey) -> Found | None:
+        """A state, read; also one that computing would take less time for."""
+        (opened,) = open_many(self._store, [key], lambda offer: True)
+        if opened is None or not self._fits(key, opened):
+            return None
+        states: list[KVState] = []
+        if not self.read(_found(key, opened, 0.0), lambda rows: states.append(rows.whole())):
+            return None
+        return Found(states[0], opened.tier, key.digest)
+
+    def drop(self, texts: Collection[tuple[int, ...]]) -> int:
+        """Delete every state of these token sequences that can be known; returns how many.
+
+        Those that this process met, those behind the beginning-of-sequence token, and those in
+        folders, whoever wrote them.
+        Raises: StoreError: a folder can't be read.
+        """
+        keys = set(find_in_folders(self._store, self._keys, texts))
+        keys |= {key for ids in texts for key in self._ledger.take(ids)}
+        keys |= {self.key(self.lm.text.bos_ids, Passage(ids), 0) for ids in texts}
+        present = [key for key in keys if self._store.contains(key)]
+        for key in present:
+            self._store.delete(key)
+        return len(present)
 
     def anchor(self, anchor_ids: Sequence[int]) -> Found | None:
         """The state of an anchor, encoded if it is new; None for an empty one."""
         if not anchor_ids:
             return None
-        key = self.key((), Passage(tuple(anchor_ids)), 0)
-        found = self.find([key])
+        passage = Passage(tuple(anchor_ids))
+        key = self.key((), passage, 0)
+        found = self._find(key)
         if found is None:
-            found = self._keep(key, encode_anchor(self.lm, anchor_ids))
+            ((_, found),) = self.encode(None, {key: Module(passage, 0)})
         return found
 
     def encode(
@@ -104,23 +216,82 @@ class ModuleLibrary:
     ) -> Iterator[tuple[ModuleKey, Found]]:
         """Encode modules behind the anchor and put them in the store; yields as they are made.
 
-        A state that the store can't keep is still returned.
+        What another thread is encoding is waited for instead. A state that the store can't keep is
+        still returned.
         """
+        with self._lock:
+            own = {key: module for key, module in modules.items() if key not in self._encoding}
+            others = {key: self._encoding[key] for key in modules if key not in own}
+            done = threading.Event()
+            self._encoding.update(dict.fromkeys(own, done))
+        try:
+            yield from self._encode(anchor, own)
+        finally:
+            with self._lock:
+                for key in own:
+                    del self._encoding[key]
+            done.set()
+        for key, encoded in others.items():
+            encoded.wait()
+            found = self._find(key)
+            if found is None:
+                yield from self.encode(anchor, {key: modules[key]})
+            else:
+                yield key, found
+
+    def _encode(
+        self, anchor: Found | None, modules: Mapping[ModuleKey, Module]
+    ) -> Iterator[tuple[ModuleKey, Found]]:
         keys = {module: key for key, module in modules.items()}
-        state = anchor.state if anchor else None
+        state = anchor.state.whole() if anchor else None
+        elapsed_ms, tokens = 0.0, 0
+        started = time.perf_counter()
         for module, encoded in encode_modules(self.lm, state, list(keys)):
+            if encoded.keys[0].device.type != "cpu":
+                encoded.keys[0].flatten()[-1].item()  # wait until it is computed
+            elapsed_ms += _ms_since(started)
+            tokens += module.num_tokens
             yield keys[module], self._keep(keys[module], encoded)
+            started = time.perf_counter()
+        self._admission.computed(tokens, elapsed_ms)
+        with self._lock:
+            done = self.encoded
+            self.encoded = Encoded(done.tokens + tokens, done.elapsed_ms + elapsed_ms)
+
+    def learn(self, report: Report) -> None:
+        """Note how fast the model computed a request's tokens."""
+        elapsed_ms = report.prefill_ms
+        if self.lm.device.type != "cpu":
+            # Work was only asked for then; it is certain to be done when a token is there.
+            if not report.generated_tokens:
+                return
+            elapsed_ms = max(elapsed_ms, report.ttft_ms - report.load_ms - report.assemble_ms)
+        repaired = 0 if report.repair_ms else report.repaired_tokens  # else a forward of their own
+        self._admission.computed(report.computed_tokens + repaired, elapsed_ms)
 
     def _keep(self, key: ModuleKey, state: KVState) -> Found:
-        if not self._store.put(key, state):
+        if self._store.put(key, state):
+            self._ledger.note(key)
+        else:
             logger.info("a state of %d bytes does not fit the store", state.nbytes)
         return Found(state, "encoded", key.digest)
 
 
-def _check_identity(state: KVState, key: ModuleKey) -> None:
+def _found(key: ModuleKey, opened: Opened, opening_ms: float) -> Found:
+    if opened.tier == "memory":
+        opened.settle(0.0, None)
+        return Found(opened.rows, "memory", key.digest)
+    return Found(opened.rows, opened.tier, key.digest, opened, opening_ms)
+
+
+def _check_identity(state: Rows, key: ModuleKey) -> None:
     """Raises: StateMismatchError: the store gave the state of other tokens."""
     if state.token_ids != key.token_ids:
         raise StateMismatchError(
             f"the state holds other tokens than asked for ({state.num_tokens}, not "
             f"{len(key.token_ids)}, or other ids)"
         )
+
+
+def _ms_since(started: float) -> float:
+    return (time.perf_counter() - started) * 1000

@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from pcache_core.errors import OptionError
+from pcache_core.grammar import Grammar
 
 ReuseMode = Literal["off", "exact", "fast", "balanced", "high"]
 REUSE_MODES: tuple[ReuseMode, ...] = get_args(ReuseMode)
 DEFAULT_REUSE: ReuseMode = "balanced"
+MAX_LOGPROBS = 20
+"""Most alternatives of a token whose log probabilities can be asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +75,10 @@ class SamplingParams:
     stop: strings that end generation; neither they nor a part of them is returned.
     stop_token_ids: ids that end generation, beside the model's own end-of-sequence ids.
     seed: makes sampling repeatable.
+    grammar: what the answer may be. It is complete when its tokens run out; a stop string or a
+        stop token may cut it short.
+    logprobs: report each token's log probability, and those of this many likeliest ones; None
+        reports none. They are the model's own, before temperature, penalties and filters.
 
     Raises: OptionError: a value out of range; an empty stop string.
     """
@@ -85,6 +92,8 @@ class SamplingParams:
     stop: Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
     seed: int | None = None
+    grammar: Grammar | None = None
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else _as_tuple("stop", self.stop)
@@ -112,6 +121,14 @@ class SamplingParams:
         if self.seed is not None:
             _check_integer("seed", self.seed)
             _check_range("seed", self.seed, 0, 2**63 - 1, "from 0 to 2**63 - 1")
+        if self.grammar is not None and not isinstance(self.grammar, Grammar):
+            raise OptionError(
+                f"grammar must be a Grammar, got {type(self.grammar).__name__}; "
+                "for a JSON schema use Grammar.json(...)"
+            )
+        if self.logprobs is not None:
+            _check_integer("logprobs", self.logprobs)
+            _check_range("logprobs", self.logprobs, 0, MAX_LOGPROBS, f"from 0 to {MAX_LOGPROBS}")
 
 
 def _as_tuple(name: str, value: object) -> tuple[Any, ...]:

@@ -52,17 +52,17 @@ class PromptReader:
         lease = self._acquire(request, wishes)
         prefix = len(lease.token_ids)
         beyond = [wish for wish in wishes if wish.candidate.start >= prefix]
-        fillings = assemble.load(request.tokens, beyond, self._library)
-        report = assemble.describe(request.tokens, prefix, fillings, request.reuse)
+        loaded = assemble.load(request.tokens, beyond, self._library, lease)
+        report = assemble.describe(request.tokens, prefix, loaded, request.reuse)
         report.fallback_reason = request.fallback_reason
         report.load_ms = clock.lap_ms()
-        assemble.fill(self._lm, lease, request.tokens, fillings)
+        assemble.fill(self._lm, lease, request.tokens, loaded)
         report.assemble_ms = clock.lap_ms()
         todo = prefill.work(
             self._lm,
             lease,
             request.tokens,
-            fillings,
+            loaded.fillings,
             request.repair,
             reusable=assemble.module_tokens(wishes),
         )
@@ -109,7 +109,7 @@ class PromptReader:
         """For models whose cache is not rows per token."""
         clock = _Clock()
         run = self._lm.stock_run()
-        report = assemble.describe(request.tokens, 0, [], request.reuse)
+        report = assemble.describe(request.tokens, 0, assemble.NOTHING, request.reuse)
         report.fallback_reason = request.fallback_reason
         logits = run(request.tokens.token_ids)
         report.prefill_ms = clock.lap_ms()

@@ -28,6 +28,7 @@ class SegmentReport:
     """One segment of the prompt and where most of its tokens came from.
 
     repaired_tokens: how many of them were reused and then computed again.
+    note: why a state that was there was not used; empty where there is nothing to say.
     """
 
     kind: str
@@ -36,6 +37,7 @@ class SegmentReport:
     num_tokens: int
     source: Source
     repaired_tokens: int = 0
+    note: str = ""
 
 
 @dataclass(slots=True)
@@ -45,7 +47,9 @@ class Report:
     `prompt_tokens` counts every token of the prompt, a beginning-of-sequence token included, and
     is the sum of `cached_tokens` (served from a prefix or from states that were there before),
     `encoded_tokens` (modules encoded during this call) and `computed_tokens`. `repaired_tokens`
-    counts those of the cached and encoded ones that were then computed again.
+    counts those of the cached and encoded ones that were then computed again, `not_loaded_tokens`
+    those of the computed ones whose state was there, but would have taken longer to load than they
+    took to compute; the segments' `note` says how long.
 
     reuse: the mode that ran; differs from the one asked for when `fallback_reason` says why.
     ttft_ms: from the call to the first token (or to the logits, for a prefill alone); holds
@@ -69,6 +73,7 @@ class Report:
     fallback_reason: str | None = None
     repaired_tokens: int = 0
     repair_ms: float = 0.0
+    not_loaded_tokens: int = 0
 
     @property
     def cached_share(self) -> float:
@@ -86,7 +91,13 @@ class Report:
             f"first token after {self.ttft_ms:.1f} ms (load {self.load_ms:.1f}, "
             f"assemble {self.assemble_ms:.1f}, prefill {self.prefill_ms:.1f}{repair_ms})"
         )
-        return f"{line}\nfallback: {self.fallback_reason}" if self.fallback_reason else line
+        notes = [
+            f"{segment.name or segment.kind}: {segment.note}"
+            for segment in self.segments
+            if segment.note
+        ]
+        fallback = [f"fallback: {self.fallback_reason}"] if self.fallback_reason else []
+        return "\n".join([line, *notes, *fallback])
 
     def _sources(self) -> list[Source]:
         present = {segment.source for segment in self.segments}
@@ -140,7 +151,8 @@ class Report:
 def _title(segment: SegmentReport) -> str:
     name = f" {segment.name}" if segment.name else ""
     repaired = f", {segment.repaired_tokens} repaired" if segment.repaired_tokens else ""
-    return f"{segment.kind}{name}: {segment.num_tokens} tokens, {segment.source}{repaired}"
+    note = f"; {segment.note}" if segment.note else ""
+    return f"{segment.kind}{name}: {segment.num_tokens} tokens, {segment.source}{repaired}{note}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,6 +45,7 @@ def check_request(
     repair: used instead of the mode's own policy, if the mode repairs at all.
 
     Raises: PromptError: no prompt, or one without tokens. ContextLengthError: too many tokens.
+        OptionError: too few tokens may be generated for any text of the grammar.
     """
     if not isinstance(prompt, Prompt):
         raise PromptError(
@@ -67,6 +68,7 @@ def check_request(
         _check_fits(lm, tokens, limit)
         # The last token that is generated needs no row of its own.
         params = replace(params, max_tokens=min(params.max_tokens, limit - tokens.end + 1))
+    lm.check_grammar(params)
     possible, reason = _possible(lm, mode, tokens.end)
     if reason is None and prompt.placement is not None:
         reason = prompt.placement.fallback_reason

@@ -1,35 +1,35 @@
 """Which parts of a rendered prompt are the template's own text, which its variables' values.
 
-LangChain hands a template's serialised form and its input values to callbacks, and the rendered
-prompt afterwards. Aligning the three gives a layout. A layout holds lengths, never text.
-
-A `literal` span is always word for word a part of the template: only that may count as template
-text, whatever a value holds. What can't be explained stays `text`.
+A layout holds lengths, never text. A `literal` span is always word for word a part of the
+template: only that may count as template text, whatever a value holds. What can't be explained
+stays `text`.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from string import Formatter
-from typing import Any, Final, Literal, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal, NamedTuple
 
-from langchain_core.messages import BaseMessage
-from langchain_core.prompt_values import ChatPromptValue, PromptValue
+from langchain_core.documents import Document
 
-from pcache_integrations._mapping import common_prefix_chars
+from pcache_core.prompt import Segment
+from pcache_integrations._segments import fitted
+from pcache_integrations.langchain._schema import compiled
 
 # A value of one or two characters occurs in any text by accident.
 _MIN_VALUE_CHARS = 3
-# Mustache and Jinja2 tags. Anything but a plain variable may repeat or trim what is around it.
-_TAG = re.compile(r"\{\{\{?.*?\}?\}\}|\{%.*?%\}|\{#.*?#\}", re.DOTALL)
-_VARIABLE = re.compile(r"\{\{\{?\s*(\w+(?:\.\w+)*)\s*\}?\}\}")
+# Rendered again, these write the same text and change nothing.
+_PLAIN = (str, int, float, bool, type(None))
 
 
 class Span(NamedTuple):
-    """A stretch of `chars` characters. name: the variable of an argument."""
+    """A stretch of `chars` characters. name: the variable of an argument.
 
-    kind: Literal["literal", "argument", "text"]
+    `rest` is most likely template text: what is left of a prompt in which all of its values were
+    found, or what a string of the caller's explains.
+    """
+
+    kind: Literal["literal", "argument", "rest", "text"]
     name: str | None
     chars: int
 
@@ -37,66 +37,27 @@ class Span(NamedTuple):
 Layout = tuple[Span, ...]
 
 
-class _Piece(NamedTuple):
-    """Template text and the field after it: a variable's name, none, or from here on unknown."""
+def rendered_layout(
+    source: str, template_format: str, values: Mapping[str, Any], text: str
+) -> Layout:
+    """How `text` was rendered from a template's source and its values.
 
-    literal: str
-    field: str | None
-
-
-_UNKNOWN: Final = ""
-
-
-def layouts(
-    serialized: Mapping[str, Any], inputs: object, prompt: PromptValue
-) -> Iterator[tuple[str, Layout]]:
-    """The text blocks of a rendered prompt whose layout is known, with their layouts.
-
-    serialized: the template as LangChain gives it to callbacks; inputs: what it was invoked with.
+    A template with logic runs a second time, so only over values that this can't change.
     """
-    options = serialized.get("kwargs") or {}
-    values = _values(options, inputs)
-    if isinstance(prompt, ChatPromptValue):
-        yield from _chat_layouts(options.get("messages") or (), values, prompt.messages)
-    else:
-        text = prompt.to_string()
-        yield text, layout_of(_pieces(options), values, text)
+    if template_format != "f-string" and not _is_plain(values):
+        return searched_layout(values, text)
+    try:
+        candidate = compiled(source, template_format).segments(**values)
+    except Exception:  # whatever stops the tracing costs reuse, no more
+        return searched_layout(values, text)
+    (segments,) = fitted([candidate], [text])
+    if [segment.kind for segment in segments] == ["text"]:
+        return searched_layout(values, text)
+    return tuple(_spans(segments))
 
 
-def layout_of(pieces: Sequence[_Piece], values: Mapping[str, Any], text: str) -> Layout:
-    """Align a template's pieces and its values with the text rendered from them."""
-    spans: list[Span] = []
-    position = 0
-    for number, (literal, field) in enumerate(pieces):
-        agreed = common_prefix_chars(literal, text[position : position + len(literal)])
-        spans.append(Span("literal", None, agreed))
-        position += agreed
-        if field is None and agreed == len(literal):
-            continue
-        if field is None or field == _UNKNOWN or agreed < len(literal):
-            break
-        end = _value_end(values.get(field), pieces[number + 1 :], text, position)
-        if end is None:
-            break
-        spans.append(Span("argument", field, end - position))
-        position = end
-    spans += _find_values(values, text[position:])
-    return tuple(span for span in spans if span.chars)
-
-
-def _value_end(value: object, after: Sequence[_Piece], text: str, start: int) -> int | None:
-    """Where a variable's value ends: known for strings, else at the template's next text."""
-    if isinstance(value, str) and text.startswith(value, start):
-        return start + len(value)
-    literal = next((piece.literal for piece in after if piece.literal), None)
-    if literal is None:
-        return len(text)
-    end = text.find(literal, start)
-    return end if end >= 0 else None
-
-
-def _find_values(values: Mapping[str, Any], text: str) -> list[Span]:
-    """Search string values in text whose template is unknown; the last place, longest first."""
+def searched_layout(values: Mapping[str, Any], text: str) -> Layout:
+    """Find string values in text whose template is unknown; the last place, longest first."""
     found: list[tuple[int, int, str]] = []
     strings = [(name, value) for name, value in values.items() if isinstance(value, str)]
     for name, value in sorted(strings, key=lambda item: -len(item[1])):
@@ -105,85 +66,59 @@ def _find_values(values: Mapping[str, Any], text: str) -> list[Span]:
         free = all(end <= taken_start or taken_end <= start for taken_start, taken_end, _ in found)
         if len(value) >= _MIN_VALUE_CHARS and start >= 0 and free:
             found.append((start, end, name))
+    rest: Literal["rest", "text"] = "rest" if len(found) == len(values) else "text"
     spans: list[Span] = []
     position = 0
     for start, end, name in sorted(found):
-        spans += [Span("text", None, start - position), Span("argument", name, end - start)]
+        spans += [Span(rest, None, start - position), Span("argument", name, end - start)]
         position = end
-    return [*spans, Span("text", None, len(text) - position)]
+    spans.append(Span(rest, None, len(text) - position))
+    return tuple(span for span in spans if span.chars)
 
 
-def _values(options: Mapping[str, Any], inputs: object) -> dict[str, Any]:
-    if not isinstance(inputs, Mapping):
-        # A template with one variable may be invoked with the bare value.
-        names: Sequence[str] = options.get("input_variables") or ()
-        inputs = {names[0]: inputs} if len(names) == 1 else {}
-    return {**(options.get("partial_variables") or {}), **inputs}
+def joined_layout(parts: Iterable[tuple[str, Layout]], text: str) -> Layout | None:
+    """The layout of a text that joins `parts`, in order, with template text between them.
 
-
-def _pieces(options: Mapping[str, Any]) -> list[_Piece]:
-    """Cut a serialised string template at its fields; none if it has no template string."""
-    template = options.get("template")
-    if isinstance(template, dict):  # a content block: {"type": "text", "text": "... {variable}"}
-        template = template.get("text")
-    if not isinstance(template, str):
-        return []
-    if options.get("template_format", "f-string") == "f-string":
-        return [
-            # With its format, a field names no variable: the prompt does not hold the value as is.
-            _Piece(literal, f"{field}:{spec}" if spec or conversion else field)
-            for literal, field, spec, conversion in Formatter().parse(template)
-        ]
-    return list(_tagged_pieces(template))
-
-
-def _tagged_pieces(template: str) -> Iterator[_Piece]:
+    None if it does not hold them.
+    """
+    spans: list[Span] = []
     position = 0
-    for tag in _TAG.finditer(template):
-        variable = _VARIABLE.fullmatch(tag.group())
-        yield _Piece(template[position : tag.start()], variable.group(1) if variable else _UNKNOWN)
-        if not variable:
-            return
-        position = tag.end()
-    yield _Piece(template[position:], None)
+    for part, layout in parts:
+        start = text.find(part, position)
+        if start < 0:
+            return None
+        spans += [Span("literal", None, start - position), *layout]
+        position = start + len(part)
+    spans.append(Span("literal", None, len(text) - position))
+    return tuple(span for span in spans if span.chars)
 
 
-def _chat_layouts(
-    templates: Sequence[Mapping[str, Any]],
-    values: Mapping[str, Any],
-    messages: Sequence[BaseMessage],
-) -> Iterator[tuple[str, Layout]]:
-    """Walk message templates and messages in step, as far as the step is known."""
-    position = 0
-    for template in _flatten(templates):
-        options = template.get("kwargs") or {}
-        if "variable_name" in options:  # MessagesPlaceholder
-            count = len(values.get(options["variable_name"]) or ())
-            position += min(count, options.get("n_messages") or count)
-            continue
-        if position >= len(messages) or not ("prompt" in options or "content" in options):
-            return
-        # A message object among the templates has content, but no telling who wrote it.
-        if "prompt" in options:
-            yield from _block_layouts(options["prompt"], values, messages[position])
-        position += 1
+def trimmed_layout(layout: Layout, before: int, after: int) -> Layout:
+    """The layout without that many characters at its start and at its end."""
+    for chars in (before, after):
+        left = chars
+        kept: list[Span] = []
+        for span in layout:
+            cut = min(left, span.chars)
+            left -= cut
+            if span.chars > cut:
+                kept.append(span._replace(chars=span.chars - cut))
+        layout = tuple(reversed(kept))
+    return layout
 
 
-def _block_layouts(
-    prompts: Any, values: Mapping[str, Any], message: BaseMessage
-) -> Iterator[tuple[str, Layout]]:
-    blocks = [message.content] if isinstance(message.content, str) else message.content
-    prompts = prompts if isinstance(prompts, list) else [prompts]
-    for prompt, block in zip(prompts, blocks, strict=True):
-        text = block.get("text") if isinstance(block, dict) else block
-        if isinstance(text, str):
-            yield text, layout_of(_pieces(prompt.get("kwargs") or {}), values, text)
-
-
-def _flatten(templates: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
-    for template in templates:
-        nested = (template.get("kwargs") or {}).get("messages")
-        if nested is None:
-            yield template
+def _spans(segments: Iterable[Segment]) -> Iterator[Span]:
+    for segment in segments:
+        if segment.kind in ("literal", "text"):
+            yield Span(segment.kind, None, len(segment.text))
         else:
-            yield from _flatten(nested)
+            # Which part of a value is a document is seen by its content.
+            yield Span("argument", segment.name, len(segment.text))
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, Mapping):
+        return all(map(_is_plain, value.values()))
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return isinstance(value, (*_PLAIN, Document))

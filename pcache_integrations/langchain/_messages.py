@@ -2,43 +2,72 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import groupby
 
 from langchain_core.messages import (
     AIMessage,
     BaseMessage,
     ChatMessage,
+    FunctionMessage,
     HumanMessage,
     SystemMessage,
+    ToolMessage,
 )
 
-from pcache_core import Message, Prompt, PromptCacheEngine, Segment
+from pcache_core import Message, Prompt, PromptCacheEngine, Segment, Tool, ToolCall
 from pcache_core.errors import ChatTemplateError, PromptError
+from pcache_integrations.langchain._content import content_segments
 from pcache_integrations.langchain._provenance import PROVENANCE
 
-_ROLES = ((SystemMessage, "system"), (HumanMessage, "user"), (AIMessage, "assistant"))
+_ROLES = (
+    (SystemMessage, "system"),
+    (HumanMessage, "user"),
+    (AIMessage, "assistant"),
+    (ToolMessage, "tool"),
+    (FunctionMessage, "tool"),
+)
 
 
-def chat_prompt(engine: PromptCacheEngine, messages: Sequence[BaseMessage]) -> Prompt:
+def chat_prompt(
+    engine: PromptCacheEngine,
+    messages: Sequence[BaseMessage],
+    tools: Sequence[Tool] = (),
+    *,
+    recurring_text: bool = True,
+) -> Prompt:
     """Render messages with the model's own chat template.
 
     Templates that insist on alternating roles get neighbours of the same role as one message.
+    tools: that the model may call. recurring_text: whether blocks of text that come back become
+    modules.
 
     Raises: PromptError: a message holds something else than text. ChatTemplateError: the model has
         no chat template, or it refuses the messages.
     """
-    chat = [
-        Message(role=_role(message), segments=list(_segments(message, place)))
-        for place, message in enumerate(messages, start=1)
-    ]
+    PROVENANCE.add_documents(messages)
+    recurring = _recurring_places(messages) if recurring_text else set()
+    ids = engine.lm.text.ids
+    names = {
+        call["id"]: call["name"]
+        for message in messages
+        if isinstance(message, AIMessage)
+        for call in message.tool_calls
+    }
+    chat = []
+    for place, message in enumerate(messages, start=1):
+        looked_for = ids if place in recurring else None
+        segments = content_segments(message, place, looked_for, is_last=place == len(messages))
+        plain = Message(_role(message), list(segments))
+        chat.append(_with_calls(plain, message, names))
     try:
-        return engine.prompt_from_chat(chat)
+        return engine.prompt_from_chat(chat, tools)
     except ChatTemplateError:
         merged = _merge_neighbours(chat)
         if len(merged) == len(chat):
             raise
-        return engine.prompt_from_chat(merged)
+        return engine.prompt_from_chat(merged, tools)
 
 
 def _role(message: BaseMessage) -> str:
@@ -49,35 +78,46 @@ def _role(message: BaseMessage) -> str:
             return role
     raise PromptError(
         f"a {type(message).__name__} can't be part of a chat with this model; it takes system, "
-        "human and AI messages, and tool calls are not supported by this version"
+        "human, AI and tool messages"
     )
 
 
-def _segments(message: BaseMessage, place: int) -> Iterator[Segment]:
-    """A message's content: plain data, apart from what a template is known to have written."""
+def _with_calls(plain: Message, message: BaseMessage, names: dict[str | None, str]) -> Message:
+    """The message with the calls it makes, or with the call that it answers."""
     if isinstance(message, AIMessage) and message.tool_calls:
-        raise PromptError(
-            f"message {place} has tool calls, which are not supported by this version; "
-            "leave it out of the history"
-        )
-    content = [message.content] if isinstance(message.content, str) else message.content
-    for block in content:
-        if isinstance(block, dict) and block.get("type") != "text":
-            raise PromptError(
-                f"message {place} has a content block of type {block.get('type')!r}; this model "
-                "reads only text"
-            )
-        text = block if isinstance(block, str) else str(block.get("text", ""))
-        yield from PROVENANCE.segments(text, "argument")
+        calls = [
+            ToolCall(call["name"], call["args"], call["id"] or "") for call in message.tool_calls
+        ]
+        return replace(plain, tool_calls=calls)
+    if isinstance(message, ToolMessage):
+        name = message.name or names.get(message.tool_call_id)
+        return replace(plain, tool_call_id=message.tool_call_id, name=name)
+    if isinstance(message, FunctionMessage):
+        return replace(plain, name=message.name)
+    return plain
+
+
+def _recurring_places(messages: Sequence[BaseMessage]) -> set[int]:
+    """Messages that may hold passages: a user's earlier ones are theirs, and no documents."""
+    humans = [n for n, message in enumerate(messages, 1) if isinstance(message, HumanMessage)]
+    others = [n for n, m in enumerate(messages, 1) if isinstance(m, (SystemMessage, ToolMessage))]
+    return {*humans[-1:], *others}
 
 
 def _merge_neighbours(chat: Sequence[Message]) -> list[Message]:
-    merged = []
+    """Neighbours of one role as one message; calls and their results stay what they are."""
+    merged: list[Message] = []
     for role, group in groupby(chat, key=lambda message: message.role):
-        segments: list[Segment] = []
         for message in group:
-            if segments:
-                segments.append(Segment("\n\n", "literal"))
-            segments += message.segments
-        merged.append(Message(role=role, segments=segments))
+            last = merged[-1] if merged else None
+            if last is None or last.role != role or role == "tool":
+                merged.append(message)
+                continue
+            both = last.text and message.text
+            between = [Segment("\n\n", "literal")] if both else []
+            merged[-1] = replace(
+                last,
+                segments=[*last.segments, *between, *message.segments],
+                tool_calls=[*last.tool_calls, *message.tool_calls],
+            )
     return merged

@@ -11,9 +11,10 @@ from langchain_core.language_models.base import BaseLanguageModel, LangSmithPara
 from langchain_core.prompts import BasePromptTemplate
 from pydantic import Field, ValidationError
 
-from pcache_core import EncodeReport, PromptCacheEngine
+from pcache_core import EncodeReport, PromptCacheEngine, Segment
 from pcache_core.errors import OptionError
 from pcache_core.params import DEFAULT_REUSE, RepairPolicy, ReuseMode, SamplingParams
+from pcache_core.prompt import SegmentKind
 from pcache_integrations._engines import (
     ENGINE_OPTIONS,
     EngineHandle,
@@ -22,13 +23,16 @@ from pcache_integrations._engines import (
 )
 from pcache_integrations._options import call_options, check_names
 from pcache_integrations.langchain import _schema
-from pcache_integrations.langchain._provenance import PROVENANCE, document_name, watch_chains
+from pcache_integrations.langchain._provenance import PROVENANCE, document_name
+from pcache_integrations.langchain._watching import watch_chains
 
 # Code written for any model passes these; here is no server to apply them to.
 _OF_HOSTED_MODELS = ("api_key", "base_url", "max_retries", "timeout")
 _OF_A_CALL = (
     "reuse", "max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed",
 )  # fmt: skip
+
+_ANSWERS_DEPEND_ON = ("model", "dtype", "repair", "recurring_text", *_OF_A_CALL)
 
 
 class CachedModel(BaseLanguageModel[Any]):
@@ -37,6 +41,10 @@ class CachedModel(BaseLanguageModel[Any]):
     model: a built-in model, a path or a hub id. reuse: a reuse mode. repair: what `balanced` and
     `high` compute again, instead of their own choice. store: where states are kept.
     dtype, device: of the model. namespace: states are shared within one only.
+    storage_dtype: how a folder or server keeps states: `auto` as the model has them, or
+        `float32`, `bfloat16`, `float16`, `int8`, which is a quarter of `float32`.
+    recurring_text: whether text that LangChain knows nothing of is looked for, too: blocks that
+    come back are modules from their second sight on, and so is what the caller's f-strings say.
     engine_handle: how copies of this object share its engine.
     The others are those of `SamplingParams`. What only hosted models need (`api_key`, `base_url`,
     `max_retries`, `timeout`) is accepted and has no effect.
@@ -51,6 +59,7 @@ class CachedModel(BaseLanguageModel[Any]):
     dtype: str = "auto"
     device: str = "auto"
     namespace: str = "default"
+    storage_dtype: str = "auto"
     max_tokens: int = 256
     temperature: float = 0.0
     top_p: float = 1.0
@@ -59,6 +68,7 @@ class CachedModel(BaseLanguageModel[Any]):
     repetition_penalty: float = 1.0
     seed: int | None = None
     stop: list[str] | None = None
+    recurring_text: bool = True
     engine_handle: EngineHandle | None = Field(default=None, exclude=True, repr=False)
 
     def __init__(self, *, engine: PromptCacheEngine | None = None, **options: Any) -> None:
@@ -92,6 +102,11 @@ class CachedModel(BaseLanguageModel[Any]):
     async def _aengine(self) -> PromptCacheEngine:
         """The engine; loading it does not block the event loop."""
         return await asyncio.to_thread(lambda: self.engine)
+
+    def _segments(self, text: str, kind: SegmentKind) -> list[Segment]:
+        """The parts of a prompt or of a message. kind: of what nothing explains."""
+        ids = self.engine.lm.text.ids if self.recurring_text else None
+        return PROVENANCE.segments(text, kind, ids)
 
     def schema_for(
         self,
@@ -146,7 +161,7 @@ class CachedModel(BaseLanguageModel[Any]):
     @property
     def _identifying_params(self) -> dict[str, Any]:
         """Everything that answers depend on: the key of LangChain's response caches."""
-        options = {name: getattr(self, name) for name in ("model", "dtype", "repair", *_OF_A_CALL)}
+        options = {name: getattr(self, name) for name in _ANSWERS_DEPEND_ON}
         # LangChain keeps the stop strings of the call under "stop".
         return {**options, "default_stop": self.stop}
 

@@ -1,8 +1,8 @@
-"""Where the parts of a prompt come from, learnt by watching the chain around the model.
+"""Where the parts of a prompt come from: what is known about this process's prompts.
 
-One callback handler, installed once per process, sees retrieved documents and rendered templates.
-Both are remembered by content, so nothing has to travel from the retriever to the model: whatever
-threads, tasks or wrappers lie between, the model finds its prompt's parts by the prompt's text.
+Documents and rendered templates are remembered by content, so nothing has to travel from the
+retriever to the model: whatever threads, tasks or wrappers lie between, the model finds its
+prompt's parts by the prompt's text.
 """
 
 from __future__ import annotations
@@ -11,28 +11,32 @@ import hashlib
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
+from dataclasses import fields, is_dataclass
 from typing import Any
-from uuid import UUID
 
-from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.documents import Document
-from langchain_core.messages import ToolMessage
-from langchain_core.prompt_values import PromptValue
-from langchain_core.tracers.context import register_configure_hook
+from langchain_core.messages import BaseMessage, ToolMessage
+from pydantic import BaseModel
 
 from pcache_core.prompt import Segment, SegmentKind
 from pcache_integrations._mapping import DocumentIndex, settle
-from pcache_integrations.langchain._layouts import Layout, Span, layouts
+from pcache_integrations._recurring import Ids, RecurringText
+from pcache_integrations.langchain._layouts import (
+    Layout,
+    Span,
+    joined_layout,
+    rendered_layout,
+    searched_layout,
+    trimmed_layout,
+)
+from pcache_integrations.langchain._source import source_layout
 
 _log = logging.getLogger(__name__)
 
 # More than a batch renders before its first model call; a layout takes about a kilobyte.
-_MAX_LAYOUTS = 16_384
-# Templates that are being rendered right now; more can only be left-overs.
-_MAX_OPEN_RUNS = 4_096
+_MAX_LAYOUTS = 32_768
 # How far to look for documents in a chain's inputs and outputs.
 _MAX_DEPTH = 4
 _MAX_ITEMS = 512
@@ -46,145 +50,98 @@ class Provenance:
 
     def __init__(self) -> None:
         self.documents = DocumentIndex()
-        self._layouts: OrderedDict[bytes, Layout] = OrderedDict()
+        self.recurring = RecurringText()
+        # By the digest of the prompt without the white space around it, as chains like to strip;
+        # with how many characters of white space were before and after it.
+        self._layouts: OrderedDict[bytes, tuple[Layout, int, int]] = OrderedDict()
         self._lock = threading.Lock()
 
     def add_documents(self, value: object, depth: int = 0) -> None:
         """Remember every LangChain document in `value`, nested containers included."""
         if (found := as_document(value)) is not None:
             self.documents.add(found.page_content, document_name(found))
-        elif depth == _MAX_DEPTH:
-            return
-        elif isinstance(value, Mapping):
-            for item in value.values():
+        elif depth < _MAX_DEPTH:
+            for item in _items(value):
                 self.add_documents(item, depth + 1)
-        elif isinstance(value, (list, tuple)):
-            if value and isinstance(value[0], (str, int, float)):
-                return  # an embedding, or texts: no documents in them
-            for item in value[:_MAX_ITEMS]:
-                self.add_documents(item, depth + 1)
-        elif isinstance(value, ToolMessage):
-            self.add_documents(value.artifact, depth + 1)
 
     def add_rendered(
-        self, serialized: Mapping[str, Any], inputs: object, prompt: PromptValue
+        self, source: str, template_format: str, values: Mapping[str, Any], text: str
     ) -> None:
-        """Remember how a template rendered."""
-        for text, layout in layouts(serialized, inputs, prompt):
-            with self._lock:
-                self._layouts[_digest(text)] = layout
-                self._layouts.move_to_end(_digest(text))
-                while len(self._layouts) > _MAX_LAYOUTS:
-                    self._layouts.popitem(last=False)
+        """Remember how a template rendered. source: its text."""
+        layout = rendered_layout(source, template_format, values, text)
+        # A value and nothing else, as many document prompts write it: there is nothing to know.
+        if any(span.kind == "literal" for span in layout) or len(layout) > 1:
+            self._remember(text, layout)
 
-    def segments(self, text: str, kind: SegmentKind) -> list[Segment]:
+    def add_written(self, inputs: object, text: str) -> None:
+        """Remember a prompt that something made of `inputs`; a template is known better."""
+        if isinstance(inputs, Mapping) and self._layout(text) is None:
+            layout = searched_layout(inputs, text)
+            if len(layout) > 1:
+                self._remember(text, layout)
+
+    def add_caller(self, text: str) -> None:
+        """Remember a text that the functions that led to this call have made, if they tell how."""
+        if self._layout(text) is None and (layout := source_layout(text)) is not None:
+            self._remember(text, layout)
+
+    def add_flattened(self, messages: Sequence[BaseMessage], text: str) -> None:
+        """Remember a text that LangChain made of messages: the marks of roles are its own."""
+        parts = [part for message in messages for part in message_texts(message)]
+        known = [(part, self._layout(part) or (Span("text", None, len(part)),)) for part in parts]
+        layout = joined_layout(known, text)
+        if layout is not None:
+            self._remember(text, layout)
+
+    def segments(self, text: str, kind: SegmentKind, ids: Ids | None = None) -> list[Segment]:
         """Cut a prompt, or a message's text, into its parts.
 
         kind: of what neither a template nor a document explains.
+        ids: tokenises a segment; if given, text that came before is looked for as well.
         """
         if not text:
             return []
         with harmless("mapping a prompt"):
-            return self._map(text, kind)
+            return self._map(text, kind, ids)
         return [Segment(text, kind)]
 
-    def _map(self, text: str, kind: SegmentKind) -> list[Segment]:
-        with self._lock:
-            layout = self._layouts.get(_digest(text), (Span("text", None, len(text)),))
+    def _map(self, text: str, kind: SegmentKind, ids: Ids | None) -> list[Segment]:
+        layout = self._layout(text)
         segments: list[Segment] = []
         position = 0
-        for span in layout:
+        for span in layout or (Span("text", None, len(text)),):
             part = text[position : position + span.chars]
             position += span.chars
-            if span.kind == "literal":
+            if span.kind == "literal" or (span.kind == "rest" and kind == "text"):
                 segments.append(Segment(part, "literal"))
             else:
-                part_kind = kind if span.kind == "text" else span.kind
+                # Only where all text is markup, what is merely likely may be template text.
+                part_kind = "argument" if span.kind == "argument" else kind
                 segments += self.documents.split(part, part_kind, span.name)
-        return list(settle(segments, text).segments)
+        found = settle(segments, text).segments
+        return list(found if ids is None else self.recurring.split(found, ids))
 
-
-class ProvenanceHandler(BaseCallbackHandler):
-    """Feeds a `Provenance` from LangChain's callbacks."""
-
-    raise_error = False
-    # True silences other handlers' on_llm_start in async models: langchain-ai/langchain#39633.
-    run_inline = False
-
-    def __init__(self, provenance: Provenance) -> None:
-        self._provenance = provenance
-        self._rendering: OrderedDict[UUID, tuple[Mapping[str, Any], object]] = OrderedDict()
-        self._lock = threading.Lock()
-
-    @property
-    def ignore_llm(self) -> bool:
-        """Models' events are not needed."""
-        return True
-
-    @property
-    def ignore_chat_model(self) -> bool:
-        """Models' events are not needed."""
-        return True
-
-    @property
-    def ignore_agent(self) -> bool:
-        """Agents' events are not needed; those of their tools and prompts are."""
-        return True
-
-    @property
-    def ignore_retry(self) -> bool:
-        """Retries are not needed."""
-        return True
-
-    @property
-    def ignore_custom_event(self) -> bool:
-        """Custom events are not needed."""
-        return True
-
-    def on_chain_start(
-        self,
-        serialized: dict[str, Any],
-        inputs: dict[str, Any],
-        *,
-        run_id: UUID,
-        **kwargs: Any,
-    ) -> None:
-        """A template is about to render, or a chain may have been given documents."""
-        if kwargs.get("run_type") == "prompt":
-            with self._lock:
-                self._rendering[run_id] = (serialized or {}, inputs)
-                while len(self._rendering) > _MAX_OPEN_RUNS:
-                    self._rendering.popitem(last=False)
-        with harmless("looking for documents in a chain's inputs"):
-            self._provenance.add_documents(inputs)
-
-    def on_chain_end(self, outputs: dict[str, Any], *, run_id: UUID, **kwargs: Any) -> None:
-        """A template has rendered, or a chain may return documents."""
-        rendering = self._pop(run_id)
-        if rendering is not None and isinstance(outputs, PromptValue):
-            with harmless("aligning a prompt with its template"):
-                self._provenance.add_rendered(*rendering, outputs)
-            return
-        with harmless("looking for documents in a chain's outputs"):
-            self._provenance.add_documents(outputs)
-
-    def on_chain_error(self, error: BaseException, *, run_id: UUID, **kwargs: Any) -> None:
-        """A template could not be rendered."""
-        self._pop(run_id)
-
-    def on_retriever_end(self, documents: Sequence[Document], **kwargs: Any) -> None:
-        """A retriever has found documents."""
-        with harmless("remembering retrieved documents"):
-            self._provenance.add_documents(list(documents))
-
-    def on_tool_end(self, output: Any, **kwargs: Any) -> None:
-        """A tool may return documents."""
-        with harmless("looking for documents in a tool's output"):
-            self._provenance.add_documents(output)
-
-    def _pop(self, run_id: UUID) -> tuple[Mapping[str, Any], object] | None:
+    def _layout(self, text: str) -> Layout | None:
+        bare, before, after = _trimmed(text)
         with self._lock:
-            return self._rendering.pop(run_id, None)
+            known = self._layouts.get(_digest(bare))
+        if known is None:
+            return None
+        layout, known_before, known_after = known
+        if (known_before, known_after) == (before, after):
+            return layout
+        inner = trimmed_layout(layout, known_before, known_after)
+        spans = (Span("literal", None, before), *inner, Span("literal", None, after))
+        return tuple(span for span in spans if span.chars)
+
+    def _remember(self, text: str, layout: Layout) -> None:
+        bare, before, after = _trimmed(text)
+        digest = _digest(bare)
+        with self._lock:
+            self._layouts[digest] = (layout, before, after)
+            self._layouts.move_to_end(digest)
+            while len(self._layouts) > _MAX_LAYOUTS:
+                self._layouts.popitem(last=False)
 
 
 def as_document(value: object) -> Document | None:
@@ -204,6 +161,34 @@ def document_name(document: Document) -> str | None:
     return None if name is None else str(name)
 
 
+def message_texts(message: BaseMessage) -> Iterator[str]:
+    """The text of every block of a message."""
+    blocks = [message.content] if isinstance(message.content, str) else message.content
+    for block in blocks:
+        text = block.get("text") if isinstance(block, dict) else block
+        if isinstance(text, str) and text:
+            yield text
+
+
+def _items(value: object) -> Iterable[object]:
+    """What may hold documents in a container, a message, or a graph's state or command."""
+    if isinstance(value, Mapping):
+        return value.values()
+    if isinstance(value, (list, tuple)):
+        if value and isinstance(value[0], (str, int, float)):
+            return ()  # an embedding, or texts: no documents in them
+        return value[:_MAX_ITEMS]
+    if isinstance(value, ToolMessage):
+        return (value.artifact,)
+    if isinstance(value, BaseMessage):
+        return ()
+    if isinstance(value, BaseModel):
+        return vars(value).values()
+    if is_dataclass(value) and not isinstance(value, type):
+        return [getattr(value, field.name, None) for field in fields(value)]
+    return ()
+
+
 @contextmanager
 def harmless(task: str) -> Iterator[None]:
     """Log whatever goes wrong instead of raising it.
@@ -217,21 +202,15 @@ def harmless(task: str) -> Iterator[None]:
         _log.debug("%s failed; the prompt is used as it is", task, exc_info=True)
 
 
+def _trimmed(text: str) -> tuple[str, int, int]:
+    """The text without the white space around it, and how much that was on either side."""
+    bare = text.strip()
+    before = len(text) - len(text.lstrip()) if bare else 0
+    return bare, before, len(text) - len(bare) - before
+
+
 def _digest(text: str) -> bytes:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
 
 
 PROVENANCE = Provenance()
-_handler = ProvenanceHandler(PROVENANCE)
-# A default is visible in every thread and every context; a value that was set would not be.
-_HANDLER: ContextVar[BaseCallbackHandler | None] = ContextVar("pcache_handler", default=_handler)
-_watching = threading.Event()
-_starting = threading.Lock()
-
-
-def watch_chains() -> None:
-    """Begin to watch every chain of this process; once, however often it is called."""
-    with _starting:
-        if not _watching.is_set():
-            register_configure_hook(_HANDLER, inheritable=True)
-            _watching.set()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
 
-from pcache_core import Report
+from pcache_core import Report, TokenLogprob
 from pcache_core.results import FinishReason
 
 _REUSE_FIGURES = (
@@ -33,6 +35,46 @@ def usage_metadata(report: Report) -> UsageMetadata:
             cache_read=report.cached_tokens, cache_creation=report.encoded_tokens
         ),
     )
+
+
+def completion_logprobs(records: Sequence[TokenLogprob], start: int = 0) -> dict[str, Any]:
+    """Tokens' log probabilities, in the shape of OpenAI's completions.
+
+    The token that was chosen is among `top_logprobs` as well. Offsets count the answer's
+    characters. start: the first token's offset, in a stream's later pieces.
+    """
+    offsets = accumulate((len(record.token) for record in records), initial=start)
+    return {
+        "tokens": [record.token for record in records],
+        "token_logprobs": [record.logprob for record in records],
+        "top_logprobs": [_alternatives(record) for record in records],
+        "text_offset": list(offsets)[:-1],
+    }
+
+
+def chat_logprobs(records: Sequence[TokenLogprob]) -> dict[str, Any]:
+    """Tokens' log probabilities, in the shape of OpenAI's chats."""
+    return {
+        "content": [
+            {**_as_token(record), "top_logprobs": [_as_token(other) for other in record.top]}
+            for record in records
+        ]
+    }
+
+
+def _as_token(record: TokenLogprob) -> dict[str, Any]:
+    return {
+        "token": record.token,
+        "bytes": list(record.token.encode()),
+        "logprob": record.logprob,
+    }
+
+
+def _alternatives(record: TokenLogprob) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for other in (*record.top, record):
+        found.setdefault(other.token, other.logprob)  # of tokens that look alike, the likeliest
+    return found
 
 
 def token_usage(reports: list[Report]) -> dict[str, Any]:

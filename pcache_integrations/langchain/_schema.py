@@ -1,4 +1,4 @@
-"""LangChain's prompt templates as schemas, and their prompts as segments."""
+"""LangChain's prompt templates as schemas."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 
 from jinja2.sandbox import SandboxedEnvironment
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, SystemMessage
-from langchain_core.prompt_values import ChatPromptValue
 from langchain_core.prompts import (
     AIMessagePromptTemplate,
     BasePromptTemplate,
@@ -22,8 +21,6 @@ from langchain_core.prompts import PromptTemplate as LangChainTemplate
 from langchain_core.utils import mustache
 
 from pcache_core.errors import TemplateError
-from pcache_core.prompt import Segment, SegmentKind
-from pcache_integrations._segments import fitted
 from pcache_templates import FormatTemplate, JinjaTemplate, MustacheTemplate, PromptTemplate
 from pcache_templates.chat import ChatTemplate, GivenTurns, TurnTemplate
 
@@ -52,69 +49,6 @@ def schema_for(
     if isinstance(template, ChatPromptTemplate):
         return ChatTemplate(_turns(template), name=name, lengths=lengths).pml
     return _string_template(template, name, lengths).pml
-
-
-def segments_for(
-    template: BasePromptTemplate[Any], values: Mapping[str, Any]
-) -> list[list[Segment]]:
-    """The texts of the prompt that the template renders, each in segments.
-
-    A plain template has one text, a chat one or more in each message. Joined, the segments of each
-    are what LangChain makes of it; where that can't be traced, they are a single `text`. Rendering
-    uses up iterators among the values.
-    """
-    # A function among the partial variables may give another value each time.
-    values = {**_partials(template), **values}
-    texts = _texts(template, values)
-    try:
-        candidates = list(_candidates(template, values))
-    except Exception:  # whatever stops the tracing costs reuse, no more
-        candidates = []
-    return fitted(candidates, texts)
-
-
-def _partials(template: Any) -> dict[str, Any]:
-    partials = getattr(template, "partial_variables", None) or {}
-    return {name: value() if callable(value) else value for name, value in partials.items()}
-
-
-def _texts(template: BasePromptTemplate[Any], values: Mapping[str, Any]) -> list[str]:
-    """What LangChain renders: the text of every block."""
-    prompt = template.format_prompt(**values)
-    if isinstance(prompt, ChatPromptValue):
-        return [text for message in prompt.messages for text in _message_texts(message)]
-    return [prompt.to_string()]
-
-
-def _message_texts(message: BaseMessage) -> Iterator[str]:
-    blocks = [message.content] if isinstance(message.content, str) else message.content
-    for block in blocks:
-        text = block.get("text") if isinstance(block, dict) else block
-        if isinstance(text, str):
-            yield text
-
-
-def _candidates(
-    template: BasePromptTemplate[Any], values: Mapping[str, Any]
-) -> Iterator[list[Segment]]:
-    if not isinstance(template, ChatPromptTemplate):
-        yield _string_template(template, None, None).segments(**{**_partials(template), **values})
-        return
-    chat = ChatTemplate(_turns(template))
-    for number, part in enumerate(_parts(template)):
-        if isinstance(part, MessagesPlaceholder):
-            for message in part.format_messages(**values):
-                for text in _message_texts(message):
-                    yield [Segment(text, "argument", part.variable_name)]
-        elif isinstance(part, BaseMessage):
-            # Only a system message is sure to be the application's own words.
-            kind: SegmentKind = "literal" if isinstance(part, SystemMessage) else "argument"
-            yield from ([Segment(text, kind)] for text in _message_texts(part))
-        else:
-            for position, prompt in enumerate(_prompts(part)):
-                own = {**_partials(prompt), **values}
-                if (segments := chat.segments(number, position, own)) or not _is_list(part):
-                    yield segments
 
 
 def _parts(template: ChatPromptTemplate) -> Iterator[Any]:
@@ -150,6 +84,14 @@ def _role_of(part: Any) -> str:
     return role
 
 
+def _message_texts(message: BaseMessage) -> Iterator[str]:
+    blocks = [message.content] if isinstance(message.content, str) else message.content
+    for block in blocks:
+        text = block.get("text") if isinstance(block, dict) else block
+        if isinstance(text, str):
+            yield text
+
+
 def _prompts(part: Any) -> Sequence[Any]:
     return part.prompt if _is_list(part) else [part.prompt]
 
@@ -171,12 +113,13 @@ def _string_template(
             "a PromptTemplate or a ChatPromptTemplate of text has"
         )
     if name is None and not lengths:
-        return _compiled(template.template, template.template_format)
+        return compiled(template.template, template.template_format)
     return _compile(template.template, template.template_format, name, lengths)
 
 
 @lru_cache(maxsize=256)
-def _compiled(source: str, template_format: str) -> PromptTemplate:
+def compiled(source: str, template_format: str) -> PromptTemplate:
+    """The template that LangChain's formatter renders. Raises: TemplateError: it can't be read."""
     return _compile(source, template_format, None, None)
 
 

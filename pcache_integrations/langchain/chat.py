@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Mapping
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import aclosing, closing
 from typing import Any
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
+from langchain_core.language_models import LanguageModelInput
 from langchain_core.language_models.chat_models import BaseChatModel
-from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
-from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
+from langchain_core.messages import AIMessage, BaseMessage
+from langchain_core.outputs import ChatGenerationChunk, ChatResult
+from langchain_core.runnables import Runnable
+from langchain_core.tools import BaseTool
 
-from pcache_core import Chunk, Generation, PromptCacheEngine, SamplingParams
-from pcache_core.params import ReuseMode
-from pcache_integrations.langchain._messages import chat_prompt
+from pcache_core import PromptCacheEngine
+from pcache_integrations._options import check_names
 from pcache_integrations.langchain._model import CachedModel
-from pcache_integrations.langchain._results import generation_info, usage_metadata
+from pcache_integrations.langchain._structured import Method, structured
+from pcache_integrations.langchain._tools import as_choice, as_core, as_openai
+from pcache_integrations.langchain._turn import Turn, TurnOptions, make_turn
 
 
 class ChatPromptCache(CachedModel, BaseChatModel):
@@ -22,10 +28,66 @@ class ChatPromptCache(CachedModel, BaseChatModel):
 
     Messages are rendered by the model's own chat template. What a prompt template wrote is
     template text; everything else in a message is plain data, and can't forge a role's mark.
-    How much was reused: `message.usage_metadata["input_token_details"]["cache_read"]`, and
-    `message.response_metadata["prompt_cache"]`.
+    Blocks of text in a message's content are modules of their own, apart from what is asked.
 
-    streaming: as in every LangChain chat model, whether `invoke` streams inside.
+    Setup:
+        `pip install pcache-integrations`. No key and no server; the weights are loaded when they
+        are first needed, once for all objects of equal options.
+
+    Key init args:
+        model: `builtin:tiny-rag`, a path or a hub id.
+        reuse: `off`, `exact`, `fast`, `balanced` or `high`.
+        store: `memory`, a folder, or the URL of a server or an object store.
+        max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, seed, stop: how answers
+            are made; each may differ by call.
+        streaming: as in every LangChain chat model, whether `invoke` streams inside.
+
+    Instantiate:
+        >>> from pcache_integrations.langchain import ChatPromptCache
+        >>> chat = ChatPromptCache(model="builtin:tiny-rag", max_tokens=64)
+
+    Invoke:
+        >>> type(chat.invoke([("system", "Be brief."), ("human", "Who sang?")])).__name__
+        'AIMessage'
+
+    Stream:
+        >>> pieces = [chunk.text for chunk in chat.stream("Who sang?")]
+
+    Async:
+        >>> import asyncio
+        >>> type(asyncio.run(chat.ainvoke("Who sang?"))).__name__
+        'AIMessage'
+
+    Tool calling:
+        A call that is demanded is made and is valid for the tool's schema, whatever the model.
+
+        >>> def weather(place: str) -> str:
+        ...     '''The weather of a place.'''
+        ...     return "Rain."
+        >>> model = chat.bind_tools([weather], tool_choice="any")
+        >>> [call["name"] for call in model.invoke("How is it in Oslo?").tool_calls]
+        ['weather']
+
+    Structured output:
+        >>> from pydantic import BaseModel
+        >>> class Person(BaseModel):
+        ...     name: str
+        ...     age: int
+        >>> type(chat.with_structured_output(Person).invoke("Who sang?")).__name__
+        'Person'
+
+    Usage metadata:
+        `cache_read` counts tokens that were reused, `cache_creation` those that were encoded for
+        later; both are a part of `input_tokens`.
+
+        >>> sorted(chat.invoke("Who sang?").usage_metadata["input_token_details"])
+        ['cache_creation', 'cache_read']
+
+    Response metadata:
+        >>> sorted(chat.invoke("Who sang?").response_metadata)
+        ['finish_reason', 'model_name', 'model_provider', 'prompt_cache']
+
+        With `logprobs=True` and `top_logprobs=N` also `logprobs`, as OpenAI has them.
     """
 
     streaming: bool = False
@@ -38,6 +100,50 @@ class ChatPromptCache(CachedModel, BaseChatModel):
     def _llm_type(self) -> str:
         return "chat-prompt-cache"
 
+    def bind_tools(
+        self,
+        tools: Sequence[dict[str, Any] | type | Callable[..., Any] | BaseTool],
+        *,
+        tool_choice: str | bool | Mapping[str, Any] | None = None,
+        parallel_tool_calls: bool | None = None,
+        **kwargs: Any,
+    ) -> Runnable[LanguageModelInput, AIMessage]:
+        """The model with tools that it may call.
+
+        tools: functions, classes, LangChain tools, or mappings of OpenAI's or Anthropic's shape.
+        tool_choice: `auto`, `any` (or True), `none`, a tool's name, or a mapping that names one.
+            A call that is demanded is made, and valid for the tool's schema, whatever the model.
+        parallel_tool_calls: whether an answer may hold several calls; by default where none is
+            demanded.
+        Raises: OptionError: a tool that can't be described, a choice that names none.
+        """
+        described = as_openai(tools)
+        as_choice(tool_choice, as_core(described))
+        named = {"tool_choice": tool_choice, "parallel_tool_calls": parallel_tool_calls}
+        given = {name: value for name, value in named.items() if value is not None}
+        return self.bind(tools=described, **given, **kwargs)
+
+    def with_structured_output(
+        self,
+        schema: dict[str, Any] | type | None = None,
+        *,
+        method: Method = "json_schema",
+        include_raw: bool = False,
+        strict: bool | None = None,
+        **kwargs: Any,
+    ) -> Runnable[LanguageModelInput, Any]:
+        """The model with answers of a schema; always valid ones, if `max_tokens` allows for any.
+
+        schema: a pydantic class, a TypedDict, a JSON schema or a tool's description.
+        method: `json_schema` and `json_mode` write the answer itself, and `json_mode` does without
+            a schema, too; `function_calling` calls a function that takes it.
+        include_raw: return the message, what was parsed of it, and the error if that failed.
+        strict: False lets objects have more properties than the schema names.
+        Raises: OptionError: no schema, an unknown method.
+        """
+        check_names(kwargs, (), f"with_structured_output of {type(self).__name__}")
+        return structured(self, schema, method, include_raw=include_raw, strict=strict)
+
     def _generate(
         self,
         messages: list[BaseMessage],
@@ -45,9 +151,8 @@ class ChatPromptCache(CachedModel, BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        params, reuse = self._call_options(stop, kwargs)
-        prompt = chat_prompt(self.engine, messages)
-        return self._result(self.engine.generate(prompt, params, reuse=reuse))
+        turn = self._turn(messages, stop, kwargs)
+        return turn.result(self.engine.generate(turn.prompt, turn.params, reuse=turn.reuse))
 
     async def _agenerate(
         self,
@@ -56,10 +161,9 @@ class ChatPromptCache(CachedModel, BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        params, reuse = self._call_options(stop, kwargs)
-        engine = await self._aengine()
-        prompt = chat_prompt(engine, messages)
-        return self._result(await engine.agenerate(prompt, params, reuse=reuse))
+        turn = await asyncio.to_thread(self._turn, messages, stop, kwargs)
+        answer = await self.engine.agenerate(turn.prompt, turn.params, reuse=turn.reuse)
+        return turn.result(answer)
 
     def _stream(
         self,
@@ -68,13 +172,14 @@ class ChatPromptCache(CachedModel, BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
-        params, reuse = self._call_options(stop, kwargs)
-        prompt = chat_prompt(self.engine, messages)
-        for piece in self.engine.stream(prompt, params, reuse=reuse):
-            chunk = self._chunk(piece)
-            if run_manager:
-                run_manager.on_llm_new_token(chunk.text, chunk=chunk)
-            yield chunk
+        turn = self._turn(messages, stop, kwargs)
+        pieces = turn.pieces()
+        with closing(self.engine.stream(turn.prompt, turn.params, reuse=turn.reuse)) as stream:
+            for piece in stream:
+                chunk = pieces.next(piece)
+                if run_manager:
+                    run_manager.on_llm_new_token(chunk.text, chunk=chunk)
+                yield chunk
 
     async def _astream(
         self,
@@ -83,44 +188,28 @@ class ChatPromptCache(CachedModel, BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
-        params, reuse = self._call_options(stop, kwargs)
-        engine = await self._aengine()
-        prompt = chat_prompt(engine, messages)
-        async for piece in engine.astream(prompt, params, reuse=reuse):
-            chunk = self._chunk(piece)
-            if run_manager:
-                await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
-            yield chunk
+        turn = await asyncio.to_thread(self._turn, messages, stop, kwargs)
+        pieces = turn.pieces()
+        stream = self.engine.astream(turn.prompt, turn.params, reuse=turn.reuse)
+        async with aclosing(stream):
+            async for piece in stream:
+                chunk = pieces.next(piece)
+                if run_manager:
+                    await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
+                yield chunk
 
-    def _call_options(
-        self, stop: list[str] | None, given: Mapping[str, Any]
-    ) -> tuple[SamplingParams, ReuseMode]:
-        # LangChain passes `stream=` on after acting upon it.
-        meant = {name: value for name, value in given.items() if name != "stream"}
-        return super()._call_options(stop, meant)
-
-    def _result(self, answer: Generation) -> ChatResult:
-        message = AIMessage(
-            content=answer.text,
-            usage_metadata=usage_metadata(answer.report),
-            response_metadata={
-                "model_name": self.model,
-                **generation_info(answer.finish_reason, answer.report),
-            },
+    def _turn(
+        self, messages: Sequence[BaseMessage], stop: list[str] | None, given: Mapping[str, Any]
+    ) -> Turn:
+        """One call, checked and rendered; loads the model if that has not happened."""
+        options, others = TurnOptions.taken_from(given)
+        params, reuse = self._call_options(stop, others)
+        return make_turn(
+            self.engine,
+            messages,
+            options,
+            params,
+            reuse,
+            model_name=self.model,
+            recurring_text=self.recurring_text,
         )
-        return ChatResult(generations=[ChatGeneration(message=message)])
-
-    def _chunk(self, piece: Chunk) -> ChatGenerationChunk:
-        """A piece of the answer. Counts and names come once, as chunks are added up."""
-        message = AIMessageChunk(content=piece.text)
-        if piece.finish_reason is not None and piece.report is not None:
-            message = AIMessageChunk(
-                content=piece.text,
-                chunk_position="last",
-                usage_metadata=usage_metadata(piece.report),
-                response_metadata={
-                    "model_name": self.model,
-                    **generation_info(piece.finish_reason, piece.report),
-                },
-            )
-        return ChatGenerationChunk(message=message)

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
+from langchain_core.language_models.base import LanguageModelInput
 from langchain_core.language_models.llms import BaseLLM
 from langchain_core.outputs import Generation, GenerationChunk, LLMResult
+from langchain_core.prompt_values import PromptValue, StringPromptValue
+from langchain_core.runnables import Runnable, RunnableConfig
 
 from pcache_core import Chunk, Prompt, PromptCacheEngine
 from pcache_core import Generation as Answer
 from pcache_integrations.langchain._model import CachedModel
-from pcache_integrations.langchain._provenance import PROVENANCE
-from pcache_integrations.langchain._results import generation_info, token_usage
+from pcache_integrations.langchain._provenance import PROVENANCE, harmless
+from pcache_integrations.langchain._results import (
+    completion_logprobs,
+    generation_info,
+    token_usage,
+)
+
+# Of one call; the engine decides how many of them run in one forward.
+_MAX_PROMPTS_AT_ONCE = 64
 
 
 class PromptCacheLLM(CachedModel, BaseLLM):
@@ -22,14 +34,58 @@ class PromptCacheLLM(CachedModel, BaseLLM):
     Takes the place of any LangChain LLM: templates and retrieved documents are recognised, and
     their attention states are reused in whatever order they come.
 
-    ```python
-    llm = PromptCacheLLM(model="builtin:tiny-rag", max_tokens=32)
-    llm.cache_documents(documents)  # optional: precomputes
-    chain = {"context": retriever | format_docs, "question": RunnablePassthrough()} | prompt | llm
-    chain.invoke("Where does Ada live?")
-    print(llm.engine.reports[-1])  # which parts of the prompt were reused
-    ```
-    """
+    Setup:
+        `pip install pcache-integrations`. No server and no key: the model runs in this process.
+
+    Key init args, completion:
+        model: `builtin:tiny-rag`, a path or a hub id. max_tokens: most tokens of an answer.
+        temperature, top_p, top_k, min_p, repetition_penalty, seed, stop: as in `SamplingParams`.
+
+    Key init args, cache:
+        reuse: `off`, `exact`, `fast`, `balanced` or `high`. store: `memory`, a folder,
+        `redis://…` or an object store's URL. namespace: states are shared within one only.
+        recurring_text: whether text that comes back is reused, too.
+
+    Instantiate:
+        ```python
+        from pcache_integrations.langchain import PromptCacheLLM, track
+
+        llm = PromptCacheLLM(model="builtin:tiny-rag", max_tokens=32)
+        ```
+
+    Invoke:
+        ```python
+        chain = {"context": retriever | format_docs, "question": RunnablePassthrough()} | prompt | llm
+        chain.invoke("Where does Ada live?")
+        print(llm.engine.reports[-1])  # which parts of the prompt were reused
+        ```
+
+    Stream:
+        ```python
+        for piece in chain.stream("Where does Ada live?"):
+            print(piece, end="")
+        ```
+
+    Async:
+        ```python
+        await chain.ainvoke("Where does Ada live?")
+        await chain.abatch(["Where does Ada live?", "Who employs her?"])  # run together
+        ```
+
+    Documents:
+        ```python
+        llm.cache_documents(documents)  # optional: precomputes
+        vector_store = track(vector_store)  # if searched without a retriever
+        ```
+
+    Token usage and logprobs:
+        ```python
+        result = llm.generate([text], logprobs=2)
+        result.llm_output["token_usage"]
+        result.generations[0][0].generation_info["prompt_cache"]
+        result.generations[0][0].generation_info["logprobs"]  # as OpenAI's completions have them
+        ```
+    """  # noqa: E501 (the chain is the one of LangChain's tutorials, in a line)
 
     def __init__(self, *, engine: PromptCacheEngine | None = None, **options: Any) -> None:
         """Take the options; for type checkers, which would leave `engine` out."""
@@ -39,6 +95,49 @@ class PromptCacheLLM(CachedModel, BaseLLM):
     def _llm_type(self) -> str:
         return "prompt-cache"
 
+    def batch(
+        self,
+        inputs: list[LanguageModelInput],
+        config: RunnableConfig | list[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any,
+    ) -> list[str]:
+        """As in any LLM; with `return_exceptions`, a bad prompt costs the others nothing."""
+        if return_exceptions:
+            return Runnable.batch(self, inputs, config, return_exceptions=True, **kwargs)
+        return super().batch(inputs, config, **kwargs)
+
+    async def abatch(
+        self,
+        inputs: list[LanguageModelInput],
+        config: RunnableConfig | list[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any,
+    ) -> list[str]:
+        """As `batch`."""
+        if return_exceptions:
+            return await Runnable.abatch(self, inputs, config, return_exceptions=True, **kwargs)
+        return await super().abatch(inputs, config, **kwargs)
+
+    def generate_prompt(self, prompts: list[PromptValue], *args: Any, **kwargs: Any) -> LLMResult:
+        """As in any LLM; chains of `langchain-classic` call it."""
+        return super().generate_prompt([_noted(prompt) for prompt in prompts], *args, **kwargs)
+
+    async def agenerate_prompt(
+        self, prompts: list[PromptValue], *args: Any, **kwargs: Any
+    ) -> LLMResult:
+        """As `generate_prompt`."""
+        noted = [_noted(prompt) for prompt in prompts]
+        return await super().agenerate_prompt(noted, *args, **kwargs)
+
+    def _convert_input(self, model_input: LanguageModelInput) -> PromptValue:
+        if isinstance(model_input, str) and self.recurring_text:
+            with harmless("looking for the template of a text"):
+                PROVENANCE.add_caller(model_input)
+        return _noted(super()._convert_input(model_input))
+
     def _generate(
         self,
         prompts: list[str],
@@ -47,9 +146,16 @@ class PromptCacheLLM(CachedModel, BaseLLM):
         **kwargs: Any,
     ) -> LLMResult:
         params, reuse = self._call_options(stop, kwargs)
-        return self._result(
-            [self.engine.generate(_map(text), params, reuse=reuse) for text in prompts]
-        )
+        engine = self.engine
+        mapped = self._map(prompts)
+        if len(mapped) < 2:
+            return self._result([engine.generate(prompt, params, reuse) for prompt in mapped])
+        pool = ThreadPoolExecutor(min(len(mapped), _MAX_PROMPTS_AT_ONCE), "pcache-batch")
+        try:
+            jobs = [pool.submit(engine.generate, prompt, params, reuse) for prompt in mapped]
+            return self._result([job.result() for job in jobs])
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     async def _agenerate(
         self,
@@ -59,10 +165,15 @@ class PromptCacheLLM(CachedModel, BaseLLM):
         **kwargs: Any,
     ) -> LLMResult:
         params, reuse = self._call_options(stop, kwargs)
-        engine = await self._aengine()
-        return self._result(
-            [await engine.agenerate(_map(text), params, reuse=reuse) for text in prompts]
-        )
+        mapped = await asyncio.to_thread(self._map, prompts)
+        jobs = [
+            asyncio.ensure_future(self.engine.agenerate(prompt, params, reuse)) for prompt in mapped
+        ]
+        try:
+            return self._result(await asyncio.gather(*jobs))
+        finally:
+            for job in jobs:
+                job.cancel()
 
     def _stream(
         self,
@@ -72,8 +183,10 @@ class PromptCacheLLM(CachedModel, BaseLLM):
         **kwargs: Any,
     ) -> Iterator[GenerationChunk]:
         params, reuse = self._call_options(stop, kwargs)
-        for piece in self.engine.stream(_map(prompt), params, reuse=reuse):
-            chunk = _chunk(piece)
+        (mapped,) = self._map([prompt])
+        pieces = _Pieces()
+        for piece in self.engine.stream(mapped, params, reuse):
+            chunk = pieces.chunk(piece)
             if run_manager:
                 run_manager.on_llm_new_token(chunk.text, chunk=chunk)
             yield chunk
@@ -86,24 +199,21 @@ class PromptCacheLLM(CachedModel, BaseLLM):
         **kwargs: Any,
     ) -> AsyncIterator[GenerationChunk]:
         params, reuse = self._call_options(stop, kwargs)
-        engine = await self._aengine()
-        async for piece in engine.astream(_map(prompt), params, reuse=reuse):
-            chunk = _chunk(piece)
+        (mapped,) = await asyncio.to_thread(self._map, [prompt])
+        pieces = _Pieces()
+        async for piece in self.engine.astream(mapped, params, reuse):
+            chunk = pieces.chunk(piece)
             if run_manager:
                 await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
             yield chunk
 
+    def _map(self, texts: Sequence[str]) -> list[Prompt]:
+        """The prompts' parts. Special tokens written out count: it may be a chat's rendering."""
+        return [Prompt(self._segments(text, "text")) for text in texts]
+
     def _result(self, answers: Sequence[Answer]) -> LLMResult:
         return LLMResult(
-            generations=[
-                [
-                    Generation(
-                        text=answer.text,
-                        generation_info=generation_info(answer.finish_reason, answer.report),
-                    )
-                ]
-                for answer in answers
-            ],
+            generations=[[_generation(answer)] for answer in answers],
             llm_output={
                 "token_usage": token_usage([answer.report for answer in answers]),
                 "model_name": self.model,
@@ -111,13 +221,34 @@ class PromptCacheLLM(CachedModel, BaseLLM):
         )
 
 
-def _map(text: str) -> Prompt:
-    """The prompt's parts. Special tokens written out in it count: it may be a chat's rendering."""
-    return Prompt(PROVENANCE.segments(text, "text"))
+def _noted(prompt: PromptValue) -> PromptValue:
+    """The prompt, remembered if it is messages, whose parts are known one by one."""
+    if not isinstance(prompt, StringPromptValue):
+        with harmless("reading messages for a completion model"):
+            messages = prompt.to_messages()
+            PROVENANCE.add_documents(messages)
+            PROVENANCE.add_flattened(messages, prompt.to_string())
+    return prompt
 
 
-def _chunk(piece: Chunk) -> GenerationChunk:
-    info = None
-    if piece.finish_reason is not None and piece.report is not None:
-        info = generation_info(piece.finish_reason, piece.report)
-    return GenerationChunk(text=piece.text, generation_info=info)
+def _generation(answer: Answer) -> Generation:
+    info = generation_info(answer.finish_reason, answer.report)
+    if answer.logprobs:
+        info["logprobs"] = completion_logprobs(answer.logprobs)
+    return Generation(text=answer.text, generation_info=info)
+
+
+class _Pieces:
+    """The pieces of one answer, as LangChain's chunks."""
+
+    def __init__(self) -> None:
+        self._chars = 0
+
+    def chunk(self, piece: Chunk) -> GenerationChunk:
+        info: dict[str, Any] = {}
+        if piece.logprobs:
+            info["logprobs"] = completion_logprobs(piece.logprobs, self._chars)
+            self._chars += sum(len(record.token) for record in piece.logprobs)
+        if piece.finish_reason is not None and piece.report is not None:
+            info |= generation_info(piece.finish_reason, piece.report)
+        return GenerationChunk(text=piece.text, generation_info=info or None)

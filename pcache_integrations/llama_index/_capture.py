@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -31,6 +31,14 @@ def node_text(node: BaseNode) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class Origin:
+    """The document that a node was cut from, itself if it was not, and its text alone."""
+
+    document_id: str
+    bare_text: str
+
+
+@dataclass(frozen=True, slots=True)
 class _Span:
     """Where a node's text stands in a joined context."""
 
@@ -45,12 +53,16 @@ class Capture:
     Thread-safe.
     """
 
-    def __init__(self, max_plans: int = 512, max_contexts: int = 64) -> None:
+    def __init__(
+        self, max_plans: int = 512, max_contexts: int = 64, max_nodes: int = 100_000
+    ) -> None:
         self.documents = DocumentIndex()
+        self._origins: OrderedDict[str, Origin] = OrderedDict()
         self._plans: OrderedDict[str, Sequence[Segment]] = OrderedDict()
         self._contexts: OrderedDict[str, Sequence[_Span]] = OrderedDict()
         self._max_plans = max_plans
         self._max_contexts = max_contexts
+        self._max_nodes = max_nodes
         self._lock = threading.Lock()
 
     def add_plan(self, segments: Iterable[Segment]) -> None:
@@ -67,8 +79,33 @@ class Capture:
     def add_nodes(self, nodes: Iterable[BaseNode]) -> None:
         """Remember nodes: as a synthesizer writes them, and their bare text."""
         for node in nodes:
-            self.documents.add(str(node.get_content(metadata_mode=MetadataMode.NONE)), node.node_id)
+            bare = str(node.get_content(metadata_mode=MetadataMode.NONE))
+            self.documents.add(bare, node.node_id)
             self.documents.add(node_text(node), node.node_id)
+            origin = Origin(node.ref_doc_id or node.node_id, bare.strip())
+            with self._lock:
+                _put(self._origins, node.node_id, origin, self._max_nodes)
+
+    def origin(self, node_id: str) -> Origin:
+        """Where a node came from; from itself if it is not known."""
+        with self._lock:
+            return self._origins.get(node_id) or Origin(node_id, "")
+
+    def forget(self, texts: Collection[str]) -> None:
+        """Forget documents, and every plan and context that holds one of them."""
+        gone = DocumentIndex()
+        for text in texts:
+            self.documents.remove(text)
+            gone.add(text)
+        with self._lock:
+            remembered = [*self._plans, *self._contexts]
+        holding = [held for held in remembered if _holds_document(gone, held)]
+        with self._lock:
+            for held in holding:
+                self._plans.pop(held, None)
+                self._contexts.pop(held, None)
+            for node_id in [n for n, origin in self._origins.items() if origin.bare_text in texts]:
+                del self._origins[node_id]
 
     def add_document(self, document: object) -> str:
         """Remember a node, with or without its score, or a text; return what prompts hold of it.
@@ -160,6 +197,10 @@ def _cut(piece: Segment, spans: Sequence[_Span], at: int) -> list[Segment]:
         position = end
     segments.append(Segment(piece.text[position:], piece.kind, piece.name))
     return [segment for segment in segments if segment.text]
+
+
+def _holds_document(index: DocumentIndex, text: str) -> bool:
+    return any(segment.kind == "document" for segment in index.split(text, "text"))
 
 
 def _put(entries: OrderedDict[str, _V], key: str, value: _V, limit: int) -> None:

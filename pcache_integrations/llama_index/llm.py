@@ -28,16 +28,29 @@ from llama_index.core.schema import BaseNode, NodeWithScore
 from pcache_core import EncodeReport, Prompt, PromptCacheEngine, SamplingParams
 from pcache_core.errors import OptionError
 from pcache_core.params import DEFAULT_REUSE, RepairPolicy, ReuseMode
-from pcache_integrations._engines import ENGINE_OPTIONS, EngineOptions, describe_engine
+from pcache_integrations._engines import (
+    ENGINE_OPTIONS,
+    EngineHandle,
+    EngineOptions,
+    describe_engine,
+)
 from pcache_integrations._options import call_options, check_names
 from pcache_integrations.llama_index import _responses as responses
 from pcache_integrations.llama_index import _schema
 from pcache_integrations.llama_index._automap import AutoMap
 from pcache_integrations.llama_index._capture import CAPTURE
+from pcache_integrations.llama_index._documents import (
+    PruneReport,
+    encode_documents,
+    note_documents,
+    prune,
+    release,
+)
 from pcache_integrations.llama_index._handlers import install_handlers
 from pcache_integrations.llama_index._lazy import LazyEngine
 from pcache_integrations.llama_index._messages import ChatTemplate
 from pcache_integrations.llama_index._prompts import chat_prompt, text_prompt, wrapped_prompt
+from pcache_integrations.llama_index._sources import Source
 
 _OF_A_CALL = (
     "reuse", "max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed",
@@ -73,6 +86,9 @@ class PromptCacheLLM(AutoMap, CustomLLM):
         default=None, description="What balanced and high compute again, if not their own choice."
     )
     store: str = Field(default="memory", description="Where states are kept.")
+    storage_dtype: str = Field(
+        default="auto", description="How files and servers keep states: auto, bfloat16, int8 …"
+    )
     max_tokens: int = Field(default=256, description="Most tokens to generate.")
     temperature: float = Field(default=0.0, description="0 takes the likeliest token.")
     top_p: float = Field(default=1.0, description="Sample from this much probability.")
@@ -128,6 +144,11 @@ class PromptCacheLLM(AutoMap, CustomLLM):
         return self._lazy.get()
 
     @property
+    def engine_handle(self) -> EngineHandle:
+        """How others share the engine before it is built."""
+        return self._lazy
+
+    @property
     def metadata(self) -> LLMMetadata:
         """What LlamaIndex plans prompts with. Loads the model if any of it is the model's."""
         window, is_chat = self.context_window, self.is_chat_model
@@ -161,23 +182,45 @@ class PromptCacheLLM(AutoMap, CustomLLM):
 
     def cache_documents(
         self,
-        documents: Iterable[BaseNode | NodeWithScore | str],
+        documents: Source | Iterable[BaseNode | NodeWithScore | str],
         progress: bool = True,  # noqa: FBT001, FBT002 (the published signature)
     ) -> EncodeReport:
         """Encode nodes, documents or plain texts before a question needs them.
 
+        documents: a list of them, or an index or a document store, whose nodes are meant.
         Nodes are encoded as query engines write them into prompts: with the metadata meant for
-        the model, stripped.
+        the model, stripped. What the store has already is not encoded again.
 
         Raises: OptionError: something else was given. ContextLengthError: one is too long.
         """
-        if isinstance(documents, (str, BaseNode, NodeWithScore)):
-            raise OptionError(
-                f"cache_documents takes several documents, got one {type(documents).__name__}; "
-                "put it in a list"
-            )
-        texts = [CAPTURE.add_document(document) for document in documents]
-        return self.engine.encode([text for text in texts if text], progress=progress)
+        return encode_documents(self.engine, CAPTURE, documents, progress=progress)
+
+    def prune(self, *in_use: Source) -> PruneReport:
+        """Drop the states of nodes that are gone: deleted, replaced, or changed.
+
+        in_use: every index that this LLM answers from; or document stores, or lists of nodes. What
+            none of them holds is dropped: it costs time again if it is asked for, no more.
+
+        Only texts of nodes are dropped that this LLM, or another on the same engine, was given to
+        encode or has answered from, in this process; then in a folder every state of them, whoever
+        made it, as equal texts share states. What others put into a shared store is not known here:
+        after a restart, `cache_documents(index)` before documents are deleted makes it so.
+
+        Raises: OptionError: nothing was given, or a source that does not say which nodes are in
+            use, such as an ingestion pipeline's document store. StoreError: the store's folder
+            can't be read, nothing was dropped.
+        """
+        return prune(self.engine, CAPTURE, in_use)
+
+    def release_doc(self, ref_doc_id: str) -> PruneReport:
+        """Drop the states of a document's nodes, except for texts that other documents have too.
+
+        Knows of what `prune` knows; a document that was never met is no error. A document that is
+        not cut into nodes has its own id.
+
+        Raises: OptionError: it is no id. StoreError: the store's folder can't be read.
+        """
+        return release(self.engine, CAPTURE, ref_doc_id)
 
     @llm_completion_callback()
     def complete(
@@ -273,16 +316,19 @@ class PromptCacheLLM(AutoMap, CustomLLM):
 
     def _text_prompt(self, text: str, *, formatted: bool) -> Prompt:
         if formatted:
-            return text_prompt(text)
+            return self._noted(text_prompt(text))
         wrap = self.completion_to_prompt or default_completion_to_prompt
         if self.metadata.is_chat_model and wrap is default_completion_to_prompt:
             # To a chat model, a bare text is what the user says.
             return self._chat_prompt([ChatMessage(role=MessageRole.USER, content=text)])
-        return wrapped_prompt(text, lambda bare: self._extend_prompt(wrap(bare)))
+        return self._noted(wrapped_prompt(text, lambda bare: self._extend_prompt(wrap(bare))))
 
     def _chat_prompt(self, messages: Sequence[ChatMessage]) -> Prompt:
         system = (MessageRole.SYSTEM, self.system_prompt)
         if all((message.role, message.content) != system for message in messages):
             messages = self._extend_messages(list(messages))
         to_prompt = self.messages_to_prompt or ChatTemplate(self._lazy)
-        return chat_prompt(self._lazy, messages, self.system_prompt, to_prompt)
+        return self._noted(chat_prompt(self._lazy, messages, self.system_prompt, to_prompt))
+
+    def _noted(self, prompt: Prompt) -> Prompt:
+        return note_documents(self.engine, CAPTURE, prompt)

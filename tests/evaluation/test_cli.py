@@ -52,6 +52,20 @@ def test_a_file_is_asked_in_the_models_chat(tmp_path: Path) -> None:
         assert (figures["guesser"], figures["match"]) == (None, "normalised")
 
 
+def test_states_can_be_kept_in_fewer_bits_between_encoding_and_use() -> None:
+    asked = ("--questions", "2", "--modes", "fast", "--max-tokens", "4", "--json")
+    kept = {
+        dtype: json.loads(run(*asked, *(("--storage-dtype", dtype) if dtype else ())))
+        for dtype in (None, "float32", "int8")
+    }
+    kl = {dtype: figures["rows"][1]["kl_mean"] for dtype, figures in kept.items()}
+    assert kl["float32"] == pytest.approx(kl[None], rel=1e-3)
+    assert kl["int8"] != pytest.approx(kl[None], rel=1e-6)
+    assert kl["int8"] == pytest.approx(kl[None], rel=0.2)
+    assert kept["int8"]["rows"][1]["cached_tokens"] == kept[None]["rows"][1]["cached_tokens"] > 0
+    assert "files that keep them as int8" in " ".join(kept["int8"]["notes"])
+
+
 def test_a_curve_repairs_growing_shares(tmp_path: Path) -> None:
     file = tmp_path / "curve.svg"
     asked = ("--questions", "1", "--modes", "fast", "--max-tokens", "2", "--json")
@@ -78,6 +92,7 @@ def test_a_curve_repairs_growing_shares(tmp_path: Path) -> None:
         (("--data", "q.json", "--split", "--seed", "0"), "--split, --seed is for questions"),
         (("--data", "missing.json"), r"missing\.json can't be read"),
         (("--split", "--hops", "2"), "hops=2 and split"),
+        (("--storage-dtype", "int4"), "storage_dtype='int4'"),
         (("--documents", "0"), "documents=0"),
         (("--modes", "off,best"), "unknown reuse mode 'best'"),
         (("--modes", ""), "unknown reuse mode ''"),

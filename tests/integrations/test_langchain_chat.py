@@ -13,8 +13,8 @@ from langchain_core.messages import (
     BaseMessage,
     ChatMessage,
     HumanMessage,
+    RemoveMessage,
     SystemMessage,
-    ToolMessage,
 )
 from langchain_core.prompts import ChatPromptTemplate
 
@@ -108,8 +108,7 @@ class TestMessages:
         [
             (HumanMessage([{"type": "image", "url": "http://x/y.png"}]), "type 'image'"),
             (HumanMessage([{"type": "audio", "base64": "AA", "mime_type": "a/b"}]), "'audio'"),
-            (ToolMessage("result", tool_call_id="1"), "ToolMessage"),
-            (AIMessage("", tool_calls=[{"name": "f", "args": {}, "id": "1"}]), "tool calls"),
+            (RemoveMessage("1"), "RemoveMessage"),
         ],
     )
     def test_what_can_not_be_read_is_refused(
@@ -221,7 +220,7 @@ class TestAnswers:
         assert streaming.invoke(MESSAGES).text == plain.invoke(MESSAGES).text
         assert plain.invoke(MESSAGES, stream=True).text == plain.invoke(MESSAGES).text
 
-    @pytest.mark.parametrize("options", [{"tools": []}, {"n": 2}, {"model": "other"}])
+    @pytest.mark.parametrize("options", [{"tool": []}, {"n": 2}, {"model": "other"}])
     def test_an_unknown_option_of_a_call_is_refused_by_name(
         self, chat: ChatPromptCache, options: dict[str, Any]
     ) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import gc
 import json
 import pickle
 import threading
 import time
+import weakref
 from typing import Any
 
 import pytest
@@ -77,10 +79,20 @@ class TestOptions:
         with pytest.raises(OptionError, match="brings its own model"):
             PromptCacheLLM(engine=engine, model="other")
 
-    def test_models_with_equal_options_share_weights_but_no_states(self) -> None:
-        one, two = PromptCacheLLM(), PromptCacheLLM()
-        assert one.engine.lm is two.engine.lm
-        assert one.engine.store is not two.engine.store
+    def test_models_with_equal_options_share_one_engine(self) -> None:
+        one, two = PromptCacheLLM(), PromptCacheLLM(reuse="off", max_tokens=3)
+        assert one.engine is two.engine
+        other = PromptCacheLLM(namespace="apart")
+        assert other.engine is not one.engine
+        assert other.engine.lm is one.engine.lm
+
+    def test_an_engine_that_nobody_uses_is_freed(self) -> None:
+        llm = PromptCacheLLM(namespace="short-lived", max_tokens=2)
+        llm.invoke("Hello")
+        engine = weakref.ref(llm.engine)
+        del llm
+        gc.collect()
+        assert engine() is None
 
     def test_copies_share_the_engine(self) -> None:
         llm = PromptCacheLLM(namespace="copies", max_tokens=2)
@@ -317,3 +329,27 @@ class TestStreaming:
         # A blocked loop ticks once or twice in all.
         assert during_invoke > 40
         assert ticks > 40
+
+
+class TestRecurringText:
+    def test_it_can_be_turned_off(self, engine: PromptCacheEngine) -> None:
+        llm = PromptCacheLLM(engine=engine, max_tokens=1, recurring_text=False)
+        block = "Nobody has been told that the ferry to Obnet leaves at nine."
+        for number in range(3):
+            llm.invoke(f"Read these lines.\n\n{block}\n\nWho is number {number}?")
+        assert [part.kind for part in engine.reports[-1].segments] == ["text"]
+
+    def test_answers_stay_the_same_when_text_has_come_back(self, engine: PromptCacheEngine) -> None:
+        llm = PromptCacheLLM(engine=engine, max_tokens=8, reuse="exact")
+        context = f"{DOCUMENTS[6]}\n\n{DOCUMENTS[2]}"
+        text = TEMPLATE.replace("Answer the", "Now answer the").format(
+            context=context, question=QUESTION
+        )
+        (first,) = llm.generate([text], logprobs=0).generations[0]
+        for _ in range(2):
+            (again,) = llm.generate([text], logprobs=0).generations[0]
+        assert "document" in {part.kind for part in engine.reports[-1].segments}
+        assert again.text == first.text
+        assert again.generation_info["logprobs"]["token_logprobs"] == pytest.approx(
+            first.generation_info["logprobs"]["token_logprobs"], abs=1e-4
+        )

@@ -7,6 +7,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -14,8 +15,12 @@ from langchain_classic.chains import create_retrieval_chain
 from langchain_classic.chains.combine_documents import create_stuff_documents_chain
 from langchain_core.documents import Document
 from langchain_core.messages import HumanMessage, SystemMessage, ToolMessage
+from langchain_core.prompt_values import ChatPromptValue
 from langchain_core.prompts import ChatPromptTemplate, FewShotPromptTemplate, PromptTemplate
 from langchain_core.runnables import Runnable, RunnableLambda, RunnableParallel
+from langchain_core.tools import tool
+from langgraph.types import Command
+from pydantic import BaseModel
 
 from corpus import DOCUMENTS, OPENING, QUESTIONS, TEMPLATE
 from langchain_chains import (
@@ -31,6 +36,7 @@ from langchain_chains import (
 from pcache_core import PromptCacheEngine, Report
 from pcache_integrations._engines import load_lm
 from pcache_integrations._mapping import DocumentIndex
+from pcache_integrations._recurring import RecurringText
 from pcache_integrations.langchain import ChatPromptCache, PromptCacheLLM
 from pcache_integrations.langchain._provenance import PROVENANCE
 
@@ -60,6 +66,7 @@ def _nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
     """What one test's chain has taught must not help the next one's."""
     monkeypatch.setattr(PROVENANCE, "documents", DocumentIndex())
     monkeypatch.setattr(PROVENANCE, "_layouts", OrderedDict())
+    monkeypatch.setattr(PROVENANCE, "recurring", RecurringText())
 
 
 @pytest.fixture
@@ -176,7 +183,7 @@ class TestCompletionModel:
         self, llm: PromptCacheLLM
     ) -> None:
         context = join(AnswerRetriever().invoke(QUESTION))
-        text = TEMPLATE.format(context=context, question=QUESTION)
+        text = "".join(["Read.\n\n", context, "\n\nNow: ", QUESTION])
         llm.invoke(text)
         report = llm.engine.reports[-1]
         assert [kind for kind, _ in kinds_of(report)] == [
@@ -310,3 +317,51 @@ def _assert_chat_is_mapped(report: Report) -> None:
     kinds = kinds_of(report)
     assert kinds[0] == kinds[-1] == ("literal", None)
     assert ("argument", "question") in kinds
+
+
+@tool(response_format="content_and_artifact")
+def look_up(query: str) -> tuple[str, list[Document]]:
+    """Find a document."""
+    return "found", [Document(DOCUMENTS[5], id="a5")]
+
+
+@tool
+def list_documents(query: str) -> list[Document]:
+    """Find a document."""
+    return [Document(DOCUMENTS[5], id="a5")]
+
+
+@dataclass
+class State:
+    found: list[Document]
+
+
+class Model(BaseModel):
+    found: list[Document]
+
+
+FOUND = [Document(DOCUMENTS[5], id="a5")]
+BEARERS: dict[str, Callable[[], Any]] = {
+    "a tool's artifact": lambda: look_up.invoke(
+        {"name": "look_up", "args": {"query": "x"}, "id": "1", "type": "tool_call"}
+    ),
+    "what a tool returns": lambda: list_documents.invoke({"query": "x"}),
+    "a dataclass": lambda: RunnableLambda(lambda _: State(FOUND)).invoke("x"),
+    "a pydantic model": lambda: RunnableLambda(lambda _: Model(found=FOUND)).invoke("x"),
+    "a graph's command": lambda: RunnableLambda(lambda _: Command(update={"docs": FOUND})).invoke(
+        "x"
+    ),
+    "pairs with scores": lambda: RunnableLambda(lambda _: [(FOUND[0], 0.5)]).invoke("x"),
+    "a message of a prompt": lambda: RunnableLambda(
+        lambda _: ChatPromptValue(messages=[ToolMessage("x", tool_call_id="1", artifact=FOUND)])
+    ).invoke("x"),
+}
+
+
+@pytest.mark.parametrize("bear", BEARERS.values(), ids=BEARERS)
+def test_documents_are_known_whatever_they_come_in(
+    llm: PromptCacheLLM, bear: Callable[[], Any]
+) -> None:
+    bear()
+    llm.invoke(" ".join(["Now look at", DOCUMENTS[5], "and answer."]))
+    assert documents_of(llm.engine.reports[-1]) == ["a5"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import uuid
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from pcache_core.store.object import ObjectStore
 from pcache_core.store.redis import RedisStore
 from pcache_integrations._engines import build_store, check_store
 from pcache_integrations.langchain import PromptCacheLLM
+from pcache_integrations.llama_index import PromptCacheLLM as LlamaIndexLLM
 from redis_server import Server
 
 PROMPT = f"Answer the question from the documents.\n\n{DOCUMENTS[1]}\n\nQuestion: Who?\nAnswer:"
@@ -58,11 +61,24 @@ def test_a_path_that_can_be_no_folder_is_an_error_of_ours(tmp_path: Path) -> Non
         build_store(str(tmp_path / "file"))
 
 
+@pytest.mark.parametrize("spec", ["PATH", "redis://127.0.0.1:1/0", "memory://bucket"])
+def test_what_lasts_is_kept_as_asked(tmp_path: Path, spec: str) -> None:
+    store = build_store(spec.replace("PATH", str(tmp_path)), "int8")
+    assert isinstance(store, TieredStore)
+    assert getattr(store.tiers[1], "storage_dtype") == "int8"  # noqa: B009 (each has it)
+
+
+def test_an_unknown_storage_dtype_is_refused_before_anything_is_loaded() -> None:
+    for model in (PromptCacheLLM, LlamaIndexLLM):
+        with pytest.raises(OptionError, match="storage_dtype='int4'"):
+            model(storage_dtype="int4")
+
+
 @pytest.mark.parametrize("kind", ["path", "redis", "object"])
 def test_documents_that_one_model_object_cached_serve_another(
     kind: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    """Two objects share no memory: the second has its own engine."""
+    """The first is gone, and its engine with it: the second has its own."""
     if kind == "redis":
         spec = request.getfixturevalue("redis_url")
     else:
@@ -76,8 +92,11 @@ def test_documents_that_one_model_object_cached_serve_another(
     answer = first.invoke(PROMPT)
     assert isinstance(first.engine.store, TieredStore)
     first.engine.store.flush()
+    gone = weakref.ref(first.engine)
+    del first
+    gc.collect()
+    assert gone() is None
     second = llm()
-    assert second.engine.store is not first.engine.store
     report = second.cache_documents(list(DOCUMENTS))
     assert (report.encoded, report.already_stored) == (0, len(DOCUMENTS))
     assert second.invoke(PROMPT) == answer

@@ -46,6 +46,51 @@ for _ in range(rounds):
 print(json.dumps({"killed": rounds, "cut_off": cut_off, "whole": whole, "damaged": damaged}))
 """
 
+KILLED_ENGINES = """
+import json, os, random, signal, sys, time
+import torch
+torch.set_num_threads(1)
+import tiny_models
+from pcache_core import CausalLM, DiskStore, MemoryStore, Prompt, PromptCacheEngine, Segment
+
+lm = CausalLM(tiny_models.build("llama", seed=3), tiny_models.tiny_tokenizer())
+lm.fingerprint
+folder, rounds = sys.argv[1], int(sys.argv[2])
+texts = [f"Document {n}: the river runs past mill number {n}, and on." * 2 for n in range(12)]
+question = Segment("\\nWhere is the mill?", "text")
+chance = random.Random(0)
+prompts = [
+    Prompt([*(Segment(text, "document") for text in chance.sample(texts, 3)), question])
+    for _ in range(rounds)
+]
+right = [PromptCacheEngine(lm, MemoryStore(), "fast").prefill(p).logits for p in prompts]
+answered = wrong = damaged = cut_off = from_disk = 0
+for prompt, expected in zip(prompts, right):
+    child = os.fork()
+    if child == 0:
+        while True:
+            engine = PromptCacheEngine(lm, DiskStore(folder), "fast")
+            for text in chance.sample(texts, len(texts)):
+                engine.encode([text], progress=False)
+            for name in os.listdir(folder):
+                for file in os.listdir(os.path.join(folder, name)):
+                    os.unlink(os.path.join(folder, name, file))
+    time.sleep(chance.uniform(0.005, 0.06))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    names = [name for _, _, names in os.walk(folder) for name in names]
+    cut_off += sum(name.endswith(".tmp") for name in names) > 0
+    store = DiskStore(folder)
+    prefill = PromptCacheEngine(lm, store, "fast", admission="always").prefill(prompt)
+    answered += 1
+    wrong += not torch.allclose(prefill.logits, expected, rtol=0, atol=1e-4)
+    damaged += store.stats().damaged
+    from_disk += sum(segment.source == "disk" for segment in prefill.report.segments)
+print(json.dumps({
+    "killed": answered, "wrong": wrong, "damaged": damaged, "cut_off": cut_off, "disk": from_disk,
+}))
+"""
+
 ENGINE = """
 import json, sys
 import torch
@@ -55,7 +100,7 @@ from pcache_core import CausalLM, DiskStore, Prompt, PromptCacheEngine, Segment
 
 lm = CausalLM(tiny_models.build("llama", seed=3), tiny_models.tiny_tokenizer())
 store = DiskStore(sys.argv[1])
-engine = PromptCacheEngine(lm, store, "fast")
+engine = PromptCacheEngine(lm, store, "fast", admission="always")
 texts = [f"Document {n}: the river runs past mill number {n}, and on." for n in range(40)]
 start = sys.stdin.readline()
 encoded = engine.encode(texts, progress=False) if start.strip() == "encode" else None
@@ -102,6 +147,18 @@ def test_a_hundred_killed_writers_leave_no_partial_file_under_a_final_name(
     assert counts["damaged"] == 0
     assert counts["cut_off"] > 10, "too few were killed while they wrote"
     assert counts["whole"] > 100
+
+
+def test_a_hundred_killed_engines_cost_no_answer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Killed while they encode, write and clear; another answers from what they leave."""
+    counts = finish(start(KILLED_ENGINES, str(tmp_path), "100"))
+    with capsys.disabled():
+        print(f"\n{counts}", end="")
+    assert (counts["killed"], counts["wrong"], counts["damaged"]) == (100, 0, 0)
+    assert counts["cut_off"] > 5, "too few were killed while they wrote"
+    assert counts["disk"] > 50
 
 
 def test_two_processes_that_encode_one_corpus_agree_and_a_third_encodes_nothing(

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
-from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
+from langchain_core.messages import AIMessage, SystemMessage
 from langchain_core.prompts import (
     ChatPromptTemplate,
     FewShotPromptTemplate,
@@ -18,7 +17,8 @@ from langchain_core.prompts import (
 from jinja_templates import MACROS, contexts, sources
 from pcache_core import TemplateError
 from pcache_core.pml import parse_schema
-from pcache_integrations.langchain._schema import schema_for, segments_for
+from pcache_integrations.langchain._layouts import rendered_layout
+from pcache_integrations.langchain._schema import schema_for
 
 FORMATS = {
     "f-string": "From:\n{context}\n\nQ: {question:>6} {{x}}\nA:",
@@ -32,21 +32,28 @@ VALUES = {
 }
 
 
-def texts(segments: list[list[Any]]) -> list[str]:
-    return ["".join(segment.text for segment in block) for block in segments]
+Parts = list[tuple[str, str]]
+
+
+def traced(source: str, template_format: str, values: dict[str, Any], text: str) -> Parts:
+    """(kind, text) of the parts of a rendered text."""
+    parts: Parts = []
+    position = 0
+    for kind, _, chars in rendered_layout(source, template_format, values, text):
+        parts.append((kind, text[position : position + chars]))
+        position += chars
+    assert position == len(text)
+    return parts
 
 
 @pytest.mark.parametrize("template_format", FORMATS)
-def test_every_format_is_rendered_as_langchain_does(template_format: Any) -> None:
-    template = PromptTemplate.from_template(
-        FORMATS[template_format], template_format=template_format
-    )
+def test_every_format_is_traced_as_langchain_renders_it(template_format: Any) -> None:
+    source = FORMATS[template_format]
+    template = PromptTemplate.from_template(source, template_format=template_format)
     values = {name: VALUES[name] for name in template.input_variables}
-    (segments,) = segments_for(template, values)
-    assert texts([segments]) == [template.format(**values)]
-    assert {segment.kind for segment in segments} >= {"literal", "argument"}
-    assert all(segment.name for segment in segments)
-    literals = "".join(segment.text for segment in segments if segment.kind == "literal")
+    parts = traced(source, template_format, values, template.format(**values))
+    assert {kind for kind, _ in parts} == {"literal", "argument"}
+    literals = "".join(text for kind, text in parts if kind == "literal")
     assert "<" not in literals
     assert "From:\n" in literals
 
@@ -63,38 +70,19 @@ def test_every_format_has_a_schema_that_parses(template_format: Any) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(source=sources(depth=2), values=contexts)
-def test_any_jinja_template_is_rendered_as_langchain_does(
+def test_any_jinja_template_is_traced_as_langchain_renders_it(
     source: str, values: dict[str, Any]
 ) -> None:
     template = PromptTemplate.from_template(MACROS + source, template_format="jinja2")
     try:
-        expected = template.format(**values)
-    except Exception as error:
-        with pytest.raises(type(error)):
-            segments_for(template, values)
-    else:
-        (segments,) = segments_for(template, values)
-        assert texts([segments]) == [expected]
-        assert not [segment for segment in segments if segment.kind == "text"]
+        text = template.format(**values)
+    except Exception:
+        return  # nothing is rendered that could be traced
+    parts = traced(MACROS + source, "jinja2", values, text)
+    assert not [part for kind, part in parts if kind == "text"]
 
 
-def test_partial_variables_are_read_once() -> None:
-    calls: list[int] = []
-
-    def day() -> str:
-        calls.append(1)
-        return f"day {len(calls)}"
-
-    template = PromptTemplate.from_template("On {day} of {n}.").partial(day=day, n="5")
-    (segments,) = segments_for(template, {})
-    assert texts([segments]) == ["On day 1 of 5."]
-    assert [(s.text, s.name) for s in segments if s.kind == "argument"] == [
-        ("day 1", "day"),
-        ("5", "n"),
-    ]
-
-
-def test_a_chat_template_has_segments_for_each_text() -> None:
+def test_a_chat_template_has_a_turn_for_each_message() -> None:
     template = ChatPromptTemplate.from_messages(
         [
             ("system", "You are {who}."),
@@ -105,24 +93,6 @@ def test_a_chat_template_has_segments_for_each_text() -> None:
             ChatPromptTemplate.from_messages([("ai", "{start}")]),
         ]
     ).partial(who=lambda: "kind")
-    values = {
-        "history": [("human", "a {who}"), HumanMessage("b")],
-        "question": "why?",
-        "start": "Well,",
-    }
-    segments = segments_for(template, values)
-    messages = template.format_messages(**values)
-    assert texts(segments)[:5] == [message.content for message in messages[:5]]
-    assert texts(segments)[5:] == ["Q: why?", "Well,"]
-    assert [[(s.text, s.kind) for s in block] for block in segments] == [
-        [("You are ", "literal"), ("kind", "argument"), (".", "literal")],
-        [("Be brief.", "literal")],
-        [("Hello.", "argument")],
-        [("a {who}", "argument")],
-        [("b", "argument")],
-        [("Q: ", "literal"), ("why?", "argument")],
-        [("Well,", "argument")],
-    ]
     schema = parse_schema(schema_for(template))
     assert [type(node).__name__ for node in schema.children] == ["Role"] * 3 + ["Slot"] + [
         "Role"
@@ -130,7 +100,7 @@ def test_a_chat_template_has_segments_for_each_text() -> None:
 
 
 @pytest.mark.parametrize(
-    ("template", "values", "message"),
+    ("template", "message"),
     [
         (
             FewShotPromptTemplate(
@@ -139,45 +109,27 @@ def test_a_chat_template_has_segments_for_each_text() -> None:
                 suffix="y {y}",
                 input_variables=["y"],
             ),
-            {"y": "2"},
             "FewShotPromptTemplate has no schema",
         ),
         (
             ChatPromptTemplate.from_messages([("human", [{"image_url": "{u}"}, {"text": "a"}])]),
-            {"u": "https://x"},
             "ImagePromptTemplate has no schema",
-        ),
-        (
-            ChatPromptTemplate.from_messages(
-                [("human", "{{#f}}x{{/f}}")], template_format="mustache"
-            ),
-            {"f": lambda text, render: "called"},
-            None,
         ),
     ],
 )
-def test_what_can_not_be_traced_is_one_text(
-    template: Any, values: Any, message: str | None
-) -> None:
-    if message:
-        with pytest.raises(TemplateError, match=message):
-            schema_for(template)
-    segments = segments_for(template, values)
-    assert all([s.kind for s in block] == ["text"] for block in segments)
-    assert len(segments) == 1
+def test_what_can_not_be_a_schema_is_refused(template: Any, message: str) -> None:
+    with pytest.raises(TemplateError, match=message):
+        schema_for(template)
 
 
-def test_an_iterator_among_the_values_is_read_by_langchain_alone() -> None:
-    def words() -> Iterator[str]:
-        yield from ("a", "b")
+def test_a_function_that_writes_for_a_section_is_not_called_again() -> None:
+    calls: list[str] = []
 
-    template = PromptTemplate.from_template(
-        "{% for d in docs %}{{ d }}{% endfor %}", template_format="jinja2"
-    )
-    (segments,) = segments_for(template, {"docs": words()})
-    assert [(s.text, s.kind) for s in segments] == [("ab", "text")]
+    def write(text: str, render: Any) -> str:
+        calls.append(text)
+        return "called"
 
-
-def test_a_template_that_langchain_refuses_fails_as_in_langchain() -> None:
-    with pytest.raises(KeyError, match="question"):
-        segments_for(PromptTemplate.from_template("{question}"), {})
+    source = "{{#f}}x{{/f}}"
+    text = PromptTemplate.from_template(source, template_format="mustache").format(f=write)
+    assert traced(source, "mustache", {"f": write}, text) == [("text", "called")]
+    assert calls == ["x"]

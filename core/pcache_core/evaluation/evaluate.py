@@ -17,11 +17,12 @@ from pcache_core.evaluation.run import BASELINE, Outcomes, Way, measure
 from pcache_core.evaluation.table import Evaluation, summarise
 from pcache_core.lm import CausalLM
 from pcache_core.params import REUSE_MODES, ReuseMode, SamplingParams
+from pcache_core.store.record import StorageDtype
 
 ANSWER_TOKENS = 32
 
 
-def evaluate(
+def evaluate(  # noqa: PLR0913 (each is an option of the command)
     lm: CausalLM,
     questions: QuestionSet,
     *,
@@ -29,10 +30,13 @@ def evaluate(
     sweep: Sequence[Way] = (),
     layout: Layout = "completion",
     max_tokens: int = ANSWER_TOKENS,
+    storage_dtype: StorageDtype | None = None,
 ) -> Evaluation:
     """Ask every question in every mode, greedily, and compare the modes with `off`.
 
     modes: beside `off`, which is always asked and has a row. sweep: more ways to ask, for a curve.
+    storage_dtype: how files keep the states between being encoded and being used; None keeps them
+        in memory.
     An answer ends at a line's end. Shows a progress bar on standard error if that is a terminal.
 
     Raises: ContextLengthError, ChatTemplateError, OptionError: before the first question.
@@ -46,7 +50,7 @@ def evaluate(
     shortened = [each.left_out for each in fitted if each.left_out]
     outcomes = list(
         tqdm(
-            measure(lm, prompts, ways, params),
+            measure(lm, prompts, ways, params, storage_dtype),
             desc="questions",
             total=len(prompts),
             disable=None,  # unless standard error is a terminal
@@ -60,8 +64,14 @@ def evaluate(
         max_tokens=max_tokens,
         shortened=len(shortened),
         environment=environment(lm),
-        notes=_notes(outcomes, names, shortened),
+        notes=(*_storage(storage_dtype), *_notes(outcomes, names, shortened)),
     )
+
+
+def _storage(storage_dtype: StorageDtype | None) -> tuple[str, ...]:
+    if storage_dtype is None:
+        return ()
+    return (f"states were read from files that keep them as {storage_dtype}",)
 
 
 def environment(lm: CausalLM) -> dict[str, str | int]:

@@ -9,7 +9,9 @@ whole prompt here, which is what it does for a question that meets its documents
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -18,7 +20,8 @@ from pcache_core.lm import CausalLM
 from pcache_core.params import RepairPolicy, ReuseMode, SamplingParams
 from pcache_core.prompt import Prompt
 from pcache_core.report import Report
-from pcache_core.store import MemoryStore
+from pcache_core.store import DiskStore, MemoryStore, ModuleStore
+from pcache_core.store.record import StorageDtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +34,7 @@ class Way:
 
 
 BASELINE = Way("off", "off")
+_ENCODING = Way("fast", "fast")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,40 +55,62 @@ Outcomes = dict[str, Outcome]
 
 
 def measure(
-    lm: CausalLM, prompts: Sequence[Prompt], ways: Sequence[Way], params: SamplingParams
+    lm: CausalLM,
+    prompts: Sequence[Prompt],
+    ways: Sequence[Way],
+    params: SamplingParams,
+    storage_dtype: StorageDtype | None = None,
 ) -> Iterator[Outcomes]:
     """Ask each prompt in every way; yields as they finish, in the prompts' order.
 
     ways: `BASELINE` among them, each name once. The first prompt is asked once more before,
     uncounted: first calls pay for memory and kernels. The order of the ways changes from prompt to
     prompt, so that none always goes first.
+
+    storage_dtype: how files keep the states between being encoded and being used; None: they stay
+        in memory as they were encoded.
     """
-    _measure(lm, prompts[0], ways, params)
+    _measure(lm, prompts[0], ways, params, storage_dtype)
     for number, prompt in enumerate(prompts):
         turn = number % len(ways)
-        yield _measure(lm, prompt, [*ways[turn:], *ways[:turn]], params)
+        yield _measure(lm, prompt, [*ways[turn:], *ways[:turn]], params, storage_dtype)
 
 
-def _measure(lm: CausalLM, prompt: Prompt, ways: Sequence[Way], params: SamplingParams) -> Outcomes:
+def _measure(
+    lm: CausalLM,
+    prompt: Prompt,
+    ways: Sequence[Way],
+    params: SamplingParams,
+    storage_dtype: StorageDtype | None,
+) -> Outcomes:
     """Logits first, without looking at the clock, which also encodes every state; then answers."""
-    store = _store_for(lm, prompt)
+    with _store_for(lm, prompt, storage_dtype) as store:
 
-    def new_engine(way: Way) -> PromptCacheEngine:
-        return PromptCacheEngine(lm, store, way.mode, repair=way.repair)
+        def new_engine(way: Way) -> PromptCacheEngine:
+            return PromptCacheEngine(lm, store, way.mode, repair=way.repair, admission="always")
 
-    logits = {way.name: new_engine(way).prefill(prompt).logits.cpu() for way in ways}
-    outcomes = {}
-    for way in ways:
-        answer = new_engine(way).generate(prompt, params)
-        kl = kl_divergence(logits[BASELINE.name], logits[way.name])
-        outcomes[way.name] = Outcome(answer.text, kl, answer.report)
-    return outcomes
+        if storage_dtype is not None:
+            new_engine(_ENCODING).prefill(prompt)  # what is encoded is used without being stored
+        logits = {way.name: new_engine(way).prefill(prompt).logits.cpu() for way in ways}
+        outcomes = {}
+        for way in ways:
+            answer = new_engine(way).generate(prompt, params)
+            kl = kl_divergence(logits[BASELINE.name], logits[way.name])
+            outcomes[way.name] = Outcome(answer.text, kl, answer.report)
+        return outcomes
 
 
-def _store_for(lm: CausalLM, prompt: Prompt) -> MemoryStore:
+@contextmanager
+def _store_for(
+    lm: CausalLM, prompt: Prompt, storage_dtype: StorageDtype | None
+) -> Iterator[ModuleStore]:
     """Room for the states of all the prompt's parts and of what they are encoded behind."""
+    if storage_dtype is not None:
+        with TemporaryDirectory(prefix="pcache-eval-") as folder:
+            yield DiskStore(folder, storage_dtype=storage_dtype)
+        return
     tokens = len(PromptCacheEngine(lm).tokenise(prompt).token_ids)
-    return MemoryStore(budget_bytes=max(1, 2 * tokens * lm.bytes_per_token))
+    yield MemoryStore(budget_bytes=max(1, 2 * tokens * lm.bytes_per_token))
 
 
 def kl_divergence(reference: torch.Tensor, other: torch.Tensor) -> float:

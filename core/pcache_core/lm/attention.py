@@ -1,7 +1,7 @@
 """Attention over slots: our function behind transformers' `AttentionInterface`.
 
-Queries of a ragged batch attend request by request and span by span. Grouped-query heads are folded into query rows, so
-keys and values are never copied per head.
+Queries of a ragged batch attend request by request and span by span. Grouped-query heads are folded
+into query rows, so keys and values are never copied per head.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class _Kind:
     sinks: torch.Tensor | None
 
 
-def _attend_span(  # noqa: PLR0913 (what attention is made of)
+def _attend_span(
     batch: Batch,
     span: Span,
     query: torch.Tensor,
@@ -182,9 +182,7 @@ def _weights(
     return torch.softmax(scores, dim=-1)[..., : key.shape[2]]
 
 
-def _watch(
-    batch: Batch, span: Span, query: torch.Tensor, key: torch.Tensor, kind: _Kind
-) -> None:
+def _watch(batch: Batch, span: Span, query: torch.Tensor, key: torch.Tensor, kind: _Kind) -> None:
     """Add what the watched tokens of a span attend to."""
     assert batch.watched is not None
     start, stop = max(batch.watched.start, span.start), min(batch.watched.stop, span.stop)

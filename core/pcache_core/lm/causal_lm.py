@@ -6,7 +6,9 @@ import os
 import threading
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
@@ -16,7 +18,7 @@ from pcache_core.errors import ModelError
 from pcache_core.kv import LayerShape, Slot, Stack, stack_layers
 from pcache_core.lm.batch import Batch
 from pcache_core.lm.fingerprint import fingerprint
-from pcache_core.lm.forward_queue import ForwardQueue, IsCancelled, never
+from pcache_core.lm.forward_queue import ForwardQueue, IsCancelled
 from pcache_core.lm.loading import load
 from pcache_core.lm.probe import Support, probe
 from pcache_core.lm.sampling import Sampler
@@ -25,6 +27,9 @@ from pcache_core.lm.structure import context_length
 from pcache_core.lm.tokenizer import SegmentTokenizer
 from pcache_core.params import SamplingParams
 from pcache_core.prompt import Segment
+
+if TYPE_CHECKING:
+    from pcache_core.lm.constraint import GrammarCompiler
 
 _locks: WeakKeyDictionary[PreTrainedModel, threading.RLock] = WeakKeyDictionary()
 _locks_lock = threading.Lock()
@@ -70,6 +75,7 @@ class CausalLM:
             self.support: Support = probe(model)
         self._lock = _lock_of(model)
         self._forwards = ForwardQueue(self._compute, self._joins)
+        self._compiler: GrammarCompiler | None = None
         if not self.support.reuses_modules:
             warnings.warn(
                 f"{self.name}: documents can't be reused, only "
@@ -156,16 +162,41 @@ class CausalLM:
 
     def sampler(self, params: SamplingParams) -> Sampler:
         """A token chooser for one request."""
-        return Sampler(params, self.device)
+        if params.grammar is None:
+            return Sampler(params, self.device)
+        constraint = self._grammars.constraint(params.grammar, params.max_tokens)
+        return Sampler(params, self.device, constraint)
 
-    def forward(self, batch: Batch, is_cancelled: IsCancelled = never) -> torch.Tensor:
+    def check_grammar(self, params: SamplingParams) -> None:
+        """Raises: OptionError: an answer that follows `params.grammar` needs more tokens.
+
+        ModelError: the tokenizer is not of a kind that grammars can be followed with.
+        """
+        if params.grammar is not None:
+            self._grammars.check(params.grammar, params.max_tokens)
+
+    @property
+    def _grammars(self) -> GrammarCompiler:
+        """One for all requests; made when the first grammar comes."""
+        from pcache_core.lm.constraint import GrammarCompiler
+
+        with self._lock:
+            if self._compiler is None:
+                self._compiler = GrammarCompiler(self.tokenizer, self.end_ids, self.name)
+            return self._compiler
+
+    def forward(self, batch: Batch) -> torch.Tensor:
         """Compute a batch's tokens, filling their rows; logits of the last one, [vocab] fp32.
 
         May be called from several threads at once, and then computes their batches together.
 
-        Raises: CancelledError: nobody waits for the result any longer.
+        Raises: RequestCancelledError: inside `cancelled_by`, when it says so.
         """
-        return self._forwards.run(batch, is_cancelled)
+        return self._forwards.run(batch)
+
+    def cancelled_by(self, is_cancelled: IsCancelled) -> AbstractContextManager[None]:
+        """Inside, this thread's forwards are given up when `is_cancelled` says so."""
+        return self._forwards.cancelled_by(is_cancelled)
 
     def check_ids(self, token_ids: Sequence[int]) -> None:
         """Raises: ModelError: an id beyond the model's embeddings."""
@@ -185,8 +216,9 @@ class CausalLM:
     def _joins(self, batch: Batch) -> bool:
         """Whether a batch may be cut, and share a forward with others."""
         forward = self.support.forward
-        whole = forward is None or self.support.is_beyond_stable(batch.end)
-        return not whole and forward.merges
+        return (
+            forward is not None and forward.merges and not self.support.is_beyond_stable(batch.end)
+        )
 
     def _compute(self, batches: Sequence[Batch]) -> list[torch.Tensor]:
         forward = self.support.forward

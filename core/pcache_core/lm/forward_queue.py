@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -31,9 +32,10 @@ _PATIENCE = 0.5  # of the last forward's time
 _LONGEST_WAIT_S = 0.02
 
 
-def never() -> bool:
-    """For what is not cancelled."""
-    return False
+class _Thread(threading.local):
+    """What a thread asks forwards for."""
+
+    is_cancelled: IsCancelled | None = None
 
 
 class _Job:
@@ -41,7 +43,7 @@ class _Job:
 
     __slots__ = ("error", "is_cancelled", "leads", "logits", "owner", "rest", "wake")
 
-    def __init__(self, batch: Batch, is_cancelled: IsCancelled) -> None:
+    def __init__(self, batch: Batch, is_cancelled: IsCancelled | None) -> None:
         self.rest: Batch = batch
         self.is_cancelled = is_cancelled
         self.owner = threading.get_ident()
@@ -78,18 +80,28 @@ class ForwardQueue:
     ) -> None:
         self._compute = compute
         self._joins = joins
+        self._thread = _Thread()
         self._waiting: list[_Job] = []  # in the order they came
         self._is_led = False
-        self._arrived = threading.Condition()  # guards what is above
+        self._arrived = threading.Condition()  # guards the lines around it
         self._expected: set[int] = set()  # owners of the last forward's finished batches
         self._patience_ends = 0.0
 
-    def run(self, batch: Batch, is_cancelled: IsCancelled = never) -> torch.Tensor:
+    @contextmanager
+    def cancelled_by(self, is_cancelled: IsCancelled) -> Iterator[None]:
+        """Inside, this thread's batches are given up when `is_cancelled` says so."""
+        before, self._thread.is_cancelled = self._thread.is_cancelled, is_cancelled
+        try:
+            yield
+        finally:
+            self._thread.is_cancelled = before
+
+    def run(self, batch: Batch) -> torch.Tensor:
         """Logits of the batch's last token, [vocab] fp32; its rows are filled.
 
-        Raises: RequestCancelledError: before the batch was done.
+        Raises: RequestCancelledError: nobody waits for it any longer, see `cancelled_by`.
         """
-        job = _Job(batch, is_cancelled)
+        job = _Job(batch, self._thread.is_cancelled)
         with self._arrived:
             self._waiting.append(job)
             self._arrived.notify()
@@ -128,7 +140,7 @@ class ForwardQueue:
         with self._arrived:
             waiting = list(self._waiting)
         for job in waiting:
-            if job.is_cancelled():
+            if job.is_cancelled is not None and job.is_cancelled():
                 self._finish(job, RequestCancelledError("the request was cancelled"))
         waiting = [job for job in waiting if not job.is_done]
         if not waiting:

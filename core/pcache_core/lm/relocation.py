@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 
-from pcache_core.kv import KVState, Slot
+from pcache_core.kv import SCRATCH_NUMBERS, KVState, Part, Rows, Slot, layer_blocks
 
 # Largest relative error of a right rotation beyond twice the layer's own drift, by dtype.
 _FLOOR = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -31,7 +31,7 @@ class Rotation:
     sign: -1 for models that rotate backwards.
     """
 
-    part: Literal["keys", "values"]
+    part: Part
     frequencies: torch.Tensor
     layout: Literal["half", "interleaved"]
     offset: int
@@ -78,30 +78,64 @@ Rotations = tuple[Rotation | None, ...]
 
 
 def place(
-    slot: Slot, start: int, state: KVState, rotations: Rotations, position: int | None = None
+    slot: Slot, start: int, state: Rows, rotations: Rotations, position: int | None = None
 ) -> None:
-    """Copy a state into rows `start …` of a slot, moved to `position` (default: `start`)."""
+    """Copy a state into rows `start …` of a slot, moved to `position` (default: `start`).
+
+    One pass over the state, a few layers at a time: whatever has to be checked, made from int8 or
+    turned is in the cache when it is, and no second copy of the state is made on the way.
+
+    Raises: StateMismatchError: the state was damaged where it is kept, and so are these rows now.
+    """
     position = start if position is None else position
     rows = slice(start, start + state.num_tokens)
     new = _positions(state, position).to(slot.positions.device)
     slot.positions[rows] = new
     old = _positions(state, state.position).to(new.device)
-    turns: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-    for index, stack in enumerate(slot.stacks):
-        for layers, rotation in _runs([rotations[layer] for layer in stack.layers]):
-            for part, source, target in (
-                ("keys", state.keys[index], slot.keys[index]),
-                ("values", state.values[index], slot.values[index]),
-            ):
-                out = target[layers, :, rows]
-                if rotation is None or rotation.part != part or position == state.position:
-                    out.copy_(source[layers])
-                    continue
-                name = id(rotation.frequencies)
-                if name not in turns:
-                    angles = rotation.angles(old, new)
-                    turns[name] = (angles.cos().float(), angles.sin().float())
-                rotation.turn(source[layers].to(out.device), *turns[name], out=out)
+    turns: dict[int, _Turn] = {}
+    for block in state.blocks():
+        targets = slot.keys if block.part == "keys" else slot.values
+        out = targets[block.stack][block.layers, :, rows]
+        layers = slot.stacks[block.stack].layers[block.layers]
+        for run, rotation in _runs([rotations[layer] for layer in layers]):
+            source = block.rows[run]
+            scale = None if block.scale is None else block.scale[run]
+            if rotation is None or rotation.part != block.part or position == state.position:
+                _copy(source, scale, out[run])
+                continue
+            name = id(rotation.frequencies)
+            if name not in turns:
+                angles = rotation.angles(old, new)
+                turns[name] = (angles.cos().float(), angles.sin().float())
+            _turn(rotation, source, scale, turns[name], out[run])
+
+
+_Turn = tuple[torch.Tensor, torch.Tensor]
+"""Cosines and sines, [tokens, pairs] fp32."""
+
+
+def _copy(rows: torch.Tensor, scale: torch.Tensor | None, out: torch.Tensor) -> None:
+    """Write rows to `out`, [layers, heads, tokens, dim], in its dtype."""
+    if scale is None:
+        out.copy_(rows)
+        return
+    for layers in layer_blocks(rows, SCRATCH_NUMBERS):
+        torch.mul(rows[layers].to(out.device), scale[layers].to(out.device), out=out[layers])
+
+
+def _turn(
+    rotation: Rotation,
+    rows: torch.Tensor,
+    scale: torch.Tensor | None,
+    turn: _Turn,
+    out: torch.Tensor,
+) -> None:
+    """Write rows to `out`, turned."""
+    for layers in layer_blocks(rows, SCRATCH_NUMBERS):
+        exact = rows[layers].to(out.device)
+        if scale is not None:
+            exact = exact * scale[layers].to(out.device)
+        rotation.turn(exact, *turn, out=out[layers])
 
 
 def _runs(rotations: Sequence[Rotation | None]) -> list[tuple[slice, Rotation | None]]:
@@ -169,14 +203,14 @@ def _errors(
     return relative_error(keys, new[0]), relative_error(values, new[1])
 
 
-def _positions(state: KVState, first: int) -> torch.Tensor:
+def _positions(state: Rows, first: int) -> torch.Tensor:
     return torch.arange(first, first + state.num_tokens)
 
 
 def _candidates(
     frequencies: Sequence[torch.Tensor], keys: torch.Tensor, values: torch.Tensor
 ) -> Iterator[Rotation]:
-    parts: tuple[tuple[Literal["keys", "values"], int], ...] = (
+    parts: tuple[tuple[Part, int], ...] = (
         ("keys", keys.shape[-1]),
         ("values", values.shape[-1]),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from transformers import (
@@ -17,6 +17,9 @@ from transformers import (
 
 from pcache_core.params import SamplingParams
 
+if TYPE_CHECKING:
+    from pcache_core.lm.constraint import Constraint
+
 # Dividing logits by less overflows; the likeliest token then has all the probability anyway.
 _GREEDY_BELOW = 1e-5
 
@@ -24,10 +27,14 @@ _GREEDY_BELOW = 1e-5
 class Sampler:
     """Picks tokens for one request; repeatable with a seed.
 
-    The processors and their order are those of transformers' `generate`.
+    The processors and their order are those of transformers' `generate`. What a constraint does
+    not allow is out before them.
     """
 
-    def __init__(self, params: SamplingParams, device: torch.device) -> None:
+    def __init__(
+        self, params: SamplingParams, device: torch.device, constraint: Constraint | None = None
+    ) -> None:
+        self._constraint = constraint
         self._greedy = params.temperature < _GREEDY_BELOW
         self._processors = LogitsProcessorList()
         if params.repetition_penalty != 1:
@@ -44,6 +51,11 @@ class Sampler:
 
     def __call__(self, token_ids: Sequence[int], logits: torch.Tensor) -> int:
         """The next token. token_ids: prompt and answer so far. logits: [vocab], fp32."""
+        if self._constraint is None:
+            return self._pick(token_ids, logits)
+        return self._constraint.choose(logits, lambda allowed: self._pick(token_ids, allowed))
+
+    def _pick(self, token_ids: Sequence[int], logits: torch.Tensor) -> int:
         scores = logits[None]
         if self._processors:
             ids = torch.tensor([list(token_ids)], device=logits.device).long()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -60,10 +61,13 @@ class SegmentTokenizer:
             )
         return str(text)
 
-    def apply_chat_template(self, messages: list[dict[str, str]]) -> str:
+    def apply_chat_template(
+        self, messages: list[dict[str, Any]], tools: Sequence[dict[str, Any]] = ()
+    ) -> str:
         """Render messages with the model's own template, ready for the assistant's answer.
 
-        A beginning-of-sequence token that the tokenizer adds by itself is left out.
+        tools: as transformers takes them. A beginning-of-sequence token that the tokenizer adds
+        by itself is left out.
         Raises: ChatTemplateError: there is no template, or it refuses the messages.
         """
         if not self._tokenizer.chat_template:
@@ -73,7 +77,10 @@ class SegmentTokenizer:
             )
         try:
             text = self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
+                messages,
+                tools=list(tools) or None,
+                tokenize=False,
+                add_generation_prompt=True,
             )
         except Exception as error:
             roles = [message["role"] for message in messages]

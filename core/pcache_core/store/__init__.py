@@ -1,12 +1,25 @@
 """Where states are kept between requests."""
 
-from pcache_core.store.base import BatchStore, Hit, ModuleStore, StoreStats, Tier, get_many
+from pcache_core.store.base import (
+    Admits,
+    BatchStore,
+    Hit,
+    ModuleStore,
+    Offer,
+    Opened,
+    OpeningStore,
+    StoreStats,
+    Tier,
+    get_many,
+    open_many,
+)
 from pcache_core.store.disk import DiskStore
 from pcache_core.store.memory import MemoryStore
 from pcache_core.store.policy import CostAware, EvictionPolicy, LeastRecentlyUsed
 from pcache_core.store.tiered import TieredStore
 
 __all__ = [
+    "Admits",
     "BatchStore",
     "CostAware",
     "DiskStore",
@@ -15,8 +28,12 @@ __all__ = [
     "LeastRecentlyUsed",
     "MemoryStore",
     "ModuleStore",
+    "Offer",
+    "Opened",
+    "OpeningStore",
     "StoreStats",
     "Tier",
     "TieredStore",
     "get_many",
+    "open_many",
 ]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
+from pcache_core.errors import StateMismatchError
 from pcache_core.key import ModuleKey
-from pcache_core.kv import KVState
+from pcache_core.kv import KVState, Rows
 
 Tier = Literal["memory", "disk", "remote"]
 
@@ -21,6 +23,8 @@ class StoreStats:
     damaged: entries that were dropped because they were altered, cut or another model's.
     failures: calls that failed because the store could not be reached, read or written.
     load_ms: time spent in look-ups that hit.
+    declined: look-ups that found a state which was not worth loading.
+    loaded_nbytes: read by look-ups that hit, as kept; 0 where nothing is read.
     tiers: of a tiered store, each tier's own.
     """
 
@@ -35,6 +39,8 @@ class StoreStats:
     failures: int = 0
     load_ms: float = 0.0
     tiers: tuple[StoreStats, ...] = ()
+    declined: int = 0
+    loaded_nbytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,6 +77,84 @@ class BatchStore(ModuleStore, Protocol):
 
     def get_many(self, keys: Sequence[ModuleKey]) -> list[Hit | None]:
         """What `get` would return for each key, in order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """A state that a store has and has not read. nbytes: as kept, all of it."""
+
+    key: ModuleKey
+    tier: Tier
+    nbytes: int
+
+
+Admits = Callable[[Offer], bool]
+"""Whether a state is worth loading. Called before its numbers are read; from any thread."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Opened:
+    """A state that was found and is read when it is used.
+
+    nbytes: as kept. settle: called when it has been read or turned out to be damaged, with the
+        milliseconds that reading took: the store counts it, keeps it nearer or drops it.
+    """
+
+    rows: Rows
+    tier: Tier
+    nbytes: int
+    settle: Callable[[float, StateMismatchError | None], None]
+
+
+@runtime_checkable
+class OpeningStore(ModuleStore, Protocol):
+    """A store whose states can be read into a slot without a copy in between."""
+
+    def open_many(self, keys: Sequence[ModuleKey], admits: Admits) -> list[Opened | None]:
+        """For each key a state that is there and that `admits` admits, in order.
+
+        keys: each once. Slow reads begin for all of them before this returns.
+        """
+
+
+def open_many(store: ModuleStore, keys: Sequence[ModuleKey], admits: Admits) -> list[Opened | None]:
+    """Open several states together; those of a store that can't are read by this."""
+    if isinstance(store, OpeningStore):
+        return store.open_many(keys, admits)
+
+    def opened(key: ModuleKey, hit: Hit) -> Opened:
+        def settle(load_ms: float, error: StateMismatchError | None) -> None:
+            if error is not None:
+                store.delete(key)
+
+        return Opened(hit.state, hit.tier, hit.state.nbytes, settle)
+
+    hits = zip(keys, get_many(store, keys), strict=True)
+    return [None if hit is None else opened(key, hit) for key, hit in hits]
+
+
+def read(opened: Opened | None) -> Hit | None:
+    """Read an opened state all at once; None if there is none, or it is damaged."""
+    if opened is None:
+        return None
+    started = time.perf_counter()
+    try:
+        state = opened.rows.whole()
+    except StateMismatchError as error:
+        opened.settle(milliseconds_since(started), error)
+        return None
+    opened.settle(milliseconds_since(started), None)
+    return Hit(state, opened.tier)
+
+
+def everything(offer: Offer) -> bool:
+    """Admits every state."""
+    return True
+
+
+def milliseconds_since(started: float) -> float:
+    """started: of `time.perf_counter`."""
+    return (time.perf_counter() - started) * 1000
 
 
 def get_many(store: ModuleStore, keys: Sequence[ModuleKey]) -> list[Hit | None]:

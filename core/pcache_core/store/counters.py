@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 
 from pcache_core.store.base import StoreStats, Tier
+from pcache_core.store.fork import ForkSafeLock
 
 logger = logging.getLogger(__name__)
 
@@ -17,20 +17,27 @@ class Counters:
     def __init__(self, tier: Tier, budget_bytes: int | None) -> None:
         self.tier: Tier = tier
         self.budget_bytes = budget_bytes
-        self._lock = threading.Lock()
+        self._lock = ForkSafeLock()
         self._hits = 0
         self._misses = 0
         self._evictions = 0
         self._damaged = 0
         self._failures = 0
         self._load_ms = 0.0
+        self._declined = 0
+        self._loaded_nbytes = 0
 
-    def hit(self, started: float) -> None:
-        """A look-up that began at `started` (`time.perf_counter`) found its state."""
-        elapsed_ms = (time.perf_counter() - started) * 1000
+    def hit(self, load_ms: float, nbytes: int) -> None:
+        """A look-up read `nbytes` of a state in so many milliseconds."""
         with self._lock:
             self._hits += 1
-            self._load_ms += elapsed_ms
+            self._load_ms += load_ms
+            self._loaded_nbytes += nbytes
+
+    def declined(self) -> None:
+        """A look-up found a state that was not worth loading."""
+        with self._lock:
+            self._declined += 1
 
     def missed(self) -> None:
         """A look-up found nothing it could use."""
@@ -66,6 +73,8 @@ class Counters:
                 damaged=self._damaged,
                 failures=self._failures,
                 load_ms=self._load_ms,
+                declined=self._declined,
+                loaded_nbytes=self._loaded_nbytes,
             )
 
 
@@ -83,7 +92,7 @@ class Outage:
         self._retry_s = retry_s
         self._retry_at = 0.0
         self._is_out = False
-        self._lock = threading.Lock()
+        self._lock = ForkSafeLock()
 
     @property
     def is_over(self) -> bool:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
+import mmap
 import os
 import stat
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
 
 import torch
 
@@ -16,7 +16,16 @@ from pcache_core.errors import OptionError, StateMismatchError, StoreError
 from pcache_core.key import ModuleKey
 from pcache_core.kv import KVState
 from pcache_core.store import serde
-from pcache_core.store.base import Hit, StoreStats
+from pcache_core.store.base import (
+    Admits,
+    Hit,
+    Offer,
+    Opened,
+    StoreStats,
+    everything,
+    milliseconds_since,
+    read,
+)
 from pcache_core.store.counters import Counters, Outage
 from pcache_core.store.folder import Entry, StateFolder, Usage
 from pcache_core.store.memory import check_budget
@@ -77,29 +86,59 @@ class DiskStore:
 
     def get(self, key: ModuleKey) -> Hit | None:
         """The state, mapped into memory, if it is there and whole; it becomes the most recent."""
+        return self.get_many([key])[0]
+
+    def get_many(self, keys: Sequence[ModuleKey]) -> list[Hit | None]:
+        """What `get` returns for each key; the disk is asked for all of them at once."""
+        found = self.open_many(keys, everything)
+        return [read(opened) for opened in found]
+
+    def open_many(self, keys: Sequence[ModuleKey], admits: Admits) -> list[Opened | None]:
+        """The states that are there, mapped and not yet read.
+
+        The kernel is told to read all of them before the first is looked at: a disk serves them
+        together, and goes on while the first are copied into a slot.
+        """
         started = time.perf_counter()
+        files = [(key, self._file(key, admits)) for key in keys]
+        opening_ms = milliseconds_since(started) / max(len(keys), 1)
+        return [file and self._opened(key, *file, opening_ms) for key, file in files]
+
+    def _file(self, key: ModuleKey, admits: Admits) -> tuple[Entry, mmap.mmap] | None:
         path = self._folder.path(self._name(key))
         try:
-            entry, raw = _mapped(path)
-            state = serde.decode(raw, key, self._seal)
+            nbytes = _checked_nbytes(path)
+            if admits(Offer(key, "disk", nbytes)):
+                return _mapped(path)
+            self._counters.declined()
         except FileNotFoundError:
             self._counters.missed()
-            return None
         except StateMismatchError as error:
             self._drop(path, error)
-            return None
         except OSError as error:
             self._reading.failed(error)
             self._counters.missed()
-            return None
-        self._folder.used(entry)
-        self._reading.worked()
-        self._counters.hit(started)
-        return Hit(state, "disk")
+        return None
 
-    def get_many(self, keys: Sequence[ModuleKey]) -> list[Hit | None]:
-        """What `get` returns for each key."""
-        return [self.get(key) for key in keys]
+    def _opened(
+        self, key: ModuleKey, entry: Entry, content: mmap.mmap, opening_ms: float
+    ) -> Opened | None:
+        try:
+            raw = torch.frombuffer(content, dtype=torch.uint8)
+            rows = serde.open_state(raw, key, self._seal)
+        except StateMismatchError as error:
+            self._drop(entry.path, error)
+            return None
+
+        def settle(load_ms: float, error: StateMismatchError | None) -> None:
+            if error is not None:
+                self._drop(entry.path, error)
+                return
+            self._folder.used(entry)
+            self._reading.worked()
+            self._counters.hit(opening_ms + load_ms, entry.nbytes)
+
+        return Opened(rows, "disk", entry.nbytes, settle)
 
     def put(self, key: ModuleKey, state: KVState) -> bool:
         """Write the state and make room for it; False if it can't be kept.
@@ -164,19 +203,46 @@ def _checked_path(path: object) -> Path:
     return Path(os.path.abspath(os.path.expanduser(os.fspath(path))))
 
 
-def _mapped(path: Path) -> tuple[Entry, torch.Tensor]:
-    """A file's bytes, [bytes] uint8, mapped privately: writing to them changes no file.
-
-    Raises: OSError: it is not there or can't be read. StateMismatchError: it is no regular file, or
-        empty.
-    """
+def _checked_nbytes(path: Path) -> int:
+    """Length of a file. Raises: OSError. StateMismatchError: it is no regular file, or empty."""
     status = os.stat(path, follow_symlinks=False)
     if not stat.S_ISREG(status.st_mode) or status.st_size == 0:
         raise StateMismatchError("it is empty or no regular file")
-    os.close(os.open(path, os.O_RDONLY))  # torch's own error does not say why it can't be read
+    return status.st_size
+
+
+def _mapped(path: Path) -> tuple[Entry, mmap.mmap]:
+    """A file's bytes, mapped privately: writing to them changes no file. Reading them has begun.
+
+    Raises: OSError: it is not there or can't be read. StateMismatchError: it was emptied meanwhile.
+    """
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
     try:
-        storage = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=status.st_size)
-    except RuntimeError as error:
-        raise OSError(str(error).splitlines()[0]) from error
-    raw = torch.empty(0, dtype=torch.uint8).set_(cast(torch.UntypedStorage, storage))
-    return Entry.of(path, status), raw
+        status = os.fstat(descriptor)  # of this very file, should another have taken its place
+        if not _is_cached(descriptor, status.st_size):
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+        content = mmap.mmap(descriptor, status.st_size, access=mmap.ACCESS_COPY)
+    except ValueError as error:
+        raise StateMismatchError(f"it can't be mapped: {error}") from error
+    finally:
+        os.close(descriptor)
+    return Entry.of(path, status), content
+
+
+def _is_cached(descriptor: int, nbytes: int) -> bool:
+    """Whether a file's beginning, middle and end are in memory; True where nobody can tell.
+
+    A hint: asking for pages that are there already takes as long as finding out the hard way.
+    """
+    if not hasattr(os, "RWF_NOWAIT"):
+        return True
+    byte = [bytearray(1)]
+    try:
+        return all(
+            os.preadv(descriptor, byte, offset, os.RWF_NOWAIT)
+            for offset in (0, nbytes // 2, nbytes - 1)
+        )
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system that can't say
+        return True

@@ -24,6 +24,8 @@ _COUNTERS = {
     "evictions": "States given up for room.",
     "damaged": "Entries dropped as altered, cut or another model's.",
     "load_ms": "Time spent in look-ups that hit.",
+    "loaded_nbytes": "Bytes read by look-ups that hit.",
+    "declined": "Look-ups that found a state which was not worth loading.",
     "failures": "Calls that failed because the store could not be reached, read or written.",
 }
 _GAUGES = {
@@ -77,7 +79,7 @@ def register(stores: Mapping[str, ModuleStore], registry: CollectorRegistry) -> 
 
 
 def _metric(field: str) -> str:
-    names = {"nbytes": "bytes", "load_ms": "load_milliseconds"}
+    names = {"nbytes": "bytes", "load_ms": "load_milliseconds", "loaded_nbytes": "loaded_bytes"}
     return f"pcache_store_{names.get(field, field)}"
 
 

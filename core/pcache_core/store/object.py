@@ -16,7 +16,16 @@ from pcache_core.errors import DependencyError, OptionError, StateMismatchError
 from pcache_core.key import ModuleKey
 from pcache_core.kv import KVState
 from pcache_core.store import serde
-from pcache_core.store.base import Hit, StoreStats
+from pcache_core.store.base import (
+    Admits,
+    Hit,
+    Offer,
+    Opened,
+    StoreStats,
+    everything,
+    milliseconds_since,
+    read,
+)
 from pcache_core.store.counters import Counters, Outage
 from pcache_core.store.folder import SUFFIX
 from pcache_core.store.packing import check_storage_dtype
@@ -74,29 +83,50 @@ class ObjectStore:
 
     def get(self, key: ModuleKey) -> Hit | None:
         """The state if its object is there and whole."""
-        started = time.perf_counter()
-        path = self._path(key)
-        try:
-            content = self._ask(lambda: self._read(path, key))
-            if content is None:
-                self._counters.missed()
-                return None
-            state = serde.decode(torch.frombuffer(content, dtype=torch.uint8), key, self._seal)
-        except StateMismatchError as error:
-            logger.warning("dropped the stored state %s: %s", path, error)
-            self._counters.dropped()
-            self._counters.missed()
-            self.delete(key)
-            return None
-        self._counters.hit(started)
-        return Hit(state, "remote")
+        return self.get_many([key])[0]
 
     def get_many(self, keys: Sequence[ModuleKey]) -> list[Hit | None]:
         """What `get` returns for each key; several are read at a time."""
+        return [read(each) for each in self.open_many(keys, everything)]
+
+    def open_many(self, keys: Sequence[ModuleKey], admits: Admits) -> list[Opened | None]:
+        """The states that are there, their bytes read; several at a time."""
         if len(keys) < 2:
-            return [self.get(key) for key in keys]
+            return [self._open(key, admits) for key in keys]
         with ThreadPoolExecutor(min(_PARALLEL_READS, len(keys))) as pool:
-            return list(pool.map(self.get, keys))
+            return list(pool.map(lambda key: self._open(key, admits), keys))
+
+    def _open(self, key: ModuleKey, admits: Admits) -> Opened | None:
+        started = time.perf_counter()
+        path = self._path(key)
+        try:
+            content = self._ask(lambda: self._read(path, key, admits))
+            if content is None:
+                self._counters.missed()
+                return None
+            if not content:
+                self._counters.declined()
+                return None
+            raw = torch.frombuffer(content, dtype=torch.uint8)
+            rows = serde.open_state(raw, key, self._seal)
+        except StateMismatchError as error:
+            self._drop(key, error)
+            return None
+        read_ms = milliseconds_since(started)
+
+        def settle(load_ms: float, error: StateMismatchError | None) -> None:
+            if error is None:
+                self._counters.hit(read_ms + load_ms, len(content))
+            else:
+                self._drop(key, error)
+
+        return Opened(rows, "remote", len(content), settle)
+
+    def _drop(self, key: ModuleKey, error: StateMismatchError) -> None:
+        logger.warning("dropped the stored state %s: %s", self._path(key), error)
+        self._counters.dropped()
+        self._counters.missed()
+        self.delete(key)
 
     def put(self, key: ModuleKey, state: KVState) -> bool:
         """Write the state's object; False if that failed."""
@@ -141,8 +171,10 @@ class ObjectStore:
         self._storage.worked()
         return answer
 
-    def _read(self, path: str, key: ModuleKey) -> bytearray:
+    def _read(self, path: str, key: ModuleKey, admits: Admits) -> bytearray:
         """The object's bytes: its beginning, then as much as its header says, and no more.
+
+        None of them if there are more than its beginning and it is not admitted.
 
         Raises: StateMismatchError: the header is not that of a state of this key.
         """
@@ -152,6 +184,8 @@ class ObjectStore:
             content += self._files.cat_file(path, start=len(content), end=header_nbytes)
         layout = serde.parse_header(bytes(content[:header_nbytes]))
         layout.record.check_is_of(key)
+        if layout.nbytes > len(content) and not admits(Offer(key, "remote", layout.nbytes)):
+            return bytearray()
         if len(content) == _FIRST_READ_BYTES or layout.nbytes > len(content):
             content += self._files.cat_file(path, start=len(content), end=layout.nbytes + 1)
         return content

@@ -82,7 +82,10 @@ def fields(record: Record) -> list[Field]:
 def pack(state: KVState, record: Record) -> dict[str, torch.Tensor]:
     """The state's tensors by field name, on the CPU, contiguous.
 
-    int8: symmetric, one scale for each layer, head and channel over the module's tokens.
+    int8: symmetric, one scale for each layer, head and channel over the module's tokens. Keys are
+    kept as they are, rotated: turning them to position 0 first lowers their error by 4%, but turns
+    the rounding back with them, and moved the built-in model's answers no less (KL from unrounded
+    states over 40 questions: 6e-7 nats as they are, 3e-6 turned).
     Raises: StateMismatchError: a dtype that can't be kept, or int8 of what is not finite.
     """
     dtype = _stored_dtype(record)

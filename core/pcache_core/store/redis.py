@@ -7,74 +7,45 @@ written last, so a state is seen whole or not at all; chunks whose writer was in
 from __future__ import annotations
 
 import logging
-import re
 import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import islice
 from typing import TypeVar, cast
 
 import torch
 
-from pcache_core.errors import DependencyError, OptionError, StateMismatchError
+from pcache_core.errors import StateMismatchError
 from pcache_core.key import ModuleKey
 from pcache_core.kv import KVState
 from pcache_core.store import serde
-from pcache_core.store.base import Hit, StoreStats
+from pcache_core.store.base import (
+    Admits,
+    Hit,
+    Offer,
+    Opened,
+    StoreStats,
+    everything,
+    milliseconds_since,
+    read,
+)
 from pcache_core.store.counters import Counters, Outage
 from pcache_core.store.packing import check_storage_dtype
 from pcache_core.store.record import StorageDtype
+from pcache_core.store.redis_address import checked_ttl, client_of, redis, without_password
+from pcache_core.store.redis_manifest import CHUNK_BYTES, Manifest
 from pcache_core.store.seal import Seal
-
-try:
-    import redis
-    from redis.backoff import NoBackoff
-    from redis.retry import Retry
-except ImportError as error:
-    raise DependencyError(
-        "RedisStore needs the redis package; pip install 'pcache-integrations[redis]'"
-    ) from error
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 _Answers = list[bytes | None]
 
-CHUNK_BYTES = 2**20
 _BATCH_CHUNKS = 16
 _RETRY_S = 1.0
 # Chunks that no manifest names yet, and those of a manifest that is about to expire.
 _UNFINISHED_S = 600
 _GRACE_S = 60
-_MANIFEST = re.compile(rb"([0-9a-f]{16}):([1-9][0-9]{0,6}):([1-9][0-9]{0,12})")
-_SCHEMES = {"redis": "redis", "rediss": "rediss", "unix": "unix", "valkey": "redis"}
-
-
-@dataclass(frozen=True, slots=True)
-class _Manifest:
-    """Names the chunks of a state. writing: tells one writing of it from another."""
-
-    writing: str
-    chunks: int
-    nbytes: int
-
-    @staticmethod
-    def parse(text: bytes) -> _Manifest:
-        """Raises: StateMismatchError: not a manifest."""
-        match = _MANIFEST.fullmatch(text)
-        if match is None:
-            raise StateMismatchError("its manifest is not as it was written")
-        manifest = _Manifest(match[1].decode(), int(match[2]), int(match[3]))
-        if manifest.chunks != -(-manifest.nbytes // CHUNK_BYTES):
-            raise StateMismatchError("its manifest contradicts itself")
-        return manifest
-
-    def text(self) -> str:
-        return f"{self.writing}:{self.chunks}:{self.nbytes}"
-
-    def names(self, name: str) -> list[str]:
-        return [f"{name}:{self.writing}:{index}" for index in range(self.chunks)]
 
 
 class RedisStore:
@@ -103,11 +74,11 @@ class RedisStore:
         hmac_key: bytes | None = None,
     ) -> None:
         self.storage_dtype = check_storage_dtype(storage_dtype)
-        self._ttl_s = _checked_ttl(ttl_s)
+        self._ttl_s = checked_ttl(ttl_s)
         self._seal = Seal(hmac_key)
-        self._client = _client(url, timeout_s)
+        self._client = client_of(url, timeout_s)
         self._counters = Counters("remote", None)
-        place = _without_password(url)
+        place = without_password(url)
         self._server = Outage(f"the store at {place}", self._counters, retry_s=_RETRY_S)
         self._writing = Outage(f"writing states to {place}", self._counters)
 
@@ -117,9 +88,26 @@ class RedisStore:
 
     def get_many(self, keys: Sequence[ModuleKey]) -> list[Hit | None]:
         """What `get` returns for each key, in few round trips."""
-        names = list(dict.fromkeys(self._name(key) for key in keys))
-        contents = self._ask(lambda: self._contents(names)) or {}
-        return [self._hit(key, contents.get(self._name(key))) for key in keys]
+        unique = list(dict.fromkeys(keys))
+        opened = dict(zip(unique, self.open_many(unique, everything), strict=True))
+        return [read(opened[key]) for key in keys]
+
+    def open_many(self, keys: Sequence[ModuleKey], admits: Admits) -> list[Opened | None]:
+        """The states that the server has whole: one question for all, then their bytes.
+
+        Round trips: one for the manifests, and one for every 16 MiB of all states together.
+        """
+        by_name = {self._name(key): key for key in keys}
+        started = time.perf_counter()
+        contents = (self._ask(lambda: self._contents(by_name, admits)) or {}) if keys else {}
+        elapsed_ms = milliseconds_since(started)
+        total = sum(len(content or b"") for content in contents.values())
+        return [
+            self._opened(key, contents[name], elapsed_ms / max(total, 1))
+            if name in contents
+            else self._missed()
+            for name, key in by_name.items()
+        ]
 
     def put(self, key: ModuleKey, state: KVState) -> bool:
         """Send the state; False if the server did not take all of it."""
@@ -129,7 +117,7 @@ class RedisStore:
             logger.warning("a state is not kept: %s", error)
             return False
         nbytes = sum(buffer.nbytes for buffer in buffers)
-        manifest = _Manifest(secrets.token_hex(8), -(-nbytes // CHUNK_BYTES), nbytes)
+        manifest = Manifest(secrets.token_hex(8), -(-nbytes // CHUNK_BYTES), nbytes)
         return bool(self._ask(lambda: self._written(self._name(key), manifest, buffers)))
 
     def contains(self, key: ModuleKey) -> bool:
@@ -160,53 +148,84 @@ class RedisStore:
         self._server.worked()
         return answer
 
-    def _contents(self, names: Sequence[str]) -> dict[str, tuple[float, bytes]]:
-        """The stored bytes of those that are there and complete, and the ms each one took."""
-        if not names:
-            return {}
-        contents: dict[str, tuple[float, bytes]] = {}
-        for name, text in zip(names, cast(_Answers, self._client.mget(names)), strict=True):
+    def _contents(
+        self, keys: Mapping[str, ModuleKey], admits: Admits
+    ) -> dict[str, bytearray | None]:
+        """The stored bytes of those that are there and complete; None for those not admitted."""
+        contents: dict[str, bytearray | None] = {}
+        wanted: dict[str, Manifest] = {}
+        texts = cast(_Answers, self._client.mget(list(keys)))
+        for (name, key), text in zip(keys.items(), texts, strict=True):
             if text is None:
                 continue
-            started = time.perf_counter()
             try:
-                content = self._content(name, _Manifest.parse(text))
+                manifest = Manifest.parse(text)
             except StateMismatchError:
-                content = b""  # dropped like any other damaged state
-            if content is not None:
-                contents[name] = ((time.perf_counter() - started) * 1000, content)
-        return contents
+                contents[name] = bytearray()  # dropped like any other damaged state
+                continue
+            if admits(Offer(key, "remote", manifest.nbytes)):
+                wanted[name] = manifest
+            else:
+                contents[name] = None
+        return contents | self._joined(wanted)
 
-    def _content(self, name: str, manifest: _Manifest) -> bytes | None:
-        """All chunks, one after another; None if one is gone or of another length."""
-        chunks: list[bytes] = []
-        for batch in _batches(manifest.names(name)):
+    def _joined(self, manifests: Mapping[str, Manifest]) -> dict[str, bytearray]:
+        """The chunks of each state, joined; those of which a chunk is gone are left out."""
+        joined = {name: bytearray() for name in manifests}
+
+        def names() -> Iterator[tuple[str, str]]:
+            for name, manifest in manifests.items():
+                for chunk_name in manifest.names(name):
+                    # However many its manifest claims, nothing behind a missing one is asked for.
+                    if name not in joined:
+                        break
+                    yield name, chunk_name
+
+        for batch in _batches(names()):
             with self._client.pipeline(transaction=False) as pipeline:
-                for chunk_name in batch:
+                for _, chunk_name in batch:
                     pipeline.get(chunk_name)
-                chunks += pipeline.execute()
-            if any(chunk is None for chunk in chunks):
-                return None
-        return b"".join(chunks)
+                answers = pipeline.execute()
+            for (name, _), chunk in zip(batch, answers, strict=True):
+                if chunk is None:
+                    joined.pop(name, None)
+                elif name in joined:
+                    joined[name] += chunk
+        return joined
 
-    def _hit(self, key: ModuleKey, found: tuple[float, bytes] | None) -> Hit | None:
-        if found is None:
-            self._counters.missed()
+    def _missed(self) -> Opened | None:
+        self._counters.missed()
+        return None
+
+    def _opened(
+        self, key: ModuleKey, content: bytearray | None, ms_per_byte: float
+    ) -> Opened | None:
+        if content is None:
+            self._counters.declined()
             return None
-        started = time.perf_counter() - found[0] / 1000
+        nbytes = len(content)
+
+        def settle(load_ms: float, error: StateMismatchError | None) -> None:
+            if error is None:
+                self._counters.hit(load_ms + nbytes * ms_per_byte, nbytes)
+            else:
+                self._drop(key, error)
+
         try:
-            raw = torch.frombuffer(bytearray(found[1]), dtype=torch.uint8)
-            state = serde.decode(raw, key, self._seal)
+            raw = torch.frombuffer(content, dtype=torch.uint8)
+            rows = serde.open_state(raw, key, self._seal)
         except (StateMismatchError, ValueError) as error:  # ValueError: no bytes at all
-            logger.warning("dropped the stored state %s: %s", self._name(key), error)
-            self._counters.dropped()
-            self._counters.missed()
-            self.delete(key)
+            self._drop(key, error)
             return None
-        self._counters.hit(started)
-        return Hit(state, "remote")
+        return Opened(rows, "remote", nbytes, settle)
 
-    def _written(self, name: str, manifest: _Manifest, buffers: Sequence[memoryview]) -> bool:
+    def _drop(self, key: ModuleKey, error: Exception) -> None:
+        logger.warning("dropped the stored state %s: %s", self._name(key), error)
+        self._counters.dropped()
+        self._counters.missed()
+        self.delete(key)
+
+    def _written(self, name: str, manifest: Manifest, buffers: Sequence[memoryview]) -> bool:
         try:
             self._send(name, manifest, buffers)
         except redis.ResponseError as error:  # out of memory, a read-only replica
@@ -215,9 +234,9 @@ class RedisStore:
         self._writing.worked()
         return True
 
-    def _send(self, name: str, manifest: _Manifest, buffers: Sequence[memoryview]) -> None:
+    def _send(self, name: str, manifest: Manifest, buffers: Sequence[memoryview]) -> None:
         """Chunks first, the manifest last, then the chunks it replaces go."""
-        names = manifest.names(name)
+        names = list(manifest.names(name))
         for batch in _batches(zip(names, _chunks(buffers), strict=True)):
             with self._client.pipeline(transaction=False) as pipeline:
                 for chunk_name, chunk in batch:
@@ -240,8 +259,9 @@ class RedisStore:
         if manifest is None:
             return
         with suppress(StateMismatchError):
-            for batch in _batches(_Manifest.parse(manifest).names(name)):
-                self._client.unlink(*batch)
+            for batch in _batches(Manifest.parse(manifest).names(name)):
+                if not self._client.unlink(*batch):
+                    return  # it claimed more than there are
 
 
 def _batches(items: Iterable[T]) -> Iterator[Sequence[T]]:
@@ -261,37 +281,3 @@ def _chunks(buffers: Sequence[memoryview]) -> Iterator[bytes]:
                 del waiting[:CHUNK_BYTES]
     if waiting:
         yield bytes(waiting)
-
-
-def _client(url: object, timeout_s: object) -> redis.Redis:
-    """A client that connects when it is first used, and once more when a connection has died."""
-    if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)) or timeout_s <= 0:
-        raise OptionError(f"timeout_s={timeout_s!r} must be a number of seconds above 0")
-    scheme, separator, rest = str(url).partition("://")
-    if not separator or scheme not in _SCHEMES:
-        raise OptionError(
-            f"{_without_password(str(url))!r} is no address of a server; "
-            "use redis://host:port/database, rediss://, valkey:// or unix://path"
-        )
-    try:
-        return redis.Redis.from_url(
-            f"{_SCHEMES[scheme]}://{rest}",
-            socket_timeout=timeout_s,
-            socket_connect_timeout=timeout_s,
-            retry=Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
-        )
-    except (ValueError, TypeError) as error:
-        raise OptionError(f"{_without_password(str(url))!r} is no address: {error}") from None
-
-
-def _checked_ttl(ttl_s: object) -> int | None:
-    whole = isinstance(ttl_s, int) and not isinstance(ttl_s, bool) and ttl_s > 0
-    if ttl_s is None or whole:
-        return ttl_s  # type: ignore[return-value]
-    raise OptionError(f"ttl_s={ttl_s!r} must be a whole number of seconds above 0, or None")
-
-
-def _without_password(url: str) -> str:
-    """The address as it may be logged."""
-    scheme, _, rest = url.partition("://")
-    return f"{scheme}://{rest.rpartition('@')[2].partition('?')[0]}"

@@ -16,9 +16,14 @@ SEAL_BYTES: Mapping[str, int] = MappingProxyType({"xxh3-128": 16, "hmac-sha256":
 _MIN_KEY_BYTES = 16
 
 
-class _Hash(Protocol):
-    def update(self, data: memoryview, /) -> None: ...
-    def digest(self) -> bytes: ...
+class Hash(Protocol):
+    """Takes bytes one after another."""
+
+    def update(self, data: memoryview, /) -> None:
+        """Add bytes."""
+
+    def digest(self) -> bytes:
+        """The hash of all that was added."""
 
 
 class Seal:
@@ -49,15 +54,18 @@ class Seal:
 
     def of(self, buffers: Iterable[memoryview]) -> bytes:
         """The seal of the buffers' bytes, one after another."""
-        state: _Hash = (
-            xxhash.xxh3_128()
-            if self._key is None
-            else hmac.new(self._key, digestmod=hashlib.sha256)
-        )
+        state = self.start()
         for buffer in buffers:
             state.update(buffer)
         return state.digest()
 
-    def fits(self, content: memoryview, seal: memoryview) -> bool:
-        """Whether `seal` is that of `content`; takes the same time wherever they differ."""
-        return hmac.compare_digest(self.of([content]), bytes(seal))
+    def start(self) -> Hash:
+        """What makes a seal when it has been given every byte, for `fits`."""
+        if self._key is None:
+            return xxhash.xxh3_128()
+        return hmac.new(self._key, digestmod=hashlib.sha256)
+
+    @staticmethod
+    def fits(state: Hash, seal: memoryview) -> bool:
+        """Whether `seal` is that of what `state` was given; takes as long wherever they differ."""
+        return hmac.compare_digest(state.digest(), bytes(seal))

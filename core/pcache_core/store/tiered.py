@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 
-from pcache_core.errors import BudgetError, OptionError
+from pcache_core.errors import BudgetError, OptionError, StateMismatchError
 from pcache_core.key import ModuleKey
 from pcache_core.kv import KVState
-from pcache_core.store.base import Hit, ModuleStore, StoreStats, get_many
+from pcache_core.store.base import (
+    Admits,
+    Hit,
+    ModuleStore,
+    Offer,
+    Opened,
+    StoreStats,
+    Tier,
+    everything,
+    open_many,
+    read,
+)
 from pcache_core.store.counters import Counters
 from pcache_core.store.write_behind import WriteBehind
 
@@ -43,20 +55,40 @@ class TieredStore:
 
     def get_many(self, keys: Sequence[ModuleKey]) -> list[Hit | None]:
         """What `get` returns for each key; each tier is asked once, for what is still missing."""
-        found: dict[str, Hit] = {}
+        found = self._find(list(dict.fromkeys(keys)), everything)
+        hits = {key: self._hit(key, *place) for key, place in found.items()}
+        return [hits.get(key) for key in keys]
+
+    def open_many(self, keys: Sequence[ModuleKey], admits: Admits) -> list[Opened | None]:
+        """The states of the first tier that has each; what was used is then in the tiers before.
+
+        A state that one tier has and that is not admitted is asked of no later one.
+        """
+        found = self._find(keys, admits)
+        return [self._promoting(key, *found[key]) if key in found else None for key in keys]
+
+    def _find(self, keys: Sequence[ModuleKey], admits: Admits) -> dict[ModuleKey, _Place]:
+        found: dict[ModuleKey, _Place] = {}
+        declined: set[ModuleKey] = set()
+
+        def admits_here(offer: Offer) -> bool:
+            if not admits(offer):
+                declined.add(offer.key)
+            return offer.key not in declined
+
         for index, tier in enumerate(self.tiers):
             if index == 1:
-                found |= self._waiting([key for key in keys if key.digest not in found])
-            missing = list({k.digest: k for k in keys if k.digest not in found}.values())
+                found |= self._waiting([key for key in keys if key not in found])
+            missing = [key for key in keys if key not in found and key not in declined]
             if not missing:
                 break
-            for key, hit in zip(missing, get_many(tier, missing), strict=True):
-                if hit is not None:
-                    found[key.digest] = self._promoted(key, hit, index)
+            for key, opened in zip(missing, open_many(tier, missing, admits_here), strict=True):
+                if opened is not None:
+                    found[key] = (opened, index)
         for key in keys:
-            if key.digest not in found:
+            if key not in found and key not in declined:
                 self._counters.missed()
-        return [found.get(key.digest) for key in keys]
+        return found
 
     def put(self, key: ModuleKey, state: KVState) -> bool:
         """Keep the state in every tier; whether the first did, or the others will be asked to."""
@@ -80,9 +112,9 @@ class TieredStore:
     def stats(self) -> StoreStats:
         """All tiers together, each one's own in `tiers`.
 
-        hits, evictions, damaged, failures, load_ms: summed. misses: of this store, a look-up that
-        no tier could serve. states: of the tier that has most. nbytes: of all, copies included.
-        budget_bytes: the largest, what a single state may take.
+        hits, evictions, damaged, failures, load_ms, declined, loaded_nbytes: summed. misses: of
+        this store, a look-up that no tier could serve. states: of the tier that has most. nbytes:
+        of all, copies included. budget_bytes: the largest, what a single state may take.
         """
         tiers = tuple(tier.stats() for tier in self.tiers)
         budgets = [tier.budget_bytes for tier in tiers]
@@ -97,6 +129,8 @@ class TieredStore:
             damaged=sum(tier.damaged for tier in tiers),
             failures=sum(tier.failures for tier in tiers),
             load_ms=sum(tier.load_ms for tier in tiers),
+            declined=sum(tier.declined for tier in tiers),
+            loaded_nbytes=sum(tier.loaded_nbytes for tier in tiers),
             tiers=tiers,
         )
 
@@ -108,29 +142,52 @@ class TieredStore:
         """Flush and let the writing thread go; the store can be used again."""
         self._writer.close()
 
-    def _waiting(self, keys: Sequence[ModuleKey]) -> dict[str, Hit]:
+    def _waiting(self, keys: Sequence[ModuleKey]) -> dict[ModuleKey, _Place]:
         """States that left the first tier and wait to be written to the others."""
         found = {}
         for key in keys:
             state = self._writer.find(key)
             if state is not None:
                 self.tiers[0].put(key, state)
-                found[key.digest] = Hit(state, "memory")
+                opened = Opened(state, "memory", state.nbytes, lambda load_ms, error: None)
+                found[key] = (opened, 0)
         return found
 
-    def _promoted(self, key: ModuleKey, hit: Hit, index: int) -> Hit:
-        """Bring a state to the tiers before `index`.
-
-        A state that is mapped from a file is copied first: what memory keeps must not change, or
-        end, with the file.
-        """
-        if index == 0:
+    def _hit(self, key: ModuleKey, opened: Opened, index: int) -> Hit | None:
+        hit = read(opened)
+        if hit is None or index == 0:
             return hit
-        state = _copied(hit.state) if hit.tier == "disk" else hit.state
+        return Hit(self._promote(key, hit.state, hit.tier, index), hit.tier)
+
+    def _promoting(self, key: ModuleKey, opened: Opened, index: int) -> Opened:
+        """The same, brought to the tiers before `index` when it has been used and is whole."""
+        if index == 0:
+            return opened
+
+        def settle(load_ms: float, error: StateMismatchError | None) -> None:
+            opened.settle(load_ms, error)
+            if error is None and not self.tiers[0].contains(key):
+                # Damaged since it was used, a moment ago: the next look-up finds that.
+                with suppress(StateMismatchError):
+                    self._promote(key, opened.rows.whole(), opened.tier, index)
+
+        return replace(opened, settle=settle)
+
+    def _promote(self, key: ModuleKey, state: KVState, tier: Tier, index: int) -> KVState:
+        """Bring a state to the tiers before `index`; returns what they keep.
+
+        A state that is mapped from a file is copied: what memory keeps must not change, or end,
+        with the file.
+        """
+        state = _copied(state) if tier == "disk" else state
         self.tiers[0].put(key, state)
         if self.tiers[1:index]:
             self._writer.add(key, state, self.tiers[1:index])
-        return Hit(state, hit.tier)
+        return state
+
+
+_Place = tuple[Opened, int]
+"""A state and the tier that has it, by index."""
 
 
 def _copied(state: KVState) -> KVState:

@@ -1,0 +1,83 @@
+"""An engine's history in numbers."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from pcache_core.report import Report
+from pcache_core.store import StoreStats
+
+_KEPT_REPORTS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats(StoreStats):
+    """What the store holds and did, and what the engine did since it was made.
+
+    requests: that were finished. prompt_tokens: of all of them, the sum of
+    cached_tokens: served from a prefix or a state, and so saved from being computed,
+    computed_tokens: that ran through the model as part of a prompt (`not_loaded_tokens` of them
+        although a state was there), and those that were encoded for it.
+    repaired_tokens: reused ones that were computed again all the same.
+    generated_tokens: of answers.
+    encoded_tokens, encode_ms: encoding of states, for requests and ahead of them.
+    prefill_ms, repair_ms: forwards of the requests before their first token.
+    """
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    computed_tokens: int = 0
+    not_loaded_tokens: int = 0
+    repaired_tokens: int = 0
+    generated_tokens: int = 0
+    encoded_tokens: int = 0
+    encode_ms: float = 0.0
+    prefill_ms: float = 0.0
+    repair_ms: float = 0.0
+
+    @staticmethod
+    def of(
+        store: StoreStats, reports: Reports, encoded_tokens: int, encode_ms: float
+    ) -> EngineStats:
+        """From what each part counted."""
+        own: dict[str, Any] = {name: getattr(store, name) for name in StoreStats.__slots__}
+        own |= reports.totals()
+        return EngineStats(**own, encoded_tokens=encoded_tokens, encode_ms=encode_ms)
+
+
+_SUMMED = (
+    "prompt_tokens", "cached_tokens", "computed_tokens", "not_loaded_tokens", "repaired_tokens",
+    "generated_tokens", "prefill_ms", "repair_ms",
+)  # fmt: skip
+
+
+class Reports(deque[Report]):
+    """The last 256 reports, and sums over all there ever were. Thread-safe.
+
+    on_report: told of each.
+    """
+
+    def __init__(self, on_report: Callable[[Report], None]) -> None:
+        super().__init__(maxlen=_KEPT_REPORTS)
+        self._on_report = on_report
+        self._lock = threading.Lock()
+        self._totals: dict[str, float] = dict.fromkeys(("requests", *_SUMMED), 0)
+
+    def append(self, report: Report) -> None:
+        """Add a finished request."""
+        with self._lock:
+            super().append(report)
+            self._totals["requests"] += 1
+            for name in _SUMMED:
+                self._totals[name] += getattr(report, name)
+        self._on_report(report)
+
+    def totals(self) -> dict[str, float]:
+        """Sums by the names of `EngineStats`."""
+        with self._lock:
+            return dict(self._totals)

@@ -1,0 +1,351 @@
+"""Nodes that are encoded while a pipeline ingests them, and every way around it."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import logging
+import pickle
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from llama_index.core import Settings, StorageContext, VectorStoreIndex
+from llama_index.core.embeddings import MockEmbedding
+from llama_index.core.ingestion import IngestionPipeline
+from llama_index.core.ingestion.pipeline import get_transformation_hash
+from llama_index.core.node_parser import SentenceSplitter
+from llama_index.core.schema import BaseNode, Document, MetadataMode, TextNode, TransformComponent
+from llama_index.core.storage.docstore import SimpleDocumentStore
+from llama_index.core.vector_stores import SimpleVectorStore
+
+from corpus import DOCUMENTS, QUESTIONS
+from pcache_core import MemoryStore, OptionError, PromptCacheEngine
+from pcache_integrations._engines import load_lm
+from pcache_integrations.llama_index import PromptCacheLLM, PromptCachePrecompute
+
+pytestmark = pytest.mark.usefixtures("nothing_captured")
+
+EMBEDDING = MockEmbedding(embed_dim=2)
+QUESTION = "What does Monddyne make?"
+
+
+def documents() -> list[Document]:
+    return [
+        Document(
+            text=text,
+            id_=f"doc{number}",
+            metadata={"file": f"{number}.txt", "date": "today"},
+            excluded_llm_metadata_keys=["date"],
+        )
+        for number, text in enumerate(DOCUMENTS)
+    ]
+
+
+def llm_of(store: MemoryStore | None = None) -> PromptCacheLLM:
+    """A model with a store of its own."""
+    return PromptCacheLLM(
+        engine=PromptCacheEngine(load_lm("builtin:tiny-rag"), store=store), max_tokens=12
+    )
+
+
+def pipeline(*last: TransformComponent, **options: Any) -> IngestionPipeline:
+    return IngestionPipeline(transformations=[SentenceSplitter(), EMBEDDING, *last], **options)
+
+
+def ask(llm: PromptCacheLLM, nodes: Sequence[BaseNode], top_k: int = 2) -> dict[str, str]:
+    """Put a question to an index of the nodes; where those that it found came from, by text."""
+    index = VectorStoreIndex(list(nodes), embed_model=EMBEDDING)
+    response = index.as_query_engine(llm=llm, similarity_top_k=top_k).query(QUESTION)
+    assert len(response.source_nodes) == top_k
+    segments = llm.engine.reports[-1].segments
+    return {part.text: part.source for part in segments if part.kind == "document"}
+
+
+def num_states(llm: PromptCacheLLM) -> int:
+    count = llm.engine.stats().states
+    assert count is not None
+    return count
+
+
+class TestInAPipeline:
+    def test_the_first_question_finds_its_nodes_encoded(self) -> None:
+        llm = llm_of()
+        nodes = pipeline(PromptCachePrecompute(llm)).run(documents=documents())
+        found = ask(llm, nodes, top_k=3)
+        assert set(found.values()) == {"memory"}
+        assert len(found) == 3
+        assert all("file:" in text and "today" not in text for text in found)
+        assert llm.engine.reports[-1].encoded_tokens == 0
+
+    def test_nodes_pass_untouched(self) -> None:
+        precompute = PromptCachePrecompute(llm_of(), progress=False)
+        nodes = SentenceSplitter()(documents())
+        before = [(node.node_id, node.hash, node.to_dict()) for node in nodes]
+        assert precompute(nodes) is nodes
+        assert [(node.node_id, node.hash, node.to_dict()) for node in nodes] == before
+
+    def test_empty_texts_and_equal_texts_cost_nothing(self) -> None:
+        llm = llm_of()
+        texts = [DOCUMENTS[0], "", "  \n", DOCUMENTS[0] + "\n", DOCUMENTS[1]]
+        PromptCachePrecompute(llm)([TextNode(text=text) for text in texts])
+        assert num_states(llm) == 2 + 1  # and the anchor's
+        PromptCachePrecompute(llm)([])
+        assert num_states(llm) == 3
+
+    def test_it_works_in_an_indexs_own_transformations(self) -> None:
+        llm = llm_of()
+        steps = [SentenceSplitter(), PromptCachePrecompute(llm)]
+        index = VectorStoreIndex.from_documents(
+            documents()[:2], embed_model=EMBEDDING, transformations=steps
+        )
+        assert num_states(llm) == 2 + 1
+        index.insert(documents()[2])
+        assert num_states(llm) == 3 + 1
+
+    def test_a_text_too_long_for_the_model_is_left_out(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        llm = llm_of()
+        nodes = [TextNode(text="word " * 3000), TextNode(text=DOCUMENTS[0])]
+        with caplog.at_level(logging.WARNING):
+            PromptCachePrecompute(llm)(nodes)
+        assert "1 of 2 nodes have more than the 2046 tokens" in caplog.text
+        assert num_states(llm) == 1 + 1
+
+    def test_a_text_too_long_for_the_store_is_left_out(self) -> None:
+        small = MemoryStore(budget_bytes=60 * load_lm("builtin:tiny-rag").bytes_per_token)
+        llm = llm_of(small)
+        PromptCachePrecompute(llm)([TextNode(text="word " * 100), TextNode(text=DOCUMENTS[5])])
+        assert num_states(llm) == 1 + 1
+
+    def test_texts_that_change_after_it_are_encoded_when_the_run_ends(self) -> None:
+        class Title(TransformComponent):
+            def __call__(self, nodes: Sequence[BaseNode], **_: Any) -> Sequence[BaseNode]:
+                for node in nodes:
+                    node.metadata["title"] = f"About {node.node_id}"
+                return nodes
+
+        llm = llm_of()
+        nodes = pipeline(PromptCachePrecompute(llm), Title()).run(documents=documents())
+        assert set(ask(llm, nodes).values()) == {"memory"}
+
+
+class TestAsync:
+    async def test_arun_encodes_and_the_loop_goes_on(self) -> None:
+        llm = llm_of()
+        threads: list[str] = []
+        encode = llm.engine.encode
+
+        def slow(*args: Any, **options: Any) -> Any:
+            threads.append(threading.current_thread().name)
+            time.sleep(0.3)
+            return encode(*args, **options)
+
+        llm.engine.encode = slow  # type: ignore[method-assign]
+        run = asyncio.ensure_future(
+            pipeline(PromptCachePrecompute(llm)).arun(documents=documents())
+        )
+        ticks = 0
+        while not run.done():
+            await asyncio.sleep(0.01)
+            ticks += bool(threads) and not run.done()
+        assert ticks >= 5
+        assert threading.main_thread().name not in threads
+        nodes = await run
+        assert num_states(llm) == len(nodes) + 1
+
+    async def test_nodes_from_the_cache_are_encoded_behind_arun(self) -> None:
+        first = llm_of()
+        cached = pipeline(PromptCachePrecompute(first))
+        nodes = await cached.arun(documents=documents())
+        second = llm_of()
+        again = pipeline(PromptCachePrecompute(second), cache=cached.cache)
+        assert len(await again.arun(documents=documents())) == len(nodes)
+        for _ in range(200):
+            if num_states(second) == len(nodes) + 1:
+                break
+            await asyncio.sleep(0.02)
+        assert num_states(second) == len(nodes) + 1
+
+
+class TestPipelineCache:
+    def test_a_loaded_cache_and_an_empty_store(self, tmp_path: Path) -> None:
+        first = llm_of()
+        written = pipeline(PromptCachePrecompute(first))
+        written.run(documents=documents())
+        written.persist(str(tmp_path))
+        second = llm_of()
+        loaded = pipeline(PromptCachePrecompute(second))
+        loaded.load(str(tmp_path))
+        assert num_states(second) == 0
+        nodes = loaded.run(documents=documents())
+        assert num_states(second) == len(nodes) + 1
+        assert set(ask(second, nodes).values()) == {"memory"}
+
+    def test_states_that_are_lost_after_it_are_made_again_when_asked_for(self) -> None:
+        llm = llm_of()
+        nodes = pipeline(PromptCachePrecompute(llm)).run(documents=documents())
+        llm.engine.forget([node.get_content(MetadataMode.LLM) for node in nodes])
+        answer = set(ask(llm, nodes).values())
+        assert answer == {"encoded"}
+
+    def test_a_run_from_the_cache_encodes_nothing_that_is_there(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        llm = llm_of()
+        steps = pipeline(PromptCachePrecompute(llm))
+        steps.run(documents=documents())
+        before = llm.engine.stats()
+        steps.run(documents=documents())
+        assert llm.engine.stats() == before
+
+    def test_keys_are_the_models_and_the_stores(self, tmp_path: Path) -> None:
+        nodes = [TextNode(text="text")]
+
+        def key(step: PromptCachePrecompute) -> str:
+            return str(get_transformation_hash(nodes, step))
+
+        base = {"model": "builtin:tiny-rag", "store": str(tmp_path)}
+        one = key(PromptCachePrecompute(**base))
+        assert one == key(PromptCachePrecompute(**base, progress=False, device="cpu"))
+        assert one == key(PromptCachePrecompute(PromptCacheLLM(**base, temperature=0.5)))
+        assert one == key(pickle.loads(pickle.dumps(PromptCachePrecompute(**base))))
+        assert one == key(PromptCachePrecompute.from_dict(PromptCachePrecompute(**base).to_dict()))
+        assert one != key(PromptCachePrecompute(**base, namespace="other"))
+        assert one != key(PromptCachePrecompute(**{**base, "store": str(tmp_path / "other")}))
+        fingerprint = load_lm("builtin:tiny-rag").fingerprint
+        assert PromptCachePrecompute(**base).to_dict()["fingerprint"] == fingerprint
+
+
+class TestDocumentStores:
+    def test_upserts_skip_what_is_unchanged_and_encode_what_is_new(self) -> None:
+        llm = llm_of()
+        steps = pipeline(
+            PromptCachePrecompute(llm),
+            docstore=SimpleDocumentStore(),
+            vector_store=SimpleVectorStore(),
+        )
+        steps.run(documents=documents()[:3])
+        assert num_states(llm) == 3 + 1
+        changed = documents()[:3]
+        changed[1].set_content(DOCUMENTS[7])
+        assert len(steps.run(documents=changed)) == 1
+        assert num_states(llm) == 4 + 1
+
+    def test_duplicates_are_encoded_once(self) -> None:
+        llm = llm_of()
+        steps = pipeline(PromptCachePrecompute(llm))
+        twice = [*documents()[:2], *documents()[:2]]
+        assert len(steps.run(documents=twice)) == 4
+        assert num_states(llm) == 2 + 1
+
+    def test_what_upserts_skip_is_encoded_from_the_index(self) -> None:
+        stores = StorageContext.from_defaults()
+        VectorStoreIndex.from_documents(documents(), embed_model=EMBEDDING, storage_context=stores)
+        (struct,) = stores.index_store.index_structs()
+        llm = llm_of()
+        index = VectorStoreIndex(index_struct=struct, storage_context=stores, embed_model=EMBEDDING)
+        report = llm.cache_documents(index, progress=False)
+        assert (report.texts, report.encoded) == (len(DOCUMENTS), len(DOCUMENTS))
+        assert llm.cache_documents(stores.docstore, progress=False).already_stored == len(DOCUMENTS)
+
+
+class TestWorkers:
+    """Real processes: each costs seconds, so there is one run with each kind of store."""
+
+    def steps(self, precompute: PromptCachePrecompute) -> IngestionPipeline:
+        # No splitter: LlamaIndex's own can't be sent to another process.
+        return IngestionPipeline(transformations=[EMBEDDING, precompute])
+
+    def test_with_a_store_in_memory_the_nodes_are_encoded_here(
+        self, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        llm = llm_of()
+        nodes = self.steps(PromptCachePrecompute(llm)).run(documents=documents()[:4], num_workers=2)
+        assert len(nodes) == 4
+        assert "encodes nothing in this worker process, as memory" in capfd.readouterr().err
+        assert num_states(llm) == 4 + 1
+        assert set(ask(llm, nodes).values()) == {"memory"}
+
+    def test_with_a_folder_the_workers_encode(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        llm = PromptCacheLLM(store=str(tmp_path / "states"), max_tokens=4)
+        steps = self.steps(PromptCachePrecompute(llm))
+        with monkeypatch.context() as patch:
+            patch.setattr(PromptCachePrecompute, "catch_up", lambda self, nodes: None)
+            nodes = steps.run(documents=documents()[:4], num_workers=2)
+        assert num_states(llm) == 4 + 1
+        assert set(ask(llm, nodes).values()) == {"disk"}
+
+    def test_a_copy_shares_no_memory(self, caplog: pytest.LogCaptureFixture) -> None:
+        llm = llm_of()
+        step = PromptCachePrecompute(llm)
+        away = pickle.loads(pickle.dumps(step))
+        nodes = [TextNode(text=DOCUMENTS[0])]
+        with caplog.at_level(logging.WARNING):
+            assert away(nodes) is nodes
+        assert "memory is not shared" in caplog.text
+        assert num_states(llm) == 0
+        copy.deepcopy(step)(nodes)
+        assert num_states(llm) == 2
+
+
+class TestOptions:
+    def test_the_default_is_the_settings_llm(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        llm = llm_of()
+        monkeypatch.setattr(Settings, "_llm", llm)
+        PromptCachePrecompute()([TextNode(text=DOCUMENTS[0])])
+        assert num_states(llm) == 2
+
+    def test_a_folder_is_shared_with_a_model_object_of_the_same_options(
+        self, tmp_path: Path
+    ) -> None:
+        base = {"model": "builtin:tiny-rag", "store": str(tmp_path)}
+        step = PromptCachePrecompute(**base)
+        step([TextNode(text=text) for text in DOCUMENTS])
+        step._handle.get().store.flush()  # type: ignore[attr-defined]
+        llm = PromptCacheLLM(**base, max_tokens=4)
+        assert llm.cache_documents(DOCUMENTS, progress=False).already_stored == len(DOCUMENTS)
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {},
+            {"model": "builtin:tiny-rag"},
+            {"model": "builtin:tiny-rag", "store": "memory"},
+            {"store": "./states"},
+            {"llm": "gpt"},
+            {"llm": MockEmbedding(embed_dim=2)},
+        ],
+    )
+    def test_without_a_model_that_others_read_from_it_is_refused(
+        self, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(Settings, "_llm", None)
+        with pytest.raises(OptionError, match="needs to know whose states it makes"):
+            PromptCachePrecompute(**options)
+
+    def test_a_model_object_and_its_options_are_refused(self) -> None:
+        with pytest.raises(OptionError, match="brings its own model, store; leave them out"):
+            PromptCachePrecompute(llm_of(), model="x", store="./states")
+
+    def test_unknown_options_are_refused(self) -> None:
+        with pytest.raises(OptionError, match="did you mean 'namespace'"):
+            PromptCachePrecompute(llm_of(), namespaces="x")
+
+    def test_making_one_loads_no_model(self, tmp_path: Path) -> None:
+        PromptCachePrecompute(model="no/such/model", store=str(tmp_path))
+
+
+def test_every_question_of_the_corpus_is_read_from_precomputed_nodes() -> None:
+    llm = llm_of()
+    nodes = pipeline(PromptCachePrecompute(llm)).run(documents=documents())
+    index = VectorStoreIndex(nodes, embed_model=EMBEDDING)
+    for question in QUESTIONS:
+        index.as_query_engine(llm=llm, similarity_top_k=3).query(question)
+        assert llm.engine.reports[-1].encoded_tokens == 0
