@@ -12,6 +12,7 @@ PromptCacheError
 ├── TemplateError         a template can't be read, rendered or made a schema (ValueError)
 ├── StateMismatchError    a state is of another shape, model or dtype
 ├── StoreError            a store can't be reached or written
+├── RequestCancelledError nobody waits for a request's answer any longer
 └── DependencyError       an optional package is not installed (ImportError)
 ```
 Every message says what was wrong, what was given, the limit and the remedy.
@@ -79,6 +80,10 @@ class StateMismatchError(PromptCacheError):
 
 class StoreError(PromptCacheError):
     """A store can't be reached or written."""
+
+
+class RequestCancelledError(PromptCacheError):
+    """Nobody waits for a request's answer any longer, so that its work was given up."""
 
 
 class DependencyError(PromptCacheError, ImportError):
