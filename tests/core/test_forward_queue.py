@@ -5,6 +5,7 @@ The oracle is a plain transformers forward of an unmodified copy of the model.
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -216,6 +217,35 @@ def test_a_prompt_that_nobody_waits_for_is_given_up_between_its_parts(lm: Causal
     # The next one is served as if nothing had been.
     logits = queue.run(whole(lm, ids(1, 9)))
     assert (logits - plain("llama", ids(1, 9))).abs().max() < TOLERANCE
+
+
+def test_an_interrupt_while_waiting_leaves_the_queue_to_the_others(lm: CausalLM) -> None:
+    compute = Recorded(lm)
+    queue = ForwardQueue(compute, joins)
+    compute.may_go.clear()
+    threads = Threads()
+    threads.start(partial(queue.run, whole(lm, ids(1, 9))))
+    wait_until(lambda: len(queue._waiting) == 1)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def interrupt_when_waiting() -> None:
+        wait_until(lambda: len(queue._waiting) == 2)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)  # type: ignore[arg-type]
+
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    try:
+        threads.start(interrupt_when_waiting)
+        with pytest.raises(KeyboardInterrupt):
+            queue.run(whole(lm, ids(2, 11)))
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    compute.may_go.set()
+    first, _ = threads.join()
+    assert (first - plain("llama", ids(1, 9))).abs().max() < TOLERANCE
+    logits = queue.run(whole(lm, ids(3, 13)))
+    assert (logits - plain("llama", ids(3, 13))).abs().max() < TOLERANCE
 
 
 def test_what_may_not_join_runs_whole_and_alone(lm: CausalLM) -> None:

@@ -107,21 +107,21 @@ class ForwardQueue:
             self._arrived.notify()
             job.leads = not self._is_led
             self._is_led = True
-        if not job.leads:
-            job.wake.wait()
-        if job.leads:
-            self._lead(job)
-        return job.result()
-
-    def _lead(self, own: _Job) -> None:
-        """Run forwards until one's own batch is done, then let the next in line go on."""
         try:
-            while not own.is_done:
+            if not job.leads:
+                job.wake.wait()
+            while job.leads and not job.is_done:
                 self._gather()
                 self._forward(self._next())
         finally:
-            with self._arrived:
-                self._waiting = [job for job in self._waiting if job is not own]
+            self._leave(job)
+        return job.result()
+
+    def _leave(self, own: _Job) -> None:
+        """Let the next in line go on; also when an interrupt ended the waiting."""
+        with self._arrived:
+            self._waiting = [job for job in self._waiting if job is not own]
+            if own.leads:
                 self._is_led = bool(self._waiting)
                 if self._waiting:
                     self._waiting[0].leads = True
