@@ -10,6 +10,7 @@ PromptCacheError
 ├── OptionError           an argument is out of range or unknown (ValueError)
 │   └── BudgetError       a byte budget that can't hold what it is for
 ├── TemplateError         a template can't be read, rendered or made a schema (ValueError)
+├── AnswerError           an answer is not what was asked for (ValueError)
 ├── StateMismatchError    a state is of another shape, model or dtype
 ├── StoreError            a store can't be reached or written
 ├── RequestCancelledError nobody waits for a request's answer any longer
@@ -72,6 +73,10 @@ class BudgetError(OptionError):
 
 class TemplateError(PromptCacheError, ValueError):
     """A template can't be read or rendered, or says what a schema can't."""
+
+
+class AnswerError(PromptCacheError, ValueError):
+    """An answer is not what was asked for."""
 
 
 class StateMismatchError(PromptCacheError):

@@ -18,6 +18,7 @@ from pcache_core import Segment
 from pcache_core.errors import OptionError
 from pcache_core.prompt import SegmentKind
 from pcache_integrations._mapping import ANCHOR_CHARS, DocumentIndex
+from pcache_integrations.llama_index._templates import TemplateShelf
 
 # Response synthesizers join the stripped texts of the nodes with this.
 _SEPARATOR = "\n\n"
@@ -60,6 +61,7 @@ class Capture:
         self._origins: OrderedDict[str, Origin] = OrderedDict()
         self._plans: OrderedDict[str, Sequence[Segment]] = OrderedDict()
         self._contexts: OrderedDict[str, Sequence[_Span]] = OrderedDict()
+        self._templates = TemplateShelf()
         self._max_plans = max_plans
         self._max_contexts = max_contexts
         self._max_nodes = max_nodes
@@ -75,6 +77,11 @@ class Capture:
         text = "".join(segment.text for segment in plan)
         with self._lock:
             _put(self._plans, text, tuple(plan), self._max_plans)
+
+    def add_templates(self, sources: Iterable[str]) -> None:
+        """Remember templates that somebody may format out of sight."""
+        with self._lock:
+            self._templates.add(sources)
 
     def add_nodes(self, nodes: Iterable[BaseNode]) -> None:
         """Remember nodes: as a synthesizer writes them, and their bare text."""
@@ -142,17 +149,21 @@ class Capture:
             _put(self._contexts, _SEPARATOR.join(texts), tuple(spans), self._max_contexts)
 
     def segments(self, text: str, kind: SegmentKind) -> list[Segment]:
-        """Cut a text that the model is handed, by its plan if there is one, then at its nodes.
+        """Cut a text that the model is handed, by its plan or its template, then at its nodes.
 
-        kind: of a text without a plan.
+        kind: of a text that has neither.
         Returns: segments whose texts join to `text`.
         """
-        pieces = self._plan(text) or [Segment(text, kind)]
+        pieces = self._plan(text) or self._reading(text) or [Segment(text, kind)]
         return [segment for piece in pieces for segment in self._find_nodes(piece)]
 
     def _plan(self, text: str) -> Sequence[Segment]:
         with self._lock:
             return self._plans.get(text, ())
+
+    def _reading(self, text: str) -> Sequence[Segment]:
+        with self._lock:
+            return self._templates.read(text)
 
     def _unfold(self, segment: Segment) -> Sequence[Segment]:
         plan = self._plan(segment.text) if segment.kind == "argument" else ()

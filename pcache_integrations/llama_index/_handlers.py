@@ -22,15 +22,17 @@ from llama_index_instrumentation.span import BaseSpan
 from pcache_integrations.llama_index._automap import AutoMap
 from pcache_integrations.llama_index._capture import CAPTURE
 from pcache_integrations.llama_index._shadow import shadow
+from pcache_integrations.llama_index._templates import templates_of
 
 _logger = logging.getLogger(__name__)
 _lock = threading.Lock()
 
 
 class PromptCacheSpanHandler(BaseSpanHandler[BaseSpan]):
-    """Sees the final nodes of an answer, and templates given to LLMs that wrap one of ours.
+    """Sees the final nodes of an answer, and templates that reach a model out of our sight.
 
-    Keeps no spans.
+    These are the ones that engines hold, and those given to LLMs that wrap one of ours. Keeps no
+    spans.
     """
 
     @classmethod
@@ -96,6 +98,8 @@ def install_handlers() -> None:
 
 
 def _enter(instance: Any | None, arguments: Mapping[str, Any]) -> None:
+    if instance is not None and not isinstance(instance, LLM):
+        CAPTURE.add_templates(templates_of(vars(instance)))
     if isinstance(instance, BaseSynthesizer) and "nodes" in arguments:
         nodes = [n.node if isinstance(n, NodeWithScore) else n for n in arguments["nodes"]]
         CAPTURE.add_nodes(nodes)

@@ -21,6 +21,16 @@ class LazyEngine(EngineHandle):
         return _marks_roles(self.get().lm)
 
     @cached_property
+    def calls_functions(self) -> bool:
+        """Whether the model's chat template tells it of tools and writes down its calls."""
+        return has_chat_template(self.get().lm) and self.get().tool_format.is_native
+
+    @cached_property
+    def takes_system(self) -> bool:
+        """Whether the model's chat template takes a system message, or there is none to refuse."""
+        return _takes_system(self.get().lm)
+
+    @cached_property
     def special_tokens(self) -> tuple[str, ...]:
         """Texts that the model's tokenizer reads as special tokens."""
         tokens = self.get().lm.tokenizer.added_tokens_decoder.values()
@@ -43,3 +53,23 @@ def _marks_roles(lm: CausalLM) -> bool:
     except ChatTemplateError:  # It knows roles, or it could not refuse one.
         return True
     return user != assistant
+
+
+def _takes_system(lm: CausalLM) -> bool:
+    if not has_chat_template(lm):
+        return True
+    chat = [{"role": role, "content": "Hello"} for role in ("system", "user")]
+    try:
+        return bool(lm.text.apply_chat_template(chat))
+    except ChatTemplateError:
+        return False
+
+
+class Tokenizer:
+    """Text to token ids with an engine's tokenizer; a pickle of it builds the engine anew."""
+
+    def __init__(self, lazy: LazyEngine) -> None:
+        self._lazy = lazy
+
+    def __call__(self, text: str) -> list[int]:
+        return list(self._lazy.get().lm.token_ids(text))

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from llama_index.core.base.llms.generic_utils import messages_to_prompt as joined_with_roles
-from llama_index.core.base.llms.types import (
-    CachePoint,
-    ChatMessage,
-    MessageRole,
-    TextBlock,
-    ThinkingBlock,
-)
+from llama_index.core.base.llms.types import ChatMessage, MessageRole, TextBlock
 
-from pcache_core import Message, Prompt, Segment
+from pcache_core import Message, Prompt, PromptCacheEngine, Segment, Tool
 from pcache_core.chat import render_chat
-from pcache_core.errors import PromptError
+from pcache_core.errors import ChatTemplateError
+from pcache_integrations.llama_index._blocks import joined, pieces_of
 from pcache_integrations.llama_index._lazy import LazyEngine, has_chat_template
+from pcache_integrations.llama_index._tools import answered_call, calls_of
 
 _ROLES = {
     MessageRole.SYSTEM: "system",
@@ -25,9 +22,9 @@ _ROLES = {
     MessageRole.ASSISTANT: "assistant",
     MessageRole.MODEL: "assistant",
     MessageRole.CHATBOT: "assistant",
+    MessageRole.TOOL: "tool",
+    MessageRole.FUNCTION: "tool",
 }
-# A cache point is another provider's hint; thoughts are not given back to the model.
-_SILENT_BLOCKS = (CachePoint, ThinkingBlock)
 
 
 class ChatTemplate:
@@ -45,31 +42,49 @@ class ChatTemplate:
         engine = self._lazy.get()
         if not has_chat_template(engine.lm):
             return joined_with_roles(messages)
-        return engine.prompt_from_chat(
-            [Message(role_of(m), [Segment(content_of(m))]) for m in messages]
-        ).text
+        contents = [[Segment(joined(pieces_of(message)))] for message in messages]
+        return render_with_template(engine, as_turns(messages, contents), ()).text
 
 
-def role_of(message: ChatMessage) -> str:
-    """`system`, `user` or `assistant`. Raises: PromptError: any other role."""
-    role = _ROLES.get(message.role)
-    if role is None:
-        raise PromptError(
-            f"a message has the role {message.role.value!r}, which has no place in the model's "
-            f"prompt; use one of {', '.join(sorted(set(_ROLES.values())))}"
-        )
-    return role
+def as_turns(
+    messages: Sequence[ChatMessage], contents: Sequence[Sequence[Segment]]
+) -> list[Message]:
+    """The messages with contents in segments, and with the calls they make or answer."""
+    turns: list[Message] = []
+    names: dict[str | None, str] = {}
+    for message, content in zip(messages, contents, strict=True):
+        turn = Message(_ROLES[message.role], content)
+        if turn.role == "assistant":
+            turn = replace(turn, tool_calls=calls_of(message))
+            names |= {call.id: call.name for call in turn.tool_calls}
+        elif turn.role == "tool":
+            call_id = answered_call(message)
+            name = message.additional_kwargs.get("name") or names.get(call_id)
+            turn = replace(turn, tool_call_id=call_id, name=name)
+        turns.append(turn)
+    return turns
 
 
-def content_of(message: ChatMessage) -> str:
-    """The message's text. Raises: PromptError: it holds an image or anything else but text."""
-    for block in message.blocks:
-        if not isinstance(block, (TextBlock, *_SILENT_BLOCKS)):
-            raise PromptError(
-                f"a {message.role.value} message holds a {type(block).__name__}; "
-                "the model reads text only, leave it out or describe it in words"
-            )
-    return message.content or ""
+def render_with_template(
+    engine: PromptCacheEngine, turns: Sequence[Message], tools: Sequence[Tool]
+) -> Prompt:
+    """Render by the model's own template.
+
+    Templates that insist on alternating roles, or know no system message, get neighbours of the
+    same role as one message, and the system message as a part of the first one.
+
+    Raises: PromptError: no messages. ChatTemplateError: the template refuses all of that.
+    """
+    try:
+        return engine.prompt_from_chat(turns, tools)
+    except ChatTemplateError:
+        for gentler in (_merged(turns), _merged(_without_system(turns))):
+            if gentler != list(turns):
+                try:
+                    return engine.prompt_from_chat(gentler, tools)
+                except ChatTemplateError:
+                    continue
+        raise
 
 
 def render_messages(
@@ -90,5 +105,26 @@ def render_messages(
             ]
         )
 
-    turns = [Message(role_of(m), c) for m, c in zip(messages, contents, strict=True)]
+    turns = [Message(_ROLES[m.role], c) for m, c in zip(messages, contents, strict=True)]
     return render_chat(turns, apply)
+
+
+def _merged(turns: Sequence[Message]) -> list[Message]:
+    """Neighbours of one role as one message; results of calls stay apart."""
+    merged: list[Message] = []
+    for turn in turns:
+        last = merged[-1] if merged else None
+        if last is None or last.role != turn.role or turn.role == "tool":
+            merged.append(turn)
+            continue
+        between = [Segment("\n\n", "literal")] if last.text and turn.text else []
+        merged[-1] = replace(
+            last,
+            segments=[*last.segments, *between, *turn.segments],
+            tool_calls=[*last.tool_calls, *turn.tool_calls],
+        )
+    return merged
+
+
+def _without_system(turns: Sequence[Message]) -> list[Message]:
+    return [replace(turn, role="user") if turn.role == "system" else turn for turn in turns]

@@ -5,20 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from llama_index.core.base.llms.types import ChatMessage
+from llama_index.core.base.llms.types import ChatMessage, MessageRole
 
-from pcache_core import Message, Prompt, Segment
+from pcache_core import Message, Prompt, Segment, Tool
 from pcache_core.chat import render_chat
+from pcache_core.errors import ChatTemplateError
 from pcache_core.prompt import SegmentKind
 from pcache_integrations._mapping import settle
+from pcache_integrations.llama_index._blocks import joined, pieces_of, with_borders
 from pcache_integrations.llama_index._capture import CAPTURE
 from pcache_integrations.llama_index._lazy import LazyEngine, has_chat_template
 from pcache_integrations.llama_index._messages import (
     ChatTemplate,
-    content_of,
+    as_turns,
     render_messages,
-    role_of,
+    render_with_template,
 )
+
+# What is said in these roles is whoever built the application's, and the same for every question.
+_TEMPLATE_ROLES = (MessageRole.SYSTEM, MessageRole.DEVELOPER)
 
 
 def text_prompt(text: str) -> Prompt:
@@ -35,31 +40,36 @@ def wrapped_prompt(text: str, wrap: Callable[[str], str]) -> Prompt:
 def chat_prompt(
     lazy: LazyEngine,
     messages: Sequence[ChatMessage],
-    system_prompt: str | None,
     to_prompt: Callable[[Sequence[ChatMessage]], str],
+    tools: Sequence[Tool] = (),
 ) -> Prompt:
     """The prompt of a chat: by the model's own template, or as the caller's `to_prompt` says.
 
+    tools: that the model may call.
     Raises: PromptError: no messages, or one that the model can't read.
-    Raises: ChatTemplateError: the template refuses the messages.
+    Raises: ChatTemplateError: the template refuses the messages, or nothing tells of the tools.
     """
-    contents = [_content(message, system_prompt, lazy.special_tokens) for message in messages]
+    contents = [_content(message, lazy.special_tokens) for message in messages]
     engine = lazy.get()
     if isinstance(to_prompt, ChatTemplate) and has_chat_template(engine.lm):
-        turns = [Message(role_of(m), c) for m, c in zip(messages, contents, strict=True)]
-        return engine.prompt_from_chat(turns)
+        return render_with_template(engine, as_turns(messages, contents), tools)
+    if tools:
+        raise ChatTemplateError(
+            f"{len(tools)} tools were given, but nothing tells the model of them: it has no chat "
+            "template, or messages_to_prompt= is used instead; leave the tools out, or use a model "
+            "with a chat template"
+        )
     return _mapped(render_messages(messages, contents, to_prompt))
 
 
-def _content(
-    message: ChatMessage, system_prompt: str | None, special_tokens: Sequence[str]
-) -> Sequence[Segment]:
-    text = content_of(message)
+def _content(message: ChatMessage, special_tokens: Sequence[str]) -> Sequence[Segment]:
+    pieces = pieces_of(message)
+    text = joined(pieces)
     if not text:
         return ()
-    kind: SegmentKind = "literal" if text == system_prompt else "argument"
-    segments = [_as_data(s, special_tokens) for s in CAPTURE.segments(text, kind)]
-    return settle(segments, text).segments
+    kind: SegmentKind = "literal" if message.role in _TEMPLATE_ROLES else "argument"
+    segments = with_borders(CAPTURE.segments(text, kind), pieces)
+    return settle([_as_data(s, special_tokens) for s in segments], text).segments
 
 
 def _as_data(segment: Segment, special_tokens: Sequence[str]) -> Segment:

@@ -21,6 +21,7 @@ from llama_index.core.prompts.base import SelectorPromptTemplate
 from pcache_core.errors import TemplateError
 from pcache_core.prompt import Segment
 from pcache_integrations._segments import fitted
+from pcache_integrations.llama_index._templates import has_variables
 from pcache_templates import BraceTemplate, ChatTag, JinjaTemplate
 from pcache_templates.base import Schematic
 from pcache_templates.chat import ChatTemplate, TurnTemplate
@@ -110,7 +111,7 @@ def _candidates(
 
 def _may_be_history(message: ChatMessage) -> bool:
     """Chat engines put what was said before into a template made for one call."""
-    return message.role is not MessageRole.SYSTEM and not message.get_template_vars()
+    return message.role is not MessageRole.SYSTEM and not has_variables(message)
 
 
 def _compile(

@@ -12,12 +12,13 @@ from typing import Any
 
 from llama_index.core.base.llms.types import ChatMessage, MessageRole, TextBlock
 from llama_index.core.llms.llm import LLM
-from llama_index.core.output_parsers import PydanticOutputParser
 from llama_index.core.prompts import BasePromptTemplate, ChatPromptTemplate, RichPromptTemplate
 from llama_index.core.prompts.base import SelectorPromptTemplate
 
 from pcache_core import Segment
 from pcache_integrations.llama_index._marks import Marked, mark_deeply, read_marks
+from pcache_integrations.llama_index._objects import demanding
+from pcache_integrations.llama_index._templates import has_variables
 
 
 def shadow(
@@ -36,8 +37,7 @@ def shadow(
     if output_cls is None:
         texts = _predicted_texts(llm, copy, marked)
     else:
-        copy.output_parser = PydanticOutputParser(output_cls=output_cls)
-        texts = _structured_texts(llm, copy, marked)
+        texts = _structured_texts(llm, demanding(copy, output_cls), marked)
     return [read_marks(text, nonce) for text in texts]
 
 
@@ -108,7 +108,7 @@ def _mark_turn(message: ChatMessage, nonce: str) -> ChatMessage:
     Chat engines put the history into a template made for one call. A turn is what somebody said,
     not template text: no one else's prompt will hold it.
     """
-    if message.role in (MessageRole.SYSTEM, MessageRole.DEVELOPER) or message.get_template_vars():
+    if message.role in (MessageRole.SYSTEM, MessageRole.DEVELOPER) or has_variables(message):
         return message
     blocks = [
         TextBlock(text=str(Marked(block.text, message.role.value, nonce)))

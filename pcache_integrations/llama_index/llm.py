@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
+from contextlib import aclosing, closing
+from typing import Any, TypeVar
 
 from llama_index.core.base.llms.types import (
     ChatMessage,
@@ -14,213 +15,76 @@ from llama_index.core.base.llms.types import (
     CompletionResponse,
     CompletionResponseAsyncGen,
     CompletionResponseGen,
-    LLMMetadata,
     MessageRole,
 )
-from llama_index.core.bridge.pydantic import Field, PrivateAttr, ValidationError
-from llama_index.core.constants import DEFAULT_CONTEXT_WINDOW
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
-from llama_index.core.llms.custom import CustomLLM
-from llama_index.core.llms.llm import default_completion_to_prompt
-from llama_index.core.prompts import BasePromptTemplate
-from llama_index.core.schema import BaseNode, NodeWithScore
+from llama_index.core.llms.llm import ToolSelection, default_completion_to_prompt
+from llama_index.core.tools import BaseTool
 
-from pcache_core import EncodeReport, Prompt, PromptCacheEngine, SamplingParams
-from pcache_core.errors import OptionError
-from pcache_core.params import DEFAULT_REUSE, RepairPolicy, ReuseMode
-from pcache_integrations._engines import (
-    ENGINE_OPTIONS,
-    EngineHandle,
-    EngineOptions,
-    describe_engine,
-)
-from pcache_integrations._options import call_options, check_names
-from pcache_integrations.llama_index import _responses as responses
-from pcache_integrations.llama_index import _schema
+from pcache_core import Chunk, Prompt, PromptCacheEngine, Tool
+from pcache_core.errors import AnswerError
 from pcache_integrations.llama_index._automap import AutoMap
+from pcache_integrations.llama_index._calls import Call, CallOptions
 from pcache_integrations.llama_index._capture import CAPTURE
-from pcache_integrations.llama_index._documents import (
-    PruneReport,
-    encode_documents,
-    note_documents,
-    prune,
-    release,
-)
-from pcache_integrations.llama_index._handlers import install_handlers
-from pcache_integrations.llama_index._lazy import LazyEngine
+from pcache_integrations.llama_index._documents import note_documents
 from pcache_integrations.llama_index._messages import ChatTemplate
+from pcache_integrations.llama_index._model import CachedLLM
 from pcache_integrations.llama_index._prompts import chat_prompt, text_prompt, wrapped_prompt
-from pcache_integrations.llama_index._sources import Source
+from pcache_integrations.llama_index._tools import as_openai, selections
 
-_OF_A_CALL = (
-    "reuse", "max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed",
-    "stop",
-)  # fmt: skip
+_R = TypeVar("_R")
 
 
-class PromptCacheLLM(AutoMap, CustomLLM):
+class PromptCacheLLM(AutoMap, CachedLLM):
     """A local model whose prompts are mostly read from a cache.
 
     Use it wherever LlamaIndex takes an `llm`. Prompt templates and retrieved nodes find their
     cached states by themselves; what was reused for an answer is in its `raw["prompt_cache"]` and
-    in `llm.engine.reports`. The model is loaded when it is first needed.
+    in `llm.engine.reports`, and is counted in `raw["usage"]` in OpenAI's shape. The model is loaded
+    when it is first needed, once for all objects of equal options.
 
-    ```python
-    llm = PromptCacheLLM(model="path/or/hub-id", max_tokens=64)
-    llm.cache_documents(nodes)                          # optional: encode before the first question
-    index.as_query_engine(llm=llm).query("...")
-    ```
+    >>> from llama_index.core import SummaryIndex, PromptTemplate
+    >>> from llama_index.core.schema import TextNode
+    >>> from pcache_integrations.llama_index import PromptCacheLLM
+    >>> llm = PromptCacheLLM(model="builtin:tiny-rag", max_tokens=48)
+    >>> llm.set_global_tokenizer()
+    >>> fact = "Ann Ostenfurt was born in Nadbridge in 1931 and worked there as a glazier."
+    >>> index = SummaryIndex([TextNode(text=fact, id_="d1")])
+    >>> llm.cache_documents(index, progress=False).encoded
+    1
+    >>> answer = index.as_query_engine(llm=llm).query("Where was Ann Ostenfurt born?")
+    >>> [part.name for part in llm.engine.reports[-1].segments if part.kind == "document"]
+    ['d1']
 
-    `engine=` shares an engine instead of building one. The sampling options and `reuse` may also
-    be given for one call.
+    Calls: `complete`, `chat`, their streams and the asynchronous twins of all four, which don't
+    block the event loop. Sampling options, `stop`, `reuse`, `response_format`, `logprobs` with
+    `top_logprobs`, and for chats `tools`, `tool_choice` and `parallel_tool_calls` hold for one
+    call. Other providers' hints about caching are accepted and have no effect, but a `CachePoint`
+    in a message, or `additional_kwargs["cache_control"]`, makes modules of the texts it marks.
+
+    Tools and structured answers are valid by construction, whatever the model: decoding is
+    constrained to the tool's schema where a call is demanded, and to the class's in structured
+    prediction.
+
+    >>> from pydantic import BaseModel
+    >>> class Person(BaseModel):
+    ...     name: str
+    ...     year: int
+    >>> question = PromptTemplate("{fact} Who, and when?")
+    >>> type(llm.structured_predict(Person, question, fact=fact)).__name__
+    'Person'
+
+    `engine=` shares an engine instead of building one.
 
     Raises: OptionError: an unknown option, a value out of range, or both `engine` and an option
         that it has settled.
     """
 
-    model: str = Field(default="builtin:tiny-rag", description="A built-in model, path or hub id.")
-    reuse: str = Field(
-        default=DEFAULT_REUSE, description="What is reused: off, exact, fast, balanced or high."
-    )
-    repair: RepairPolicy | None = Field(
-        default=None, description="What balanced and high compute again, if not their own choice."
-    )
-    store: str = Field(default="memory", description="Where states are kept.")
-    storage_dtype: str = Field(
-        default="auto", description="How files and servers keep states: auto, bfloat16, int8 …"
-    )
-    max_tokens: int = Field(default=256, description="Most tokens to generate.")
-    temperature: float = Field(default=0.0, description="0 takes the likeliest token.")
-    top_p: float = Field(default=1.0, description="Sample from this much probability.")
-    top_k: int = Field(default=0, description="Sample from the k likeliest tokens; 0 from all.")
-    min_p: float = Field(default=0.0, description="Least probability relative to the likeliest.")
-    repetition_penalty: float = Field(default=1.0, description="Above 1 avoids repetition.")
-    seed: int | None = Field(default=None, description="Makes sampling repeatable.")
-    stop: str | list[str] | None = Field(default=None, description="Strings that end generation.")
-    dtype: str = Field(default="auto", description="The model's number format.")
-    device: str = Field(default="auto", description="Where the model runs.")
-    namespace: str = Field(default="default", description="States are shared only inside of it.")
-    context_window: int | None = Field(
-        default=None, description="Tokens of prompt and answer; by default the model's.", gt=0
-    )
-    is_chat_model: bool | None = Field(
-        default=None,
-        description=(
-            "Whether query engines hand over messages. By default whether the model's chat "
-            "template marks roles: one that doesn't belongs to a completion model."
-        ),
-    )
-
-    _lazy: LazyEngine = PrivateAttr()
-
     def __init__(
         self, model: str | None = None, *, engine: PromptCacheEngine | None = None, **options: Any
     ) -> None:
-        check_names(options, type(self).model_fields, "PromptCacheLLM")
-        if model is not None:
-            options["model"] = model
-        if engine is not None:
-            options = {**describe_engine(engine, options), **options}
-        try:
-            super().__init__(**options)
-        except ValidationError as error:
-            raise OptionError(f"PromptCacheLLM: {error}") from error
-        wanted = {name: getattr(self, name) for name in ENGINE_OPTIONS}
-        self._lazy = LazyEngine(EngineOptions(**wanted, reuse=self.reuse), engine)
-        # A pickle brings the renderer of the object that it was made from.
-        if isinstance(options.get("messages_to_prompt"), ChatTemplate | None):
-            self.messages_to_prompt = ChatTemplate(self._lazy)
-        self._options({})  # A value out of range is refused here, not at the first question.
-        install_handlers()
-
-    @classmethod
-    def class_name(cls) -> str:
-        """The name in traces and serialised indices."""
-        return "PromptCacheLLM"
-
-    @property
-    def engine(self) -> PromptCacheEngine:
-        """The engine behind this LLM. The first use loads the model."""
-        return self._lazy.get()
-
-    @property
-    def engine_handle(self) -> EngineHandle:
-        """How others share the engine before it is built."""
-        return self._lazy
-
-    @property
-    def metadata(self) -> LLMMetadata:
-        """What LlamaIndex plans prompts with. Loads the model if any of it is the model's."""
-        window, is_chat = self.context_window, self.is_chat_model
-        return LLMMetadata(
-            context_window=window or self.engine.lm.context_length or DEFAULT_CONTEXT_WINDOW,
-            num_output=self.max_tokens,
-            is_chat_model=self._lazy.marks_roles if is_chat is None else is_chat,
-            model_name=self.model,
-        )
-
-    def to_payload(self) -> dict[str, Any]:
-        """What traces show of this LLM. Does not load the model for it."""
-        if not self._lazy.is_built:
-            return {"class_name": self.class_name(), "model_name": self.model}
-        return super().to_payload()
-
-    def schema_for(
-        self,
-        prompt_template: BasePromptTemplate,
-        *,
-        name: str | None = None,
-        lengths: Mapping[str, int] | None = None,
-    ) -> str:
-        """The PML schema of a prompt template.
-
-        name: of the schema; made of the content when not given. lengths: the most tokens of each
-            variable; 64 if not given.
-        Raises: TemplateError: no schema can express the template.
-        """
-        return _schema.schema_for(prompt_template, llm=self, name=name, lengths=lengths)
-
-    def cache_documents(
-        self,
-        documents: Source | Iterable[BaseNode | NodeWithScore | str],
-        progress: bool = True,  # noqa: FBT001, FBT002 (the published signature)
-    ) -> EncodeReport:
-        """Encode nodes, documents or plain texts before a question needs them.
-
-        documents: a list of them, or an index or a document store, whose nodes are meant.
-        Nodes are encoded as query engines write them into prompts: with the metadata meant for
-        the model, stripped. What the store has already is not encoded again.
-
-        Raises: OptionError: something else was given. ContextLengthError: one is too long.
-        """
-        return encode_documents(self.engine, CAPTURE, documents, progress=progress)
-
-    def prune(self, *in_use: Source) -> PruneReport:
-        """Drop the states of nodes that are gone: deleted, replaced, or changed.
-
-        in_use: every index that this LLM answers from; or document stores, or lists of nodes. What
-            none of them holds is dropped: it costs time again if it is asked for, no more.
-
-        Only texts of nodes are dropped that this LLM, or another on the same engine, was given to
-        encode or has answered from, in this process; then in a folder every state of them, whoever
-        made it, as equal texts share states. What others put into a shared store is not known here:
-        after a restart, `cache_documents(index)` before documents are deleted makes it so.
-
-        Raises: OptionError: nothing was given, or a source that does not say which nodes are in
-            use, such as an ingestion pipeline's document store. StoreError: the store's folder
-            can't be read, nothing was dropped.
-        """
-        return prune(self.engine, CAPTURE, in_use)
-
-    def release_doc(self, ref_doc_id: str) -> PruneReport:
-        """Drop the states of a document's nodes, except for texts that other documents have too.
-
-        Knows of what `prune` knows; a document that was never met is no error. A document that is
-        not cut into nodes has its own id.
-
-        Raises: OptionError: it is no id. StoreError: the store's folder can't be read.
-        """
-        return release(self.engine, CAPTURE, ref_doc_id)
+        """Take the options; for type checkers, which would leave `engine` out."""
+        CachedLLM.__init__(self, model, engine=engine, **options)
 
     @llm_completion_callback()
     def complete(
@@ -230,9 +94,9 @@ class PromptCacheLLM(AutoMap, CustomLLM):
         **kwargs: Any,
     ) -> CompletionResponse:
         """Answer a prompt. `formatted` says that nothing is to be put around it."""
-        options = self._options(kwargs)
-        generation = self.engine.generate(self._text_prompt(prompt, formatted=formatted), *options)
-        return responses.completion(generation)
+        call = self._completion_call(prompt, kwargs, formatted=formatted)
+        generation = self.engine.generate(call.prompt, call.params, reuse=call.reuse)
+        return call.completion().whole(generation)
 
     @llm_completion_callback()
     def stream_complete(
@@ -242,9 +106,8 @@ class PromptCacheLLM(AutoMap, CustomLLM):
         **kwargs: Any,
     ) -> CompletionResponseGen:
         """`complete` piece by piece. The prompt is mapped now, the model runs when asked."""
-        options = self._options(kwargs)
-        chunks = self.engine.stream(self._text_prompt(prompt, formatted=formatted), *options)
-        return responses.completions(chunks)
+        call = self._completion_call(prompt, kwargs, formatted=formatted)
+        return self._pieces(call, call.completion().piece)
 
     @llm_completion_callback()
     async def acomplete(
@@ -254,12 +117,9 @@ class PromptCacheLLM(AutoMap, CustomLLM):
         **kwargs: Any,
     ) -> CompletionResponse:
         """`complete` without blocking the event loop."""
-        options = self._options(kwargs)
-        engine = await self._aengine()
-        generation = await engine.agenerate(
-            self._text_prompt(prompt, formatted=formatted), *options
-        )
-        return responses.completion(generation)
+        call = await asyncio.to_thread(self._completion_call, prompt, kwargs, formatted=formatted)
+        generation = await self.engine.agenerate(call.prompt, call.params, reuse=call.reuse)
+        return call.completion().whole(generation)
 
     @llm_completion_callback()
     async def astream_complete(
@@ -269,50 +129,87 @@ class PromptCacheLLM(AutoMap, CustomLLM):
         **kwargs: Any,
     ) -> CompletionResponseAsyncGen:
         """`stream_complete` without blocking the event loop."""
-        options = self._options(kwargs)
-        engine = await self._aengine()
-        chunks = engine.astream(self._text_prompt(prompt, formatted=formatted), *options)
-        return responses.acompletions(chunks)
+        call = await asyncio.to_thread(self._completion_call, prompt, kwargs, formatted=formatted)
+        return self._apieces(call, call.completion().piece)
 
     @llm_chat_callback()
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
-        """Answer a conversation."""
-        options = self._options(kwargs)
-        generation = self.engine.generate(self._chat_prompt(messages), *options)
-        return responses.as_chat(responses.completion(generation))
+        """Answer a conversation. tools: that the model may call, LlamaIndex's or in OpenAI's shape.
+
+        The calls are in the message's blocks, and in OpenAI's shape in its
+        `additional_kwargs["tool_calls"]`.
+        """
+        call = self._chat_call(messages, kwargs)
+        generation = self.engine.generate(call.prompt, call.params, reuse=call.reuse)
+        return call.chat().whole(generation)
 
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
         """`chat` piece by piece. The prompt is mapped now, the model runs when asked."""
-        options = self._options(kwargs)
-        chunks = self.engine.stream(self._chat_prompt(messages), *options)
-        return (responses.as_chat(part) for part in responses.completions(chunks))
+        call = self._chat_call(messages, kwargs)
+        return self._pieces(call, call.chat().piece)
 
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """`chat` without blocking the event loop."""
-        options = self._options(kwargs)
-        engine = await self._aengine()
-        generation = await engine.agenerate(self._chat_prompt(messages), *options)
-        return responses.as_chat(responses.completion(generation))
+        call = await asyncio.to_thread(self._chat_call, messages, kwargs)
+        generation = await self.engine.agenerate(call.prompt, call.params, reuse=call.reuse)
+        return call.chat().whole(generation)
 
     @llm_chat_callback()
     async def astream_chat(
         self, messages: Sequence[ChatMessage], **kwargs: Any
     ) -> ChatResponseAsyncGen:
         """`stream_chat` without blocking the event loop."""
-        options = self._options(kwargs)
-        engine = await self._aengine()
-        chunks = engine.astream(self._chat_prompt(messages), *options)
-        return (responses.as_chat(part) async for part in responses.acompletions(chunks))
+        call = await asyncio.to_thread(self._chat_call, messages, kwargs)
+        return self._apieces(call, call.chat().piece)
 
-    async def _aengine(self) -> PromptCacheEngine:
-        """The engine; loading its model does not block the event loop."""
-        return await asyncio.to_thread(self._lazy.get)
+    def get_tool_calls_from_response(
+        self,
+        response: ChatResponse,
+        error_on_no_tool_call: bool = True,  # noqa: FBT001, FBT002 - the base class's signature
+        **kwargs: Any,
+    ) -> list[ToolSelection]:
+        """The calls that an answer makes. Raises: AnswerError: none, unless that is no error."""
+        found = selections(response.message)
+        if not found and error_on_no_tool_call:
+            raise AnswerError(
+                f"the answer calls no tool, it says {str(response.message.content)[:80]!r}; "
+                "demand a call with tool_required=True, or pass error_on_no_tool_call=False"
+            )
+        return found
 
-    def _options(self, given: Mapping[str, Any]) -> tuple[SamplingParams, ReuseMode]:
-        own = {name: getattr(self, name) for name in _OF_A_CALL}
-        return call_options(own, given, "a call of PromptCacheLLM")
+    def _prepare_chat_with_tools(
+        self,
+        tools: Sequence[BaseTool],
+        user_msg: str | ChatMessage | None = None,
+        chat_history: list[ChatMessage] | None = None,
+        verbose: bool = False,  # noqa: FBT001, FBT002
+        allow_parallel_tool_calls: bool = False,  # noqa: FBT001, FBT002
+        tool_required: bool = False,  # noqa: FBT001, FBT002
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        messages = list(chat_history or ())
+        if user_msg is not None:
+            messages.append(ChatMessage(user_msg) if isinstance(user_msg, str) else user_msg)
+        return {
+            "messages": messages,
+            "tools": as_openai(tools),
+            "tool_required": tool_required,
+            "parallel_tool_calls": allow_parallel_tool_calls,
+            **kwargs,
+        }
+
+    def _completion_call(self, text: str, given: Mapping[str, Any], *, formatted: bool) -> Call:
+        """A call, checked and mapped; loads the model if that has not happened."""
+        options = CallOptions.of_completion(self._own_options, given)
+        return options.plain_call(self._text_prompt(text, formatted=formatted))
+
+    def _chat_call(self, messages: Sequence[ChatMessage], given: Mapping[str, Any]) -> Call:
+        """As `_completion_call`."""
+        options = CallOptions.of_chat(self._own_options, given)
+        prompt = self._chat_prompt(messages, options.core_tools())
+        return options.call_with_tools(prompt, self.engine)
 
     def _text_prompt(self, text: str, *, formatted: bool) -> Prompt:
         if formatted:
@@ -323,12 +220,28 @@ class PromptCacheLLM(AutoMap, CustomLLM):
             return self._chat_prompt([ChatMessage(role=MessageRole.USER, content=text)])
         return self._noted(wrapped_prompt(text, lambda bare: self._extend_prompt(wrap(bare))))
 
-    def _chat_prompt(self, messages: Sequence[ChatMessage]) -> Prompt:
+    def _chat_prompt(self, messages: Sequence[ChatMessage], tools: Sequence[Tool] = ()) -> Prompt:
         system = (MessageRole.SYSTEM, self.system_prompt)
         if all((message.role, message.content) != system for message in messages):
             messages = self._extend_messages(list(messages))
         to_prompt = self.messages_to_prompt or ChatTemplate(self._lazy)
-        return self._noted(chat_prompt(self._lazy, messages, self.system_prompt, to_prompt))
+        return self._noted(chat_prompt(self._lazy, messages, to_prompt, tools))
 
     def _noted(self, prompt: Prompt) -> Prompt:
         return note_documents(self.engine, CAPTURE, prompt)
+
+    def _pieces(self, call: Call, piece: Callable[[Chunk], _R]) -> Generator[_R, None, None]:
+        chunks = self.engine.stream(call.prompt, call.params, reuse=call.reuse)
+
+        def run() -> Generator[_R, None, None]:
+            with closing(chunks):
+                for chunk in chunks:
+                    yield piece(chunk)
+
+        return run()
+
+    async def _apieces(self, call: Call, piece: Callable[[Chunk], _R]) -> AsyncGenerator[_R, None]:
+        chunks = self.engine.astream(call.prompt, call.params, reuse=call.reuse)
+        async with aclosing(chunks):
+            async for chunk in chunks:
+                yield piece(chunk)

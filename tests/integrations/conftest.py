@@ -7,7 +7,7 @@ import inspect
 
 import pytest
 
-from pcache_integrations.llama_index import _automap, _handlers, _prompts, ingest
+from pcache_integrations.llama_index import _automap, _handlers, _model, _prompts, ingest
 from pcache_integrations.llama_index import llm as _llm
 from pcache_integrations.llama_index._capture import Capture
 
@@ -26,5 +26,5 @@ def closed_loops(request: pytest.FixtureRequest) -> None:
 def nothing_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Start without the plans and nodes of earlier tests, which may have used the same texts."""
     capture = Capture()
-    for module in (_automap, _handlers, _prompts, _llm, ingest):
+    for module in (_automap, _handlers, _prompts, _model, _llm, ingest):
         monkeypatch.setattr(module, "CAPTURE", capture)

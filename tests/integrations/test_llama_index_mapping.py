@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+import inspect
 from typing import Any
 
 import pytest
@@ -126,7 +126,7 @@ class TestQueryEngines:
 
     def test_the_answer_so_far_is_data_not_template(self, llm: PromptCacheLLM) -> None:
         query_engine(llm, "refine").query(QUESTION)
-        assert ("argument", "existing_answer") in pieces_of(llm.engine.reports[-1])
+        assert ("argument", "existing_answer") in pieces_of(llm.engine.reports[1])
 
     @pytest.mark.parametrize("mode", ["compact", "refine"])
     def test_a_stream_consumed_after_the_query_returned_finds_the_nodes(
@@ -183,13 +183,16 @@ class TestQueryEngines:
     def test_nodes_of_equal_text_and_short_ones_keep_their_names(self, llm: PromptCacheLLM) -> None:
         twin = FOUND[0].model_copy(update={"id_": "twin"})
         found = [FOUND[0], TextNode(text="No entry.", id_="short"), twin]
-        RetrieverQueryEngine.from_args(FixedRetriever(found), llm=llm).query(QUESTION)
+        synthesizer = get_response_synthesizer(llm=llm)  # retrievers may leave out twins
+        synthesizer.synthesize(QUESTION, [NodeWithScore(node=node) for node in found])
         assert documents_of(llm.engine.reports[-1]) == ["d1", "short", "twin"]
 
     def test_nodes_written_by_a_template_that_calls_objects_are_found(
         self, chat_llm: PromptCacheLLM
     ) -> None:
         """The templates for several media loop over messages, whose text comes unmarked."""
+        if "multimodal" not in inspect.signature(get_response_synthesizer).parameters:
+            pytest.skip("this version of LlamaIndex has no such templates")
         synthesizer = get_response_synthesizer(
             llm=chat_llm, response_mode=ResponseMode.COMPACT, multimodal=True
         )
@@ -288,49 +291,51 @@ class Place(BaseModel):
 
 
 class TestStructured:
-    def test_structured_predict_maps_the_prompt_with_its_schema(self, llm: PromptCacheLLM) -> None:
-        template = PromptTemplate("Read this.\n{context_str}\nQuestion: {query_str}\n")
-        with pytest.raises(ValueError, match="Could not extract json"):  # the model can't do it
-            llm.structured_predict(Place, template, context_str=FOUND[0].text, query_str=QUESTION)
-        report = llm.engine.reports[-1]
+    """The model writes objects of the class; how, is in the tests of conformance."""
+
+    @pytest.fixture
+    def writer(self, llm: PromptCacheLLM) -> PromptCacheLLM:
+        return PromptCacheLLM(engine=llm.engine, max_tokens=24)
+
+    READ = PromptTemplate("Read this.\n{context_str}\nQuestion: {query_str}\n")
+
+    def test_structured_predict_maps_the_prompt_with_its_schema(
+        self, writer: PromptCacheLLM
+    ) -> None:
+        context = {"context_str": FOUND[0].text, "query_str": QUESTION}
+        writer.structured_predict(Place, self.READ, **context)
+        report = writer.engine.reports[-1]
         assert argument_of(report, "query_str") == QUESTION
         schemas = [s.kind for s in report.segments if "JSON schema" in s.text]
         assert schemas == ["literal"]
 
-    async def test_astructured_predict_maps_the_prompt(self, llm: PromptCacheLLM) -> None:
-        template = PromptTemplate("Read this.\n{context_str}\nQuestion: {query_str}\n")
-        with pytest.raises(ValueError, match="Could not extract json"):
-            await llm.astructured_predict(Place, template, context_str="None.", query_str=QUESTION)
-        assert argument_of(llm.engine.reports[-1], "query_str") == QUESTION
+    async def test_astructured_predict_maps_the_prompt(self, writer: PromptCacheLLM) -> None:
+        await writer.astructured_predict(Place, self.READ, context_str="None.", query_str=QUESTION)
+        assert argument_of(writer.engine.reports[-1], "query_str") == QUESTION
 
-    def test_stream_structured_predict_maps_the_prompt(self, llm: PromptCacheLLM) -> None:
-        template = PromptTemplate("Read this.\n{context_str}\nQuestion: {query_str}\n")
-        list(
-            llm.stream_structured_predict(Place, template, context_str="None.", query_str=QUESTION)
-        )
-        assert argument_of(llm.engine.reports[-1], "query_str") == QUESTION
+    def test_stream_structured_predict_maps_the_prompt(self, writer: PromptCacheLLM) -> None:
+        context = {"context_str": "None.", "query_str": QUESTION}
+        list(writer.stream_structured_predict(Place, self.READ, **context))
+        assert argument_of(writer.engine.reports[-1], "query_str") == QUESTION
 
-    async def test_astream_structured_predict_maps_the_prompt(self, llm: PromptCacheLLM) -> None:
-        template = PromptTemplate("Read this.\n{context_str}\nQuestion: {query_str}\n")
-        stream = await llm.astream_structured_predict(
-            Place, template, context_str="None.", query_str=QUESTION
+    async def test_astream_structured_predict_maps_the_prompt(self, writer: PromptCacheLLM) -> None:
+        stream = await writer.astream_structured_predict(
+            Place, self.READ, context_str="None.", query_str=QUESTION
         )
         async for _ in stream:
             pass
-        assert argument_of(llm.engine.reports[-1], "query_str") == QUESTION
+        assert argument_of(writer.engine.reports[-1], "query_str") == QUESTION
 
-    def test_output_cls_of_a_query_engine_finds_the_nodes(self, llm: PromptCacheLLM) -> None:
-        with suppress(ValueError):  # the model writes no JSON
-            query_engine(llm, "compact", output_cls=Place).query(QUESTION)
-        assert_mapped(llm.engine.reports[-1])
+    def test_output_cls_of_a_query_engine_finds_the_nodes(self, writer: PromptCacheLLM) -> None:
+        query_engine(writer, "compact", output_cls=Place).query(QUESTION)
+        assert_mapped(writer.engine.reports[-1])
 
     def test_a_structured_wrapper_around_the_llm_finds_nodes_and_question(
-        self, llm: PromptCacheLLM
+        self, writer: PromptCacheLLM
     ) -> None:
-        wrapper = llm.as_structured_llm(Place)
-        with suppress(ValueError):
-            RetrieverQueryEngine.from_args(FixedRetriever(FOUND), llm=wrapper).query(QUESTION)
-        report = llm.engine.reports[-1]
+        wrapper = writer.as_structured_llm(Place)
+        RetrieverQueryEngine.from_args(FixedRetriever(FOUND), llm=wrapper).query(QUESTION)
+        report = writer.engine.reports[-1]
         assert documents_of(report) == NAMES
         assert argument_of(report, "query_str") == QUESTION
 

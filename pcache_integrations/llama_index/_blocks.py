@@ -1,0 +1,107 @@
+"""What a LlamaIndex message says, block by block, and where its caller drew borders."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from llama_index.core.base.llms.types import ChatMessage
+
+from pcache_core import Segment
+from pcache_core.errors import PromptError
+
+_BETWEEN = "\n"  # as `ChatMessage.content` joins its blocks
+# Said elsewhere in the message, or not for the model's eyes. By name, as versions differ in which
+# classes they have.
+_UNSAID = ("thinking", "tool_call", "citation")
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A block's text. is_module: its caller marked it as worth keeping. name: its source's."""
+
+    text: str
+    is_module: bool = False
+    name: str | None = None
+
+
+def pieces_of(message: ChatMessage) -> list[Piece]:
+    """The message's texts. A cache point marks those before it, `cache_control` all of them.
+
+    Raises: PromptError: it holds an image or anything else but text.
+    """
+    pieces: list[Piece] = []
+    for block in message.blocks:
+        kind = getattr(block, "block_type", type(block).__name__)
+        if kind == "cache":
+            pieces = [replace(piece, is_module=True) for piece in pieces]
+        elif kind not in _UNSAID:
+            pieces.append(_piece(block, kind, message.role.value))
+    if message.additional_kwargs.get("cache_control"):
+        pieces = [replace(piece, is_module=True) for piece in pieces]
+    return pieces
+
+
+def joined(pieces: Sequence[Piece]) -> str:
+    """The message's content."""
+    return _BETWEEN.join(piece.text for piece in pieces)
+
+
+def with_borders(segments: Sequence[Segment], pieces: Sequence[Piece]) -> list[Segment]:
+    """Segments of the joined pieces, with each marked piece as a module of its own.
+
+    A marked piece that is known to be template text, or to hold documents, stays what it is. Behind
+    a mark in a system message nothing is template text: it would not have been left out otherwise.
+    """
+    if not any(piece.is_module for piece in pieces):
+        return list(segments)
+    done: list[Segment] = []
+    rest = list(segments)
+    behind_mark = False
+    for number, piece in enumerate(pieces):
+        if number:
+            between, rest = _cut(rest, len(_BETWEEN))
+            done += between
+        own, rest = _cut(rest, len(piece.text))
+        if piece.is_module:
+            is_known = any(segment.kind in ("literal", "document") for segment in own)
+            done += own if is_known else [Segment(piece.text, "document", piece.name)]
+            behind_mark = True
+        else:
+            done += [_as_data(segment) for segment in own] if behind_mark else own
+    return done
+
+
+def _piece(block: Any, kind: str, role: str) -> Piece:
+    if kind == "text":
+        return Piece(block.text)
+    if kind == "citable" and all(inner.block_type == "text" for inner in block.content):
+        text = _BETWEEN.join(inner.text for inner in block.content)
+        return Piece(text, is_module=True, name=block.source)
+    raise PromptError(
+        f"a {role} message holds a {type(block).__name__}; "
+        "the model reads text only, leave it out or describe it in words"
+    )
+
+
+def _cut(segments: Sequence[Segment], length: int) -> tuple[list[Segment], list[Segment]]:
+    """The segments of the first `length` characters, and the rest."""
+    before: list[Segment] = []
+    after: list[Segment] = []
+    for segment, start in zip(segments, _starts(segments), strict=True):
+        at = min(max(length - start, 0), len(segment.text))
+        before.append(replace(segment, text=segment.text[:at]))
+        after.append(replace(segment, text=segment.text[at:]))
+    return [s for s in before if s.text], [s for s in after if s.text]
+
+
+def _starts(segments: Sequence[Segment]) -> Iterator[int]:
+    position = 0
+    for segment in segments:
+        yield position
+        position += len(segment.text)
+
+
+def _as_data(segment: Segment) -> Segment:
+    return replace(segment, kind="argument") if segment.kind == "literal" else segment
