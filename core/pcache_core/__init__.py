@@ -3,6 +3,7 @@
 from pcache_core.chat import Message
 from pcache_core.engine import PromptCacheEngine
 from pcache_core.errors import (
+    AnswerError,
     BudgetError,
     ChatTemplateError,
     ContextLengthError,
@@ -27,6 +28,7 @@ from pcache_core.store import DiskStore, MemoryStore, ModuleStore, TieredStore
 from pcache_core.tools import InvalidToolCall, Tool, ToolAnswer, ToolCall, ToolFormat
 
 __all__ = [
+    "AnswerError",
     "BudgetError",
     "CausalLM",
     "ChatTemplateError",

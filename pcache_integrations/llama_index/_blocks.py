@@ -10,6 +10,7 @@ from llama_index.core.base.llms.types import ChatMessage
 
 from pcache_core import Segment
 from pcache_core.errors import PromptError
+from pcache_core.prompt import SegmentKind
 
 _BETWEEN = "\n"  # as `ChatMessage.content` joins its blocks
 # Said elsewhere in the message, or not for the model's eyes. By name, as versions differ in which
@@ -48,11 +49,15 @@ def joined(pieces: Sequence[Piece]) -> str:
     return _BETWEEN.join(piece.text for piece in pieces)
 
 
-def with_borders(segments: Sequence[Segment], pieces: Sequence[Piece]) -> list[Segment]:
+def with_borders(
+    segments: Sequence[Segment], pieces: Sequence[Piece], kind: SegmentKind
+) -> list[Segment]:
     """Segments of the joined pieces, with each marked piece as a module of its own.
 
-    A marked piece that is known to be template text, or to hold documents, stays what it is. Behind
-    a mark in a system message nothing is template text: it would not have been left out otherwise.
+    A marked piece that is known to be template text, or to hold documents, stays what it is.
+
+    kind: of what nothing is known. If that is template text, it ends at the last mark: what stands
+        behind it was left out because it differs from call to call.
     """
     if not any(piece.is_module for piece in pieces):
         return list(segments)
@@ -69,7 +74,7 @@ def with_borders(segments: Sequence[Segment], pieces: Sequence[Piece]) -> list[S
             done += own if is_known else [Segment(piece.text, "document", piece.name)]
             behind_mark = True
         else:
-            done += [_as_data(segment) for segment in own] if behind_mark else own
+            done += map(_as_data, own) if behind_mark and kind == "literal" else own
     return done
 
 

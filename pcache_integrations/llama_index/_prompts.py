@@ -68,7 +68,7 @@ def _content(message: ChatMessage, special_tokens: Sequence[str]) -> Sequence[Se
     if not text:
         return ()
     kind: SegmentKind = "literal" if message.role in _TEMPLATE_ROLES else "argument"
-    segments = with_borders(CAPTURE.segments(text, kind), pieces)
+    segments = with_borders(CAPTURE.segments(text, kind), pieces, kind)
     return settle([_as_data(s, special_tokens) for s in segments], text).segments
 
 
