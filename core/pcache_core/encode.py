@@ -25,14 +25,6 @@ class Module:
         return len(self.passage.token_ids)
 
 
-def encode_anchor(lm: CausalLM, token_ids: Sequence[int]) -> KVState:
-    """The state of an anchor: its tokens from position 0 on, behind nothing."""
-    slot = lm.new_slot(len(token_ids))
-    rows = range(len(token_ids))
-    lm.forward(Batch.of_rows(slot, token_ids, rows, rows))
-    return slot.state(0, token_ids, 0)
-
-
 def encode_modules(
     lm: CausalLM, anchor: KVState | None, modules: Sequence[Module]
 ) -> Iterator[tuple[Module, KVState]]:

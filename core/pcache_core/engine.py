@@ -7,14 +7,15 @@ bookkeeping.
 
 from __future__ import annotations
 
-import asyncio
 import os
 import time
 from collections.abc import AsyncGenerator, Generator, Iterable, Sequence
+from contextlib import aclosing
 from dataclasses import replace
 from functools import cached_property
 
 from pcache_core.admission import Admission, AdmissionName, check_admission
+from pcache_core.background import BackgroundStreams
 from pcache_core.chat import Message, render_chat
 from pcache_core.errors import BudgetError, OptionError
 from pcache_core.forget import ForgetReport, forget
@@ -45,6 +46,8 @@ from pcache_core.tool_chat import render_tool_chat
 from pcache_core.tools import Tool, ToolFormat, tool_format
 from pcache_core.totals import EngineStats, Reports
 
+_MAX_RUNNING = 16
+
 
 class PromptCacheEngine:
     """Runs prompts over precomputed attention states of their parts.
@@ -61,7 +64,8 @@ class PromptCacheEngine:
         never depends on the machine's speed. See `pcache_core.admission`.
     reports: of the last 256 requests.
 
-    May be called from several threads; forwards take turns.
+    Requests of several threads and tasks run at the same time and share forwards; of those that
+    an event loop waits for, 16 run at once.
 
     Raises: OptionError: unknown mode, bad namespace. BudgetError: the store can't hold one token.
     """
@@ -99,6 +103,7 @@ class PromptCacheEngine:
         self.reports = Reports(self._library.learn)
         self._schemas = SchemaShelf(lm)
         self._reader = PromptReader(self._library, min_module_tokens)
+        self._background = BackgroundStreams(_MAX_RUNNING, lm.cancelled_by)
 
     def encode(
         self,
@@ -198,22 +203,11 @@ class PromptCacheEngine:
         reuse: ReuseMode | None = None,
         repair: RepairPolicy | None = None,
     ) -> AsyncGenerator[Chunk, None]:
-        """`stream` without blocking the event loop; each piece is made in a worker thread."""
-        chunks = await asyncio.to_thread(self.stream, prompt, params, reuse, repair)
-        step: asyncio.Future[Chunk | None] | None = None
-        try:
-            while True:
-                step = asyncio.ensure_future(asyncio.to_thread(next, chunks, None))
-                chunk = await asyncio.shield(step)
-                if chunk is None:
-                    return
+        """`stream` without blocking the event loop; one that is given up frees its slot."""
+        chunks = self._background.read(lambda: self.stream(prompt, params, reuse, repair))
+        async with aclosing(chunks):
+            async for chunk in chunks:
                 yield chunk
-        finally:
-            # A cancelled request may still be inside a step, and ends when that step does.
-            if step is None or step.done():
-                chunks.close()
-            else:
-                step.add_done_callback(lambda _: chunks.close())
 
     def prompt_from_chat(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> Prompt:
         """Render chat messages by the model's own template, markup as `literal` segments.

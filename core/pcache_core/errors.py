@@ -13,6 +13,7 @@ PromptCacheError
 ├── AnswerError           an answer is not what was asked for (ValueError)
 ├── StateMismatchError    a state is of another shape, model or dtype
 ├── StoreError            a store can't be reached or written
+├── RequestCancelledError nobody waits for a request's answer any longer
 └── DependencyError       an optional package is not installed (ImportError)
 ```
 Every message says what was wrong, what was given, the limit and the remedy.
@@ -84,6 +85,10 @@ class StateMismatchError(PromptCacheError):
 
 class StoreError(PromptCacheError):
     """A store can't be reached or written."""
+
+
+class RequestCancelledError(PromptCacheError):
+    """Nobody waits for a request's answer any longer, so that its work was given up."""
 
 
 class DependencyError(PromptCacheError, ImportError):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from pcache_core.admission import Admission, Declined
-from pcache_core.encode import Module, encode_anchor, encode_modules
+from pcache_core.encode import Module, encode_modules
 from pcache_core.errors import StateMismatchError
 from pcache_core.key import KeySpace, ModuleKey
 from pcache_core.kv import KVState, Rows
@@ -64,6 +64,7 @@ class ModuleLibrary:
         self._ledger = Ledger()
         self._admission = admission
         self._lock = threading.Lock()
+        self._encoding: dict[ModuleKey, threading.Event] = {}
         self._keys = KeySpace(
             lm.fingerprint, str(lm.dtype), namespace, model_name=lm.name, decode=lm.text.decode
         )
@@ -201,8 +202,12 @@ class ModuleLibrary:
         """The state of an anchor, encoded if it is new; None for an empty one."""
         if not anchor_ids:
             return None
-        key = self.key((), Passage(tuple(anchor_ids)), 0)
-        return self._find(key) or self._keep(key, encode_anchor(self.lm, anchor_ids))
+        passage = Passage(tuple(anchor_ids))
+        key = self.key((), passage, 0)
+        found = self._find(key)
+        if found is None:
+            ((_, found),) = self.encode(None, {key: Module(passage, 0)})
+        return found
 
     def encode(
         self,
@@ -211,8 +216,32 @@ class ModuleLibrary:
     ) -> Iterator[tuple[ModuleKey, Found]]:
         """Encode modules behind the anchor and put them in the store; yields as they are made.
 
-        A state that the store can't keep is still returned.
+        What another thread is encoding is waited for instead. A state that the store can't keep is
+        still returned.
         """
+        with self._lock:
+            own = {key: module for key, module in modules.items() if key not in self._encoding}
+            others = {key: self._encoding[key] for key in modules if key not in own}
+            done = threading.Event()
+            self._encoding.update(dict.fromkeys(own, done))
+        try:
+            yield from self._encode(anchor, own)
+        finally:
+            with self._lock:
+                for key in own:
+                    del self._encoding[key]
+            done.set()
+        for key, encoded in others.items():
+            encoded.wait()
+            found = self._find(key)
+            if found is None:
+                yield from self.encode(anchor, {key: modules[key]})
+            else:
+                yield key, found
+
+    def _encode(
+        self, anchor: Found | None, modules: Mapping[ModuleKey, Module]
+    ) -> Iterator[tuple[ModuleKey, Found]]:
         keys = {module: key for key, module in modules.items()}
         state = anchor.state.whole() if anchor else None
         elapsed_ms, tokens = 0.0, 0

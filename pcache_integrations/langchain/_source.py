@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import linecache
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import lru_cache
 from string import Formatter
 from types import CodeType, FrameType, FunctionType
@@ -37,11 +37,10 @@ Pieces = tuple[str | None, ...]
 
 
 class _Source(NamedTuple):
-    """A function's code and what its names stand for."""
+    """A function's code and what its global names stand for."""
 
     code: CodeType
     names: dict[str, Any]
-    values: Mapping[str, Any]
 
 
 def source_layout(text: str) -> Layout | None:
@@ -64,7 +63,8 @@ def _sources() -> Iterator[_Source]:
             return
         if str(frame.f_globals.get("__name__")).partition(".")[0] not in _NOT_CALLERS:
             found += 1
-            yield _Source(frame.f_code, frame.f_globals, frame.f_locals)
+            # Not its locals: asking for them would keep them alive until the function returns.
+            yield _Source(frame.f_code, frame.f_globals)
         elif "self" in frame.f_code.co_varnames:
             yield from _functions_of(frame.f_locals.get("self"))
         frame = frame.f_back
@@ -76,14 +76,14 @@ def _functions_of(chain: object) -> Iterator[_Source]:
     for step in steps:
         function = getattr(step, "func", None) if isinstance(step, RunnableLambda) else None
         if isinstance(function, FunctionType):
-            yield _Source(function.__code__, function.__globals__, {})
+            yield _Source(function.__code__, function.__globals__)
 
 
 def _templates(source: _Source) -> Iterator[Pieces]:
-    code, names, values = source
+    code, names = source
     yield from _f_strings(code, names)
     named = (names.get(name) for name in code.co_names)
-    for value in (*code.co_consts, *values.values(), *named):
+    for value in (*code.co_consts, *named):
         if isinstance(value, str) and "{" in value and len(value) <= _MAX_TEMPLATE_CHARS:
             yield _format_pieces(value)
 

@@ -269,3 +269,40 @@ def test_what_waits_is_written_before_the_interpreter_exits(tmp_path: Path, how:
     )
     store = DiskStore(tmp_path)
     assert all(store.get(make(tokens, 1, copies=100)[0]) is not None for tokens in range(30))
+
+
+FORKING = """
+import os, sys, threading
+from pcache_core import DiskStore, MemoryStore
+from stored_states import make
+stores = [MemoryStore(), DiskStore(sys.argv[1])]
+locks = [stores[0]._lock, stores[1]._folder._lock, stores[1]._counters._lock]
+held, forked = threading.Event(), threading.Event()
+def hold():
+    for lock in locks:
+        lock.__enter__()
+    held.set()
+    forked.wait()
+    for lock in locks:
+        lock.__exit__(None, None, None)
+threading.Thread(target=hold).start()
+held.wait()
+child = os.fork()
+forked.set()
+key, state = make(7, 1)
+for store in stores:
+    store.put(key, state)
+    assert store.get(key) is not None
+if child:
+    assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+def test_a_forked_process_can_use_stores_that_a_thread_was_busy_with(tmp_path: Path) -> None:
+    paths = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
+    subprocess.run(
+        [sys.executable, "-c", FORKING, str(tmp_path)],
+        check=True,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+    )

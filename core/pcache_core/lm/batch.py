@@ -1,4 +1,4 @@
-"""A ragged batch: new tokens laid end to end, each with its row in a slot and its position."""
+"""New tokens laid end to end, each with its row in a slot and its position; no padding."""
 
 from __future__ import annotations
 
@@ -40,14 +40,17 @@ def _blocks(span: Span, rows: Sequence[int]) -> Iterator[Span]:
         yield span
         return
     for start in range(span.start, span.stop, _BLOCK_TOKENS):
-        stop = min(start + _BLOCK_TOKENS, span.stop)
-        end = rows[stop - 1] + 1
-        visible = tuple((a, min(b, end)) for a, b in span.visible if a < end)
-        yield Span(start, stop, visible)
+        yield _cut(span, start, min(start + _BLOCK_TOKENS, span.stop), rows)
+
+
+def _cut(span: Span, start: int, stop: int, rows: Sequence[int]) -> Span:
+    """Tokens `start … stop`, which are of this span; no row behind the last one's is visible."""
+    end = rows[stop - 1] + 1
+    return Span(start, stop, tuple((a, min(b, end)) for a, b in span.visible if a < end))
 
 
 class Batch:
-    """What one forward computes.
+    """New tokens of one slot; a forward computes one batch, or those of several slots at once.
 
     input_ids, positions, rows: [tokens]; `rows[i]` is where token i's keys and values go and,
         being the token's place in the prompt's order, what it may see: rows up to its own.
@@ -61,6 +64,7 @@ class Batch:
     __slots__ = (
         "_biases",
         "_last_rows",
+        "_uncut",
         "attention",
         "end",
         "input_ids",
@@ -86,6 +90,7 @@ class Batch:
         self.input_ids = torch.tensor(input_ids, dtype=torch.long, device=device)
         self.rows = torch.tensor(rows, dtype=torch.long, device=device)
         self.positions = torch.tensor(positions, dtype=torch.long, device=device)
+        self._uncut = tuple(spans)
         self.spans = tuple(block for span in spans for block in _blocks(span, rows))
         self.num_rows = max(span.visible[-1][1] for span in self.spans)
         self.watched = watched
@@ -107,6 +112,34 @@ class Batch:
         """One request's tokens, which see every row up to their own; `rows` ascend."""
         span = Span(0, len(rows), ((0, rows[-1] + 1),))
         return cls(slot, input_ids, rows, positions, [span], watched)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens to compute."""
+        return len(self.rows)
+
+    def split(self, tokens: int) -> tuple[Batch, Batch]:
+        """The first `tokens` and the rest, to be computed in this order; they share `attention`.
+
+        Later tokens of a span see the earlier ones in the slot, as they do within one forward.
+        """
+        halves = self._part(0, tokens), self._part(tokens, self.num_tokens)
+        for half in halves:
+            half.attention = self.attention
+        return halves
+
+    def _part(self, start: int, stop: int) -> Batch:
+        ids, rows, positions = (
+            numbers[start:stop].tolist() for numbers in (self.input_ids, self.rows, self.positions)
+        )
+        spans = [
+            _cut(span, max(span.start, start) - start, min(span.stop, stop) - start, rows)
+            for span in self._uncut
+            if span.start < stop and start < span.stop
+        ]
+        watched = self.watched or range(0)
+        watched = range(max(watched.start, start) - start, min(watched.stop, stop) - start)
+        return Batch(self.slot, ids, rows, positions, spans, watched or None)
 
     def bias(
         self, span: Span, window: int | None, group: int, dtype: torch.dtype

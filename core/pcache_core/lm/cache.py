@@ -13,21 +13,26 @@ from transformers.cache_utils import (
     LinearAttentionCacheLayerMixin,
 )
 
-from pcache_core.lm.batch import Batch
+from pcache_core.lm.ragged import RaggedBatch
 
 
 class _SlotLayer(CacheLayerMixin):
-    """Writes one layer's new rows into the slot and returns a view of the rows that take part."""
+    """Writes one layer's new rows into the slots and returns a view of the rows that take part.
+
+    Of several slots it returns the first one's, which is all that fits; the attention finds the
+    others by it.
+    """
 
     is_sliding = False  # full length everywhere: the attention masks by position
 
-    def __init__(self, batch: Batch, index: int) -> None:
+    def __init__(self, batches: RaggedBatch, index: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.is_initialized = True
-        self._slot_keys, self._slot_values = batch.slot.layers[index]
-        self._rows = batch.rows
-        self._length = batch.num_rows - len(batch.rows)
-        self._num_rows = batch.num_rows
+        self._batches = batches
+        self._index = index
+        first = batches.parts[0]
+        self._length = first.num_rows - first.num_tokens
+        self._num_rows = first.num_rows
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Nothing to do: the slot is there."""
@@ -35,12 +40,9 @@ class _SlotLayer(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write [1, heads, tokens, dim] at the batch's rows."""
-        self._slot_keys.index_copy_(2, self._rows, key_states)
-        self._slot_values.index_copy_(2, self._rows, value_states)
+        """Write [1, heads, tokens, dim] at the batches' rows."""
         self._length = self._num_rows
-        visible = slice(self._num_rows)
-        return self._slot_keys[:, :, visible], self._slot_values[:, :, visible]
+        return self._batches.write(self._index, key_states, value_states)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self._num_rows, 0
@@ -52,11 +54,11 @@ class _SlotLayer(CacheLayerMixin):
         return -1
 
 
-def slot_cache(batch: Batch, caching_layers: Sequence[bool]) -> Cache:
-    """A cache over the batch's slot; layers that share another layer's states hold nothing."""
+def slot_cache(batches: RaggedBatch, caching_layers: Sequence[bool]) -> Cache:
+    """A cache over the batches' slots; layers that share another layer's states hold nothing."""
     layers: list[CacheLayerMixin | LinearAttentionCacheLayerMixin | DummyLayer] = []
     index = 0
     for caches in caching_layers:
-        layers.append(_SlotLayer(batch, index) if caches else DummyLayer())
+        layers.append(_SlotLayer(batches, index) if caches else DummyLayer())
         index += caches
     return Cache(layers=layers)

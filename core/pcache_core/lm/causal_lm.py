@@ -6,6 +6,7 @@ import os
 import threading
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
@@ -17,6 +18,7 @@ from pcache_core.errors import ModelError
 from pcache_core.kv import LayerShape, Slot, Stack, stack_layers
 from pcache_core.lm.batch import Batch
 from pcache_core.lm.fingerprint import fingerprint
+from pcache_core.lm.forward_queue import ForwardQueue, IsCancelled
 from pcache_core.lm.loading import load
 from pcache_core.lm.probe import Support, probe
 from pcache_core.lm.sampling import Sampler
@@ -72,6 +74,7 @@ class CausalLM:
         with _lock_of(model):
             self.support: Support = probe(model)
         self._lock = _lock_of(model)
+        self._forwards = ForwardQueue(self._compute, self._joins)
         self._compiler: GrammarCompiler | None = None
         if not self.support.reuses_modules:
             warnings.warn(
@@ -183,12 +186,17 @@ class CausalLM:
             return self._compiler
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        """Compute a batch's tokens, filling their rows; logits of the last one, [vocab] fp32."""
-        assert self.support.forward is not None, "a model without a cache has no slots"
-        with self._lock:
-            if self.support.is_beyond_stable(batch.end):
-                self._forget_longer_prompts()
-            return self.support.forward(batch)
+        """Compute a batch's tokens, filling their rows; logits of the last one, [vocab] fp32.
+
+        May be called from several threads at once, and then computes their batches together.
+
+        Raises: RequestCancelledError: inside `cancelled_by`, when it says so.
+        """
+        return self._forwards.run(batch)
+
+    def cancelled_by(self, is_cancelled: IsCancelled) -> AbstractContextManager[None]:
+        """Inside, this thread's forwards are given up when `is_cancelled` says so."""
+        return self._forwards.cancelled_by(is_cancelled)
 
     def check_ids(self, token_ids: Sequence[int]) -> None:
         """Raises: ModelError: an id beyond the model's embeddings."""
@@ -205,14 +213,22 @@ class CausalLM:
         special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
         return frozenset(special[text] for text in stop if text in special)
 
-    def _forget_longer_prompts(self) -> None:
-        """Bring length-dependent rotary frequencies back to those of a short prompt.
+    def _joins(self, batch: Batch) -> bool:
+        """Whether a batch may be cut, and share a forward with others."""
+        forward = self.support.forward
+        return (
+            forward is not None and forward.merges and not self.support.is_beyond_stable(batch.end)
+        )
 
-        Dynamic NTK keeps the frequencies of the longest prompt so far until a short one comes, so
-        without this an answer would depend on what else is asked.
-        """
-        assert self.support.forward is not None
-        self.support.forward(Batch.of_rows(self.new_slot(1), [0], [0], [0]))
+    def _compute(self, batches: Sequence[Batch]) -> list[torch.Tensor]:
+        forward = self.support.forward
+        assert forward is not None, "a model without a cache has no slots"
+        with self._lock:
+            if any(self.support.is_beyond_stable(batch.end) for batch in batches):
+                # Dynamic NTK keeps the frequencies of the longest prompt so far until a short one
+                # comes, so without this an answer would depend on what else is asked.
+                forward([Batch.of_rows(self.new_slot(1), [0], [0], [0])])
+            return forward(batches)
 
     @cached_property
     def _own_cache_works(self) -> bool:

@@ -1,6 +1,6 @@
 """Running an unmodified transformers model over a slot, in one of two ways.
 
-`RaggedForward` is the main path: our attention function sees a whole ragged batch at once.
+`RaggedForward` is the main path: our attention function sees the tokens of all requests at once.
 `SequentialForward` is for models whose attention can't be replaced: each contiguous run of new
 tokens is one ordinary forward with the model's own attention and masks, in the prompt's order.
 """
@@ -19,21 +19,27 @@ from pcache_core.kv import Slot
 from pcache_core.lm.attention import IMPLEMENTATION
 from pcache_core.lm.batch import Batch
 from pcache_core.lm.cache import slot_cache
+from pcache_core.lm.ragged import RaggedBatch
 from pcache_core.lm.structure import CacheStructure, text_config
 
 
 class Forward(Protocol):
-    """Runs a batch, filling its rows."""
+    """Runs batches of different slots, filling their rows.
+
+    takes_many_spans: a batch may hold several spans. merges: several batches make one forward.
+    windows_by_position: sliding windows follow positions, wherever the rows are.
+    """
 
     takes_many_spans: bool
+    merges: bool
     windows_by_position: bool
 
-    def __call__(self, batch: Batch) -> torch.Tensor:
-        """Logits of the batch's last token, [vocab]."""
+    def __call__(self, batches: Sequence[Batch]) -> list[torch.Tensor]:
+        """Logits of each batch's last token, [vocab] fp32."""
 
 
 class RaggedForward:
-    """One forward for the whole batch, through our attention function."""
+    """One forward for all batches, through our attention function."""
 
     takes_many_spans = True
     windows_by_position = True
@@ -43,40 +49,51 @@ class RaggedForward:
         self._caching = structure.caching
         self._windows = structure.windows
         self._config = text_config(model)
+        self.merges = True
 
-    def __call__(self, batch: Batch) -> torch.Tensor:
-        """Logits of the batch's last token, [vocab]."""
+    def __call__(self, batches: Sequence[Batch]) -> list[torch.Tensor]:
+        """Logits of each batch's last token, [vocab] fp32."""
+        if len(batches) > 1 and not self.merges:
+            return [logits for batch in batches for logits in self([batch])]
+        ragged = RaggedBatch(batches)
         with _attention(self._config):
             output = self._call(
-                input_ids=batch.input_ids[None],
-                position_ids=batch.positions[None],
-                past_key_values=slot_cache(batch, self._caching),
-                pcache_batch=batch,
+                ragged.last,
+                input_ids=ragged.input_ids[None],
+                position_ids=ragged.positions[None],
+                past_key_values=slot_cache(ragged, self._caching),
+                pcache_batch=ragged,
                 pcache_windows=self._windows,
             )
-        return last_logits(output)
+        return last_logits(output, ragged.last)
 
 
 class SequentialForward:
-    """One forward for each contiguous run of the batch, through the model's own attention."""
+    """One forward for each contiguous run of a batch, through the model's own attention."""
 
     takes_many_spans = False
+    merges = False
     windows_by_position = False
 
     def __init__(self, model: PreTrainedModel, structure: CacheStructure) -> None:
         self._call = ModelCall(model)
         self._caching = structure.caching
 
-    def __call__(self, batch: Batch) -> torch.Tensor:
-        """Logits of the batch's last token, [vocab]."""
+    def __call__(self, batches: Sequence[Batch]) -> list[torch.Tensor]:
+        """Logits of each batch's last token, [vocab] fp32."""
+        return [self._run(batch) for batch in batches]
+
+    def _run(self, batch: Batch) -> torch.Tensor:
         logits: torch.Tensor | None = None
         for run in _contiguous_runs(batch):
+            ragged = RaggedBatch([run])
             output = self._call(
+                ragged.last,
                 input_ids=run.input_ids[None],
                 position_ids=run.positions[None],
-                past_key_values=slot_cache(run, self._caching),
+                past_key_values=slot_cache(ragged, self._caching),
             )
-            logits = last_logits(output)
+            [logits] = last_logits(output, ragged.last)
         assert logits is not None
         return logits
 
@@ -88,22 +105,24 @@ class ModelCall:
         parameters = inspect.signature(model.forward).parameters
         self._model = model
         self._takes_positions = "position_ids" in parameters
-        self._options: dict[str, Any] = {"use_cache": True}
-        if "logits_to_keep" in parameters:
-            self._options["logits_to_keep"] = 1
+        self._keeps_some = "logits_to_keep" in parameters
 
     @torch.no_grad()
-    def __call__(self, **arguments: Any) -> Any:
-        """The model's output; logits of at least the last token."""
+    def __call__(self, last: torch.Tensor, **arguments: Any) -> Any:
+        """The model's output; logits of at least the tokens at the indices `last`, ascending."""
         if not self._takes_positions:
             arguments.pop("position_ids", None)
-        return self._model(**arguments, **self._options)
+        if self._keeps_some:
+            arguments["logits_to_keep"] = 1 if len(last) == 1 else last
+        return self._model(**arguments, use_cache=True)
 
 
-def last_logits(output: Any) -> torch.Tensor:
-    """[vocab], fp32, of the last token of a batch of one."""
-    logits: torch.Tensor = output.logits[0, -1]
-    return logits.float()
+def last_logits(output: Any, last: torch.Tensor) -> list[torch.Tensor]:
+    """[vocab], fp32, of the tokens at the indices `last`, of a batch of one row."""
+    logits: torch.Tensor = output.logits[0]
+    if logits.shape[0] != len(last):
+        logits = logits[last]
+    return list(logits.float())
 
 
 def runs_of(rows: Sequence[int]) -> list[tuple[int, int]]:
@@ -140,4 +159,5 @@ def _attention(config: Any) -> Iterator[None]:
 def fill(forward: Forward, slot: Slot, token_ids: Sequence[int], start: int) -> torch.Tensor:
     """Compute a contiguous run of tokens at rows and positions `start …`; logits of the last."""
     rows = range(start, start + len(token_ids))
-    return forward(Batch.of_rows(slot, token_ids, rows, rows))
+    [logits] = forward([Batch.of_rows(slot, token_ids, rows, rows)])
+    return logits

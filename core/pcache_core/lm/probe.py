@@ -154,7 +154,7 @@ class _Encoder:
         """The state of `ids` alone, first token at `position`."""
         rows = range(len(ids))
         positions = range(position, position + len(ids))
-        self.forward(Batch.of_rows(self._slot, ids, rows, positions))
+        self.forward([Batch.of_rows(self._slot, ids, rows, positions)])
         return self._slot.state(0, ids, position)
 
     def behind(self, ids: list[int], others: list[int]) -> KVState:
@@ -195,6 +195,7 @@ def _find_forward(
             reason = f"the model can't run over a slot ({_brief(failure)})"
             continue
         if error <= _LOGITS_TOLERANCE.get(native.dtype, 1e-4):
+            forward.merges = forward.merges and _merges(forward, model, layers, sample)
             return forward, ""
         reason = f"a run over a slot differs from the model's own forward (by {error:.1e})"
     return None, reason
@@ -206,16 +207,41 @@ def _native_error(forward: Forward, slot: Slot, ids: list[int], native: torch.Te
     at_once = fill(forward, slot, ids, 0)
     # The middle third keeps its rows; the first and last are computed again around it.
     rows = [*range(third), *range(2 * third, len(ids))]
-    with_hole = forward(Batch.of_rows(slot, [ids[row] for row in rows], rows, rows))
+    [with_hole] = forward([Batch.of_rows(slot, [ids[row] for row in rows], rows, rows)])
     by_token = fill(forward, slot, ids[-1:], len(ids) - 1)
     expected = native.float()
     return max(relative_error(logits, expected) for logits in (at_once, with_hole, by_token))
 
 
+def _merges(
+    forward: Forward,
+    model: PreTrainedModel,
+    layers: tuple[LayerShape, ...],
+    sample: tuple[list[int], torch.Tensor],
+) -> bool:
+    """Whether two requests in one forward, one at its last token, get the model's own logits."""
+    ids, native = sample
+    slots = [_new_slot(model, layers, len(ids)) for _ in range(2)]
+    fill(forward, slots[0], ids[:-1], 0)
+    last, rows = len(ids) - 1, range(len(ids))
+    try:
+        found = forward(
+            [
+                Batch.of_rows(slots[0], ids[-1:], [last], [last]),
+                Batch.of_rows(slots[1], ids, rows, rows),
+            ]
+        )
+    except Exception:
+        return False
+    errors = [relative_error(logits, native.float()) for logits in found]
+    return max(errors) <= _LOGITS_TOLERANCE.get(native.dtype, 1e-4)
+
+
 def _native(model: PreTrainedModel, ids: list[int]) -> tuple[tuple[LayerShape, ...], torch.Tensor]:
     """Shapes of the model's own cache after a plain forward, and its last logits, [vocab]."""
     input_ids = torch.tensor([ids], device=model.device)
-    output = ModelCall(model)(input_ids=input_ids)
+    last = torch.tensor([len(ids) - 1], device=model.device)
+    output = ModelCall(model)(last, input_ids=input_ids)
     shapes = []
     for layer in output.past_key_values.layers:
         if layer.keys is not None:

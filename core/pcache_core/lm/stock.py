@@ -30,14 +30,16 @@ class StockRun:
         self._token_ids.extend(token_ids)
         new = token_ids if self._cache else self._token_ids
         input_ids = torch.tensor([list(new)], device=self._model.device)
-        output = self._call(input_ids=input_ids, **self._cache)
+        last = torch.tensor([len(new) - 1], device=self._model.device)
+        output = self._call(last, input_ids=input_ids, **self._cache)
         if self._use_cache:
             self._cache = {
                 name: getattr(output, name)
                 for name in ("past_key_values", "cache_params")
                 if getattr(output, name, None) is not None
             }
-        return last_logits(output)
+        [logits] = last_logits(output, last)
+        return logits
 
 
 def own_cache_works(model: PreTrainedModel, token_ids: Sequence[int]) -> bool:

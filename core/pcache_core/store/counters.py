@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 
 from pcache_core.store.base import StoreStats, Tier
+from pcache_core.store.fork import ForkSafeLock
 
 logger = logging.getLogger(__name__)
 
@@ -17,7 +17,7 @@ class Counters:
     def __init__(self, tier: Tier, budget_bytes: int | None) -> None:
         self.tier: Tier = tier
         self.budget_bytes = budget_bytes
-        self._lock = threading.Lock()
+        self._lock = ForkSafeLock()
         self._hits = 0
         self._misses = 0
         self._evictions = 0
@@ -92,7 +92,7 @@ class Outage:
         self._retry_s = retry_s
         self._retry_at = 0.0
         self._is_out = False
-        self._lock = threading.Lock()
+        self._lock = ForkSafeLock()
 
     @property
     def is_over(self) -> bool:

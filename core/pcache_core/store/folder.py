@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import re
 import secrets
-import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pcache_core.errors import StoreError
+from pcache_core.store.fork import ForkSafeLock
 
 SUFFIX = ".safetensors"
 _TEMPORARY = ".tmp"
@@ -77,7 +77,7 @@ class StateFolder:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._shards: dict[str, _Shard] = {}
-        self._lock = threading.Lock()
+        self._lock = ForkSafeLock()
 
     def create(self) -> None:
         """Make the folder if it is not there. Raises: OSError: it can't be made."""

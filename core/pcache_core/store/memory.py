@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import threading
-
 from pcache_core.errors import BudgetError
 from pcache_core.key import ModuleKey
 from pcache_core.kv import KVState
 from pcache_core.store.base import Hit, StoreStats
+from pcache_core.store.fork import ForkSafeLock
 from pcache_core.store.policy import EvictionPolicy, LeastRecentlyUsed
 
 DEFAULT_BUDGET_BYTES = 2 * 2**30
@@ -43,7 +42,7 @@ class MemoryStore:
         self._hits = 0
         self._misses = 0
         self._evictions = 0
-        self._lock = threading.Lock()
+        self._lock = ForkSafeLock()
 
     def get(self, key: ModuleKey) -> Hit | None:
         """The state if it is there and holds the key's tokens; it counts as used."""

@@ -1,0 +1,56 @@
+"""A ragged batch: the new tokens of several requests laid end to end, each request in its slot."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from pcache_core.lm.batch import Batch
+
+Rows = tuple[torch.Tensor, torch.Tensor]
+"""One layer's keys and values, [1, heads, rows, dim]: the rows of a slot that take part."""
+
+
+class RaggedBatch:
+    """What one forward computes: one batch, or batches of different slots.
+
+    input_ids, positions: [tokens], of all of them. last: [batches], the index of each one's last
+    token. starts: of each one's first.
+    """
+
+    __slots__ = ("_rows_by_keys", "input_ids", "last", "parts", "positions", "starts")
+
+    def __init__(self, parts: Sequence[Batch]) -> None:
+        self.parts = tuple(parts)
+        if len(parts) == 1:
+            self.input_ids, self.positions = parts[0].input_ids, parts[0].positions
+        else:
+            self.input_ids = torch.cat([part.input_ids for part in parts])
+            self.positions = torch.cat([part.positions for part in parts])
+        self.starts = [0]
+        for part in parts:
+            self.starts.append(self.starts[-1] + part.num_tokens)
+        ends = self.starts[1:]
+        self.last = torch.tensor(ends, device=self.input_ids.device) - 1
+        self._rows_by_keys: dict[int, list[Rows]] = {}
+
+    def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> Rows:
+        """Put new rows, [1, heads, tokens, dim], into the slots; the first slot's rows."""
+        written = []
+        for part, start in zip(self.parts, self.starts, strict=False):
+            own = slice(start, start + part.num_tokens)
+            slot_keys, slot_values = part.slot.layers[layer]
+            slot_keys.index_copy_(2, part.rows, keys[:, :, own])
+            slot_values.index_copy_(2, part.rows, values[:, :, own])
+            visible = slice(part.num_rows)
+            written.append((slot_keys[:, :, visible], slot_values[:, :, visible]))
+        self._rows_by_keys[written[0][0].data_ptr()] = written
+        return written[0]
+
+    def rows(self, keys: torch.Tensor, values: torch.Tensor) -> Sequence[Rows] | None:
+        """Each batch's rows, where these are the first slot's; None if a model changed them."""
+        if len(self.parts) == 1:
+            is_whole = keys.shape[2] == self.parts[0].num_rows
+            return [(keys, values)] if is_whole else None
+        return self._rows_by_keys.get(keys.data_ptr())

@@ -1,0 +1,280 @@
+"""Forwards that several threads ask for: together, in parts, fairly, and given up when unwanted.
+
+The oracle is a plain transformers forward of an unmodified copy of the model.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import pytest
+import torch
+
+import tiny_models
+from pcache_core import CausalLM
+from pcache_core.errors import RequestCancelledError
+from pcache_core.lm import Batch
+from pcache_core.lm.forward_queue import ForwardQueue, _shares
+
+TOLERANCE = 1e-4
+
+
+@pytest.fixture
+def lm(tiny_lm: Callable[..., CausalLM]) -> CausalLM:
+    return tiny_lm("llama", seed=3)
+
+
+def ids(seed: int, count: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, tiny_models.VOCAB_SIZE, (count,), generator=generator).tolist()
+
+
+def plain(name: str, token_ids: Sequence[int], seed: int = 3) -> torch.Tensor:
+    model = tiny_models.build(name, seed=seed)
+    with torch.no_grad():
+        return model(torch.tensor([list(token_ids)])).logits[0, -1]
+
+
+def whole(lm: CausalLM, token_ids: Sequence[int]) -> Batch:
+    rows = range(len(token_ids))
+    return Batch.of_rows(lm.new_slot(len(token_ids) + 8), token_ids, rows, rows)
+
+
+class Recorded:
+    """A real model's computing, which notes what it was asked for and may be held up or fail."""
+
+    def __init__(self, lm: CausalLM) -> None:
+        self.lm = lm
+        self.sizes: list[list[int]] = []
+        self.may_go = threading.Event()
+        self.may_go.set()
+        self.refused_length = 0
+
+    def __call__(self, batches: Sequence[Batch]) -> list[torch.Tensor]:
+        self.may_go.wait()
+        self.sizes.append([batch.num_tokens for batch in batches])
+        if any(batch.num_tokens == self.refused_length for batch in batches):
+            raise MemoryError("no memory for this one")
+        assert self.lm.support.forward is not None
+        return self.lm.support.forward(batches)
+
+
+def joins(batch: Batch) -> bool:
+    return True
+
+
+def wait_until(is_true: Callable[[], bool]) -> None:
+    ends = time.monotonic() + 20
+    while not is_true():
+        assert time.monotonic() < ends, "it never came"
+        time.sleep(0.001)
+
+
+class Threads:
+    """Runs calls in threads of their own, started one after another; results in order."""
+
+    def __init__(self) -> None:
+        self._threads: list[threading.Thread] = []
+        self.results: dict[int, object] = {}
+
+    def start(self, call: Callable[[], object]) -> None:
+        index = len(self._threads)
+
+        def work() -> None:
+            try:
+                self.results[index] = call()
+            except Exception as error:
+                self.results[index] = error
+
+        self._threads.append(threading.Thread(target=work))
+        self._threads[-1].start()
+
+    def join(self) -> list[object]:
+        for thread in self._threads:
+            thread.join(20)
+            assert not thread.is_alive()
+        return [self.results[index] for index in range(len(self._threads))]
+
+
+@pytest.mark.parametrize(
+    "name", ["llama", "gemma2", "gemma3", "gpt_oss", "mixtral", "gpt_neox", "gpt2", "deepseek_v3"]
+)
+def test_requests_in_one_forward_get_the_logits_of_a_plain_forward(
+    tiny_lm: Callable[..., CausalLM], name: str
+) -> None:
+    lm = tiny_lm(name, seed=3)
+    assert lm.support.forward is not None
+    # Latent attention expands the cache before it attends: one request at a time.
+    assert lm.support.forward.merges == (name != "deepseek_v3")
+    texts = [ids(1, 40), ids(2, 7), ids(3, 19)]
+    running = whole(lm, texts[0][:-1])
+    lm.forward(running)
+    last = len(texts[0]) - 1
+    step = Batch.of_rows(running.slot, texts[0][-1:], [last], [last])
+    found = lm.support.forward([step, whole(lm, texts[1]), whole(lm, texts[2])])
+    for logits, token_ids in zip(found, texts, strict=True):
+        assert (logits - plain(name, token_ids)).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("cuts", [(1,), (20,), (39,), (5, 5, 5)])
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_a_batch_in_parts_gives_the_logits_and_attention_of_the_whole(
+    tiny_lm: Callable[..., CausalLM], name: str, cuts: tuple[int, ...]
+) -> None:
+    lm = tiny_lm(name, seed=3)
+    token_ids, rows = ids(4, 40), range(40)
+    at_once = Batch.of_rows(lm.new_slot(40), token_ids, rows, rows, range(37, 40))
+    lm.forward(at_once)
+    rest = Batch.of_rows(lm.new_slot(40), token_ids, rows, rows, range(37, 40))
+    for cut in cuts:
+        head, rest = rest.split(cut)
+        lm.forward(head)
+    logits = lm.forward(rest)
+    assert (logits - plain(name, token_ids)).abs().max() < TOLERANCE
+    torch.testing.assert_close(rest.attention, at_once.attention)
+    assert float(rest.attention.sum()) > 1
+
+
+def test_what_waits_is_computed_together(lm: CausalLM) -> None:
+    compute = Recorded(lm)
+    queue = ForwardQueue(compute, joins)
+    texts = [ids(seed, 5 + seed) for seed in range(6)]
+    compute.may_go.clear()
+    threads = Threads()
+    for token_ids in texts:
+        threads.start(partial(queue.run, whole(lm, token_ids)))
+    wait_until(lambda: len(queue._waiting) == len(texts))
+    compute.may_go.set()
+    for logits, token_ids in zip(threads.join(), texts, strict=True):
+        assert (logits - plain("llama", token_ids)).abs().max() < TOLERANCE
+    # The first was on its way before the others came.
+    assert len(compute.sizes) <= 2
+    assert sorted(sum(compute.sizes, [])) == sorted(map(len, texts))
+
+
+def test_steps_go_on_while_a_long_prompt_is_read(lm: CausalLM) -> None:
+    compute = Recorded(lm)
+    queue = ForwardQueue(compute, joins)
+    long_ids = [int(token) for token in torch.arange(3000) % 250 + 3]
+    rows = range(len(long_ids))
+    running = whole(lm, ids(1, 4))
+    queue.run(running)
+    compute.may_go.clear()
+    compute.sizes.clear()
+    threads = Threads()
+    threads.start(lambda: _steps(queue, running.slot, 4))
+    wait_until(lambda: len(queue._waiting) == 1)
+    long = Batch.of_rows(lm.new_slot(len(long_ids)), long_ids, rows, rows)
+    threads.start(lambda: queue.run(long))
+    wait_until(lambda: len(queue._waiting) == 2)
+    compute.may_go.set()
+    threads.join()
+    steps = [index for index, sizes in enumerate(compute.sizes) if 1 in sizes]
+    ended = max(index for index, sizes in enumerate(compute.sizes) if max(sizes) > 1)
+    assert steps[-1] < ended, "the answer was held up until the long prompt was read"
+    assert max(max(sizes) for sizes in compute.sizes) <= 2048
+    assert sum(size for sizes in compute.sizes for size in sizes) == len(long_ids) + 4
+
+
+def _steps(queue: ForwardQueue, slot: object, count: int) -> None:
+    for row in range(4, 4 + count):
+        queue.run(Batch.of_rows(slot, [7], [row], [row]))  # type: ignore[arg-type]
+
+
+def test_what_fails_fails_alone(lm: CausalLM) -> None:
+    compute = Recorded(lm)
+    queue = ForwardQueue(compute, joins)
+    texts = [ids(1, 11), ids(2, 13), ids(3, 17)]
+    compute.refused_length = 13
+    compute.may_go.clear()
+    threads = Threads()
+    for token_ids in texts:
+        threads.start(partial(queue.run, whole(lm, token_ids)))
+    wait_until(lambda: len(queue._waiting) == len(texts))
+    compute.may_go.set()
+    first, second, third = threads.join()
+    assert isinstance(second, MemoryError)
+    assert (first - plain("llama", texts[0])).abs().max() < TOLERANCE
+    assert (third - plain("llama", texts[2])).abs().max() < TOLERANCE
+
+
+def test_a_prompt_that_nobody_waits_for_is_given_up_between_its_parts(lm: CausalLM) -> None:
+    compute = Recorded(lm)
+    queue = ForwardQueue(compute, joins)
+    long_ids = [int(token) for token in torch.arange(5000) % 250 + 3]
+    rows = range(len(long_ids))
+    batch = Batch.of_rows(lm.new_slot(len(long_ids)), long_ids, rows, rows)
+    with (
+        queue.cancelled_by(lambda: len(compute.sizes) >= 1),
+        pytest.raises(RequestCancelledError),
+    ):
+        queue.run(batch)
+    assert compute.sizes == [[2048]]
+    # The next one is served as if nothing had been.
+    logits = queue.run(whole(lm, ids(1, 9)))
+    assert (logits - plain("llama", ids(1, 9))).abs().max() < TOLERANCE
+
+
+def test_an_interrupt_while_waiting_leaves_the_queue_to_the_others(lm: CausalLM) -> None:
+    compute = Recorded(lm)
+    queue = ForwardQueue(compute, joins)
+    compute.may_go.clear()
+    threads = Threads()
+    threads.start(partial(queue.run, whole(lm, ids(1, 9))))
+    wait_until(lambda: len(queue._waiting) == 1)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def interrupt_when_waiting() -> None:
+        wait_until(lambda: len(queue._waiting) == 2)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)  # type: ignore[arg-type]
+
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    try:
+        threads.start(interrupt_when_waiting)
+        with pytest.raises(KeyboardInterrupt):
+            queue.run(whole(lm, ids(2, 11)))
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    compute.may_go.set()
+    first, _ = threads.join()
+    assert (first - plain("llama", ids(1, 9))).abs().max() < TOLERANCE
+    logits = queue.run(whole(lm, ids(3, 13)))
+    assert (logits - plain("llama", ids(3, 13))).abs().max() < TOLERANCE
+
+
+def test_what_may_not_join_runs_whole_and_alone(lm: CausalLM) -> None:
+    compute = Recorded(lm)
+    queue = ForwardQueue(compute, lambda batch: batch.num_tokens != 13)
+    compute.may_go.clear()
+    threads = Threads()
+    for count in (13, 11, 13, 17):
+        threads.start(partial(queue.run, whole(lm, ids(count, count))))
+        wait_until(lambda: bool(queue._waiting))
+    wait_until(lambda: len(queue._waiting) == 4)
+    compute.may_go.set()
+    threads.join()
+    assert compute.sizes.count([13]) == 2
+    assert sum(map(sum, compute.sizes)) == 54
+
+
+@pytest.mark.parametrize(
+    ("sizes", "budget", "expected"),
+    [
+        ([100], 2048, [100]),
+        ([5000], 2048, [2048]),
+        ([5000, 10], 512, [502, 10]),
+        ([400, 400], 512, [256, 256]),
+        ([1000] * 10, 512, [64] * 8 + [0, 0]),
+        ([], 512, []),
+    ],
+)
+def test_shares_of_a_forward_are_equal_and_leave_nothing_over(
+    sizes: list[int], budget: int, expected: list[int]
+) -> None:
+    assert _shares(sizes, budget) == expected
