@@ -315,7 +315,7 @@ class TestMetadata:
     def test_nodes_that_fit_are_not_cut(
         self, llm: PromptCacheLLM, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        cramped = PromptCacheLLM(engine=llm.engine, max_tokens=2, context_window=1400)
+        cramped = PromptCacheLLM(engine=llm.engine, max_tokens=2, context_window=1000)
         prompts = {}
         for by_model in (False, True):
             monkeypatch.setattr(llama_index.core, "global_tokenizer", list)  # by letters

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +30,7 @@ from llama_index_parts import (
 from pcache_core import CausalLM, PromptCacheEngine, Segment
 from pcache_integrations._engines import load_lm
 from pcache_integrations.llama_index import PromptCacheLLM
+from pcache_integrations.llama_index._blocks import Piece, joined, with_borders
 from pcache_integrations.llama_index._capture import Capture
 from pcache_integrations.llama_index._marks import Marked, mark_deeply, read_marks
 
@@ -187,3 +189,36 @@ def test_a_mark_survives_what_templates_do_to_values() -> None:
         Segment(">", "literal"),
     ]
     assert f"{marked:>9}" == "    one  "
+
+
+OUT_OF_SIGHT = "Read what was found:\n{found}\nReply to this: {asked}\nReply:"
+
+
+@given(values, values, st.text(max_size=5))
+def test_a_text_read_by_a_template_is_not_changed(found: str, asked: str, behind: str) -> None:
+    capture = Capture()
+    capture.add_templates([OUT_OF_SIGHT, "{a}{b} has nothing between its variables at all."])
+    text = OUT_OF_SIGHT.replace("{asked}", asked).replace("{found}", found)
+    segments = capture.segments(text, "text")
+    assert "".join(segment.text for segment in segments) == text
+    assert segments[0] == Segment("Read what was found:\n", "literal")
+    assert segments[-1] == Segment("\nReply:", "literal")
+    if behind and not behind.endswith("Reply:"):
+        assert capture.segments(text + behind, "text") == [Segment(text + behind, "text")]
+
+
+@given(
+    st.lists(st.tuples(st.text(max_size=6), st.booleans()), max_size=4),
+    st.lists(st.integers(0, 30), max_size=4),
+)
+def test_borders_lose_no_letter(blocks: list[tuple[str, bool]], cuts: list[int]) -> None:
+    pieces = [Piece(text, is_module=is_module) for text, is_module in blocks]
+    whole = joined(pieces)
+    places = sorted({0, len(whole), *(cut for cut in cuts if cut < len(whole))})
+    segments = [
+        Segment(whole[start:stop], "literal" if start % 2 else "argument")
+        for start, stop in itertools.pairwise(places)
+    ]
+    for kind in ("literal", "argument"):
+        found = with_borders(segments, pieces, kind)
+        assert "".join(segment.text for segment in found) == whole
