@@ -66,6 +66,16 @@ class TurnOptions:
         return cls(**own), {name: v for name, v in given.items() if name not in known}
 
     @property
+    def needs_whole_answer(self) -> bool:
+        """Whether a call or a format is demanded, of which a part would be of no use."""
+        if format_schema(self.response_format) is not None:
+            return True
+        return bool(self.tools) and as_choice(self.tool_choice, as_core(self.tools)) not in (
+            "auto",
+            "none",
+        )
+
+    @property
     def num_logprobs(self) -> int | None:
         """How many alternatives of each token to report; None for no report at all.
 

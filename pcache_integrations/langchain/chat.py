@@ -203,6 +203,8 @@ class ChatPromptCache(CachedModel, BaseChatModel):
     ) -> Turn:
         """One call, checked and rendered; loads the model if that has not happened."""
         options, others = TurnOptions.taken_from(given)
+        if stop is None and options.needs_whole_answer:
+            stop = []  # the model's own are meant for text
         params, reuse = self._call_options(stop, others)
         return make_turn(
             self.engine,

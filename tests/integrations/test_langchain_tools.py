@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import jsonschema
 import pytest
 from langchain.agents import create_agent
+from langchain_core.exceptions import OutputParserException
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.tools import tool
 from pydantic import BaseModel, Field
@@ -112,6 +113,13 @@ class TestTools:
     def test_any_tool_is_one_of_them(self, chat: ChatPromptCache, choice: Any) -> None:
         answer = chat.bind_tools([weather, Clock], tool_choice=choice).invoke("Hello")
         assert [call["name"] in ("weather", "Clock") for call in answer.tool_calls] == [True]
+
+    def test_the_models_own_stop_strings_cut_no_demanded_answer(self) -> None:
+        chat = ChatPromptCache(stop=["\n", "{"], max_tokens=200)
+        called = chat.bind_tools([weather], tool_choice="any").invoke("How is it in Oslo?")
+        assert [call["name"] for call in called.tool_calls] == ["weather"]
+        Clock.model_validate(chat.with_structured_output(Clock).invoke("Now?").model_dump())
+        assert "\n" not in chat.invoke("Hello").content
 
     @pytest.mark.parametrize("choice", [None, "auto", "none", False])
     def test_a_model_may_answer_without_a_call(self, chat: ChatPromptCache, choice: Any) -> None:
@@ -254,13 +262,12 @@ class TestStructuredOutput:
         assert Person(**json.loads(answer["raw"].text)) == answer["parsed"]
         assert answer["parsing_error"] is None
 
-    def test_an_answer_that_a_stop_string_cuts_short_is_a_parsing_error(
+    def test_an_answer_that_a_calls_stop_string_cuts_short_is_a_parsing_error(
         self, chat: ChatPromptCache
     ) -> None:
-        model = ChatPromptCache(engine=chat.engine, max_tokens=60, stop=['"name"'])
-        answer = model.with_structured_output(Person, include_raw=True).invoke("Who is it?")
-        assert answer["parsed"] is None
-        assert answer["parsing_error"] is not None
+        model = chat.with_structured_output(Person)
+        with pytest.raises(OutputParserException):
+            model.invoke("Who is it?", stop=['"name"'])
 
     def test_streamed_answers_grow_to_the_invoked_one(self, chat: ChatPromptCache) -> None:
         model = chat.with_structured_output(Person.model_json_schema())
