@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from typing import Literal, Protocol, get_args, runtime_checkable
 
 from pcache_core.errors import OptionError
 from pcache_core.store import Offer, Tier
@@ -43,6 +43,7 @@ class Declined:
         )
 
 
+@runtime_checkable
 class Admission(Protocol):
     """Decides which stored states are loaded. Called from several threads."""
 
@@ -74,9 +75,9 @@ class Measured:
 
     Speeds are exponential averages of what this process saw; larger pieces of work count for more.
     As long as nothing is known of a tier, or of the model, and while the last ten or so loads took
-    less than 50 ms together, states are loaded. Every 32nd state that
-    a slow tier offers is loaded all the same, in case it has become faster. What memory holds is
-    never computed instead. A token that is computed is exact, so no answer gets worse by this.
+    less than 50 ms together, states are loaded. Every 32nd state that a slow tier offers is loaded
+    all the same, in case it has become faster. What memory holds is never computed instead. A token
+    that is computed is exact, so no answer gets worse by this.
 
     bytes_per_s, tokens_per_s: speeds to begin with, by tier and of the model; measurements replace
         them within some seconds of work.
@@ -136,10 +137,11 @@ def check_admission(admission: object) -> Admission:
         return Measured()
     if admission == "always":
         return Always()
-    if isinstance(admission, (Measured, Always)):
+    if isinstance(admission, Admission) and not isinstance(admission, type):
         return admission
     raise OptionError(
-        f"admission={admission!r} must be 'measured', 'always' or Measured(bytes_per_s=…)"
+        f"admission={admission!r} must be 'measured', 'always' or an object with "
+        "`declines`, `loaded` and `computed`, such as Measured(bytes_per_s=…)"
     )
 
 

@@ -21,7 +21,7 @@ from pcache_core import (
     Segment,
     TieredStore,
 )
-from pcache_core.admission import Always, Measured
+from pcache_core.admission import Always, Declined, Measured
 from pcache_core.key import ModuleKey
 from pcache_core.store import Admits, Offer, Opened, Tier
 
@@ -113,11 +113,23 @@ def test_bad_speeds_are_refused(bad: dict[str, Any]) -> None:
         Measured(**bad)
 
 
+class LoadsAll:
+    """An admission of the caller's own."""
+
+    def declines(self, offer: Offer) -> Declined | None:
+        return None
+
+    def loaded(self, tier: Tier, nbytes: int, elapsed_ms: float) -> None: ...
+
+    def computed(self, num_tokens: int, elapsed_ms: float) -> None: ...
+
+
 def test_an_engine_takes_a_word_or_an_object(lm: CausalLM) -> None:
-    for good in ("measured", "always", Measured(), Always()):
+    for good in ("measured", "always", Measured(), Always(), LoadsAll()):
         PromptCacheEngine(lm, admission=good)
-    with pytest.raises(OptionError, match="admission='never'"):
-        PromptCacheEngine(lm, admission="never")  # type: ignore[arg-type]
+    for bad in ("never", 3, Measured):
+        with pytest.raises(OptionError, match="admission="):
+            PromptCacheEngine(lm, admission=bad)  # type: ignore[arg-type]
 
 
 def test_a_state_that_is_slow_to_load_is_computed_and_the_report_says_so(
