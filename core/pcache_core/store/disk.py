@@ -29,7 +29,7 @@ from pcache_core.store.base import (
 from pcache_core.store.counters import Counters, Outage
 from pcache_core.store.folder import Entry, StateFolder, Usage
 from pcache_core.store.memory import check_budget
-from pcache_core.store.packing import check_storage_dtype
+from pcache_core.store.packing import check_storage_dtype, stored_name
 from pcache_core.store.record import StorageDtype
 from pcache_core.store.seal import Seal
 
@@ -182,7 +182,7 @@ class DiskStore:
         return self._counters.stats(usage.states, usage.nbytes)
 
     def _name(self, key: ModuleKey) -> str:
-        return key.digest if self.storage_dtype == "auto" else f"{key.digest}.{self.storage_dtype}"
+        return stored_name(key.digest, self.storage_dtype)
 
     def _drop(self, path: Path, error: StateMismatchError) -> None:
         logger.warning("dropped the stored state %s: %s", path.name, error)

@@ -28,7 +28,7 @@ from pcache_core.store.base import (
 )
 from pcache_core.store.counters import Counters, Outage
 from pcache_core.store.folder import SUFFIX
-from pcache_core.store.packing import check_storage_dtype
+from pcache_core.store.packing import check_storage_dtype, stored_name
 from pcache_core.store.record import StorageDtype
 from pcache_core.store.seal import Seal
 
@@ -151,8 +151,8 @@ class ObjectStore:
         return self._counters.stats(states=None, nbytes=None)
 
     def _path(self, key: ModuleKey) -> str:
-        suffix = "" if self.storage_dtype == "auto" else f".{self.storage_dtype}"
-        return f"{self._root}/{key.digest[:2]}/{key.digest}{suffix}{SUFFIX}"
+        name = stored_name(key.digest, self.storage_dtype)
+        return f"{self._root}/{key.digest[:2]}/{name}{SUFFIX}"
 
     def _ask(self, question: Callable[[], T]) -> T | None:
         """The answer; None if there is no such object, or the storage can't be reached."""

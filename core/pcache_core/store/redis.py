@@ -31,7 +31,7 @@ from pcache_core.store.base import (
     read,
 )
 from pcache_core.store.counters import Counters, Outage
-from pcache_core.store.packing import check_storage_dtype
+from pcache_core.store.packing import check_storage_dtype, stored_name
 from pcache_core.store.record import StorageDtype
 from pcache_core.store.redis_address import checked_ttl, client_of, redis, without_password
 from pcache_core.store.redis_manifest import CHUNK_BYTES, Manifest
@@ -133,8 +133,7 @@ class RedisStore:
         return self._counters.stats(states=None, nbytes=None)
 
     def _name(self, key: ModuleKey) -> str:
-        suffix = "" if self.storage_dtype == "auto" else f".{self.storage_dtype}"
-        return f"pcache:{key.digest}{suffix}"
+        return f"pcache:{stored_name(key.digest, self.storage_dtype)}"
 
     def _ask(self, question: Callable[[], T]) -> T | None:
         """The server's answer; None while it can't be reached."""
