@@ -8,12 +8,15 @@ from dataclasses import dataclass, replace
 from pcache_core.admission import Declined
 from pcache_core.encode import Module
 from pcache_core.key import ModuleKey
-from pcache_core.kv import Rows
+from pcache_core.kv import KVState, Loan, Rows, Slot
 from pcache_core.library import Found, ModuleLibrary
 from pcache_core.lm import CausalLM, place
 from pcache_core.plan import Candidate, Piece, TokenisedPrompt
 from pcache_core.report import Report, SegmentReport, Source
+from pcache_core.sharing import StatesInUse
 from pcache_core.slots import COMPUTED, Accepts, Lease
+
+_FEWEST_LENT_TOKENS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,30 +110,29 @@ NOTHING = Loaded((), frozenset(), ())
 
 
 def load(
-    tokens: TokenisedPrompt, wishes: Sequence[Wanted], library: ModuleLibrary, lease: Lease
+    tokens: TokenisedPrompt,
+    wishes: Sequence[Wanted],
+    library: ModuleLibrary,
+    lease: Lease,
+    lender: StatesInUse | None = None,
 ) -> Loaded:
     """Find the states, encode those that are missing (together), and say which rows they fill.
 
-    A state that is not in memory is read right into its rows: what is damaged shows then, and is
-    encoded with the missing. The opening is used when its state is there or has to be made as an
-    anchor; it is not worth a forward of its own.
+    A state that is not in memory is read right into its rows, or into memory where it may stay on
+    loan from `lender`: what is damaged shows then, and is encoded with the missing. The opening is
+    used when its state is there or has to be made as an anchor; it is not worth a forward of its
+    own.
     """
-    fillings, placed, declined = [], set(), []
-    damaged: set[str] = set()
+    fillings, declined = [], []
+    reader = _Reader(library, lease, tokens, lender)
     missing: dict[ModuleKey, list[Wanted]] = {}
     opening: Wanted | None = None
+
     for wish, found in zip(wishes, library.find_all([w.keys for w in wishes]), strict=True):
         if isinstance(found, Declined):
             declined.append((wish, found))
             continue
-        filling = found and _filling(tokens, wish, found)
-        if filling and filling.found.opened:
-            digest = filling.found.digest
-            if digest not in damaged and _read(library, lease, tokens, filling):
-                placed.add(filling)
-            else:
-                damaged.add(digest)
-                filling = None
+        filling = reader.read(_filling(tokens, wish, found)) if found else None
         if filling:
             fillings.append(filling)
         elif wish.candidate.is_opening:
@@ -144,13 +146,59 @@ def load(
     if opening is not None and anchor is not None:
         fillings.append(_filling(tokens, opening, anchor))
     fillings.sort(key=lambda filling: filling.candidate.start)
-    return Loaded(tuple(fillings), frozenset(placed), tuple(declined))
+    return Loaded(tuple(fillings), frozenset(reader.placed), tuple(declined))
 
 
-def _read(library: ModuleLibrary, lease: Lease, tokens: TokenisedPrompt, filling: Filling) -> bool:
-    return library.read(
-        filling.found, lambda rows: _place(library.lm, lease, tokens, filling, rows)
-    )
+class _Reader:
+    """Reads states that are not in memory: into their rows, or into memory to be on loan.
+
+    placed: what is in its rows.
+    """
+
+    def __init__(
+        self,
+        library: ModuleLibrary,
+        lease: Lease,
+        tokens: TokenisedPrompt,
+        lender: StatesInUse | None,
+    ) -> None:
+        self.placed: set[Filling] = set()
+        self._library = library
+        self._lease = lease
+        self._tokens = tokens
+        self._lender = lender
+        self._damaged: set[str] = set()
+
+    def read(self, filling: Filling) -> Filling | None:
+        """The filling, its state read if it was not in memory; None for what is damaged."""
+        digest = filling.found.digest
+        if filling.found.opened is None:
+            return filling
+        usable = None
+        if digest not in self._damaged:
+            usable = self._into_memory(filling) if self._lender else self._into_rows(filling)
+        if usable is None:
+            self._damaged.add(digest)
+        return usable
+
+    def _into_rows(self, filling: Filling) -> Filling | None:
+        def place(rows: Rows) -> None:
+            _place(self._library.lm, self._lease, self._tokens, filling, rows)
+
+        if not self._library.read(filling.found, place):
+            return None
+        self.placed.add(filling)
+        return filling
+
+    def _into_memory(self, filling: Filling) -> Filling | None:
+        assert self._lender is not None
+        found = filling.found
+        state = self._lender.find(found.digest)  # read by a request that has it on loan
+        if state is not None and found.opened is not None:
+            found.opened.settle(0.0, None)
+            return replace(filling, found=Found(state, found.source, found.digest))
+        whole = self._library.whole(found)
+        return None if whole is None else replace(filling, found=whole)
 
 
 def _filling(tokens: TokenisedPrompt, wish: Wanted, found: Found) -> Filling:
@@ -162,10 +210,41 @@ def _filling(tokens: TokenisedPrompt, wish: Wanted, found: Found) -> Filling:
     return Filling(wish.module, candidate, found, exact)
 
 
-def fill(lm: CausalLM, lease: Lease, tokens: TokenisedPrompt, loaded: Loaded) -> None:
+def lend(
+    lender: StatesInUse, lease: Lease, tokens: TokenisedPrompt, loaded: Loaded
+) -> frozenset[Filling]:
+    """Let states serve their rows from where they lie; those that do."""
+    lent = [f for f in loaded.fillings if f not in loaded.placed and _may_stay(f, lease.slot)]
+    for filling in lent:
+        start, state = filling.candidate.start, filling.found.state.whole()
+        state = lender.one(filling.found.digest, state)
+        lease.slot.loans.append(Loan(state, start, tokens.positions[start]))
+    return frozenset(lent)
+
+
+def _may_stay(filling: Filling, slot: Slot) -> bool:
+    """Whether a state is one run of rows, long enough to be worth a product of its own."""
+    state, candidate = filling.found.state, filling.candidate
+    return (
+        isinstance(state, KVState)
+        and not candidate.is_opening
+        and len(candidate.runs) == 1
+        and not candidate.passage.shape
+        and state.num_tokens >= _FEWEST_LENT_TOKENS
+        and state.keys[0].device == slot.positions.device
+    )
+
+
+def fill(
+    lm: CausalLM,
+    lease: Lease,
+    tokens: TokenisedPrompt,
+    loaded: Loaded,
+    lent: frozenset[Filling] = frozenset(),
+) -> None:
     """Copy the other states into their rows, moved to their positions."""
     for filling in loaded.fillings:
-        if filling not in loaded.placed:
+        if filling not in loaded.placed and filling not in lent:
             _place(lm, lease, tokens, filling, filling.found.state)
 
 
@@ -175,7 +254,7 @@ def _place(
     """Raises: StateMismatchError: it was damaged where it is kept."""
     rotations = lm.support.rotations or (None,) * len(lm.layers)
     for part, row in _parts(filling, state):
-        place(lease.slot, row, part, rotations, tokens.positions[row])
+        place(lease.slot, lease.slot.index(row), part, rotations, tokens.positions[row])
 
 
 def _parts(filling: Filling, rows: Rows) -> Iterator[tuple[Rows, int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncGenerator, Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from pcache_core.errors import RequestCancelledError
+from pcache_core.gate import Gate
 
 T = TypeVar("T")
 
@@ -23,24 +25,30 @@ class _End(Generic[T]):
 
 
 class BackgroundStreams:
-    """Runs up to `max_running` streams at once; others wait in the order they came.
+    """Runs as many streams at once as the gate lets work; others wait in the order they came.
 
     A stream is made whether or not its reader keeps up. One that is given up ends with the forward
     it is in.
 
-    cancelled_by: see `CausalLM.cancelled_by`.
+    gate: in which a stream has its place from the beginning. cancelled_by: see
+        `CausalLM.cancelled_by`.
     """
 
     def __init__(
         self,
-        max_running: int,
+        gate: Gate,
         cancelled_by: Callable[[Callable[[], bool]], AbstractContextManager[None]],
     ) -> None:
-        self._threads = ThreadPoolExecutor(max_running, thread_name_prefix="pcache")
+        self._gate = gate
+        self._threads = ThreadPoolExecutor(gate.max_running, thread_name_prefix="pcache")
         self._cancelled_by = cancelled_by
 
     async def read(self, start: Callable[[], Generator[T, None, None]]) -> AsyncGenerator[T, None]:
-        """The items of the stream that `start` makes; raises what it raises."""
+        """The items of the stream that `start` makes; raises what it raises.
+
+        Raises: OverloadedError: too many requests wait.
+        """
+        place = self._gate.queue(time.perf_counter())
         loop = asyncio.get_running_loop()
         items: asyncio.Queue[T | _End[T]] = asyncio.Queue()
         given_up = threading.Event()
@@ -51,7 +59,14 @@ class BackgroundStreams:
             except RuntimeError:  # the loop is closed
                 given_up.set()
 
-        work = self._threads.submit(self._make, start, deliver, given_up)
+        def make() -> None:
+            try:
+                with self._gate.using(place):
+                    self._make(start, deliver, given_up)
+            finally:
+                place.leave()
+
+        work = self._threads.submit(make)
         try:
             while not isinstance(item := await items.get(), _End):
                 yield item
@@ -59,7 +74,8 @@ class BackgroundStreams:
                 raise item.error
         finally:
             given_up.set()
-            work.cancel()
+            if work.cancel():
+                place.leave()
 
     def _make(
         self,

@@ -17,8 +17,10 @@ from functools import cached_property
 from pcache_core.admission import Admission, AdmissionName, check_admission
 from pcache_core.background import BackgroundStreams
 from pcache_core.chat import Message, render_chat
+from pcache_core.deadline import Deadline
 from pcache_core.errors import BudgetError, OptionError
 from pcache_core.forget import ForgetReport, forget
+from pcache_core.gate import Gate
 from pcache_core.generate import AnswerText, decode_loop
 from pcache_core.library import ModuleLibrary
 from pcache_core.lm import CausalLM
@@ -47,6 +49,7 @@ from pcache_core.tools import Tool, ToolFormat, tool_format
 from pcache_core.totals import EngineStats, Reports
 
 _MAX_RUNNING = 16
+_MAX_WAITING = 65_536
 
 
 class PromptCacheEngine:
@@ -62,10 +65,11 @@ class PromptCacheEngine:
     admission: which stored states are loaded. `measured`: those that take no longer to load than
         to compute, as far as this process has seen; `always`: all of them, so that what is reused
         never depends on the machine's speed. See `pcache_core.admission`.
+    max_running, max_waiting: requests that work at the same time, and how many more may wait for
+        that; one beyond is refused with an OverloadedError.
     reports: of the last 256 requests.
 
-    Requests of several threads and tasks run at the same time and share forwards; of those that
-    an event loop waits for, 16 run at once.
+    Requests of several threads and tasks share forwards, and documents that they have in common.
 
     Raises: OptionError: unknown mode, bad namespace. BudgetError: the store can't hold one token.
     """
@@ -80,14 +84,21 @@ class PromptCacheEngine:
         min_module_tokens: int = 8,
         repair: RepairPolicy | None = None,
         admission: AdmissionName | Admission = "measured",
+        max_running: int = _MAX_RUNNING,
+        max_waiting: int = _MAX_WAITING,
     ) -> None:
         if not isinstance(lm, CausalLM):
             raise OptionError(
                 f"lm must be a CausalLM, got {type(lm).__name__}; "
                 "load one with CausalLM.from_pretrained(...)"
             )
-        if not isinstance(min_module_tokens, int) or min_module_tokens < 1:
-            raise OptionError(f"min_module_tokens={min_module_tokens!r} must be 1 or more tokens")
+        for name, value, least in (
+            ("min_module_tokens", min_module_tokens, 1),
+            ("max_running", max_running, 1),
+            ("max_waiting", max_waiting, 0),
+        ):
+            if not isinstance(value, int) or value < least:
+                raise OptionError(f"{name}={value!r} must be an integer, {least} or more")
         if store is not None and not isinstance(store, ModuleStore):
             raise OptionError(
                 f"store must be a ModuleStore such as MemoryStore(), got {type(store).__name__}"
@@ -103,7 +114,8 @@ class PromptCacheEngine:
         self.reports = Reports(self._library.learn)
         self._schemas = SchemaShelf(lm)
         self._reader = PromptReader(self._library, min_module_tokens)
-        self._background = BackgroundStreams(_MAX_RUNNING, lm.cancelled_by)
+        self._gate = Gate(max_running, max_waiting)
+        self._background = BackgroundStreams(self._gate, lm.cancelled_by)
 
     def encode(
         self,
@@ -150,8 +162,13 @@ class PromptCacheEngine:
         """
         started = time.perf_counter()
         request = self._check(prompt, SamplingParams(max_tokens=1), reuse, repair)
-        reading = self._reader.read(request)
-        reading.close()
+        place = self._gate.queue(started)
+        try:
+            place.start(self.lm.check_cancelled)
+            reading = self._reader.read(request)
+            reading.close()
+        finally:
+            place.leave()
         reading.report.ttft_ms = _ms_since(started)
         self.reports.append(reading.report)
         return Prefill(reading.logits, reading.report)
@@ -179,7 +196,8 @@ class PromptCacheEngine:
         The prompt is checked at once and read when the first chunk is asked for; a stream that
         is given up frees its slot.
 
-        Raises: ContextLengthError, OptionError, PromptError: before any work.
+        Raises: ContextLengthError, OptionError, PromptError: before any work. OverloadedError:
+            too many requests wait. DeadlineExceededError: `params.timeout_s` has passed.
         """
         started = time.perf_counter()
         request = self._check(prompt, params or SamplingParams(), reuse, repair)
@@ -276,6 +294,10 @@ class PromptCacheEngine:
         """The prompt's token ids, the same for every reuse mode."""
         return tokenise(prompt, self.lm.text.ids, self.lm.text.bos_ids)
 
+    def kv_bytes(self) -> int:
+        """Keys and values that running and recent requests hold, in bytes; shared ones once."""
+        return self._reader.nbytes
+
     def stats(self) -> EngineStats:
         """What the store holds, its hits and misses by tier, and tokens saved and computed."""
         encoded = self._library.encoded
@@ -299,7 +321,26 @@ class PromptCacheEngine:
         return check_request(self.lm, prompt, params, mode, repair or self.repair)
 
     def _run(self, request: Request, check_ms: float) -> Generator[Chunk, None, None]:
-        started = time.perf_counter()
+        """A request's chunks when its turn has come; its turn ends while nobody asks for one."""
+        place = self._gate.queue(time.perf_counter() - check_ms / 1000)
+        deadline = Deadline(request.params.timeout_s, place.asked_at)
+        chunks = self._chunks(request, place.asked_at)
+        try:
+            with deadline.over(self.lm):
+                place.start(self.lm.check_cancelled)
+            while True:
+                with deadline.over(self.lm):
+                    chunk = next(chunks, None)
+                if chunk is None:
+                    return
+                place.pause()
+                yield chunk
+                place.resume()
+        finally:
+            chunks.close()
+            place.leave()
+
+    def _chunks(self, request: Request, started: float) -> Generator[Chunk, None, None]:
         reading = self._reader.read(request)
         try:
             count = 0
@@ -314,7 +355,7 @@ class PromptCacheEngine:
                 score=TokenScorer(self.lm.text.decode, request.params.logprobs),
             ):
                 if count == 0:
-                    reading.report.ttft_ms = check_ms + _ms_since(started)
+                    reading.report.ttft_ms = _ms_since(started)
                 count += len(chunk.token_ids)
                 if chunk.finish_reason is not None:
                     reading.report.generated_tokens = count

@@ -14,6 +14,8 @@ PromptCacheError
 ├── StateMismatchError    a state is of another shape, model or dtype
 ├── StoreError            a store can't be reached or written
 ├── RequestCancelledError nobody waits for a request's answer any longer
+├── DeadlineExceededError an answer was not done in the time it had (TimeoutError)
+├── OverloadedError       too many requests wait already
 └── DependencyError       an optional package is not installed (ImportError)
 ```
 Every message says what was wrong, what was given, the limit and the remedy.
@@ -89,6 +91,14 @@ class StoreError(PromptCacheError):
 
 class RequestCancelledError(PromptCacheError):
     """Nobody waits for a request's answer any longer, so that its work was given up."""
+
+
+class DeadlineExceededError(PromptCacheError, TimeoutError):
+    """An answer was not done within the time that it was given."""
+
+
+class OverloadedError(PromptCacheError):
+    """Too many requests wait already; the same request may be taken later."""
 
 
 class DependencyError(PromptCacheError, ImportError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, Protocol
 
 import numpy as np
@@ -117,7 +118,7 @@ def layer_blocks(tensor: torch.Tensor, numbers: int = _BLOCK_NUMBERS) -> Iterato
         yield slice(start, min(start + count, layers))
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class KVState:
     """Keys and values of a module's tokens, every layer; treated as immutable.
 
@@ -188,15 +189,46 @@ class KVState:
                     )
 
 
+@dataclass(frozen=True, eq=False)
+class Loan:
+    """A state that serves rows of a prompt from where it lies, for several requests at once.
+
+    start: the prompt's row of its first token, which stands at `position`.
+    """
+
+    state: KVState
+    start: int
+    position: int
+
+    @property
+    def stop(self) -> int:
+        """One behind the last row."""
+        return self.start + self.state.num_tokens
+
+    def head(self, stop: int) -> Loan:
+        """What of it lies before row `stop`."""
+        if stop >= self.stop:
+            return self
+        part = self.state.part(0, stop - self.start, self.state.position)
+        return Loan(part, self.start, self.position)
+
+    @cached_property
+    def layers(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values of each caching layer, [1, heads, tokens, head_dim]."""
+        return [(keys[None], values[None]) for keys, values in self.state.layers()]
+
+
 class Slot:
-    """One request's preallocated buffers; row i holds the prompt's i-th token.
+    """One request's preallocated buffers, for the rows of its prompt that are not on loan.
 
     keys, values: one tensor for each of `stacks`, [layers, heads, capacity, head_dim].
     layers: views of them in layer order, keys and values [1, heads, capacity, head_dim].
     positions: [capacity], the position each row was encoded or computed at.
+    loans: states that serve rows of the prompt from where they lie, in the prompt's order. Without
+        any, row i holds the prompt's i-th token; see `index`.
     """
 
-    __slots__ = ("capacity", "keys", "layers", "positions", "stacks", "values")
+    __slots__ = ("capacity", "keys", "layers", "loans", "positions", "stacks", "values")
 
     def __init__(
         self,
@@ -219,10 +251,19 @@ class Slot:
             (keys[None], values[None]) for keys, values in _by_layer(stacks, self.keys, self.values)
         ]
         self.positions = torch.zeros(capacity, dtype=torch.long, device=device)
+        self.loans: list[Loan] = []
+
+    def index(self, row: int) -> int:
+        """Where the buffers hold a row of the prompt that is not on loan, or would hold it."""
+        return row - sum(loan.state.num_tokens for loan in self.loans if loan.start < row)
+
+    def shorten(self, rows: int) -> None:
+        """Keep only what loans serve of the prompt's first rows."""
+        self.loans = [loan.head(rows) for loan in self.loans if loan.start < rows]
 
     @property
     def nbytes(self) -> int:
-        """Bytes held by the buffers."""
+        """Bytes held by the buffers; what is on loan is held by others."""
         return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
 
     def state(self, start: int, token_ids: Sequence[int], position: int) -> KVState:
@@ -241,7 +282,10 @@ class Slot:
         )
 
     def copy_rows(self, source: Slot, stop: int) -> None:
-        """Copy the first `stop` rows of another slot."""
+        """Copy the prompt's first `stop` rows from another slot; what it has on loan is shared."""
+        self.loans = list(source.loans)
+        self.shorten(stop)
+        stop = self.index(stop)
         for mine, theirs in zip(
             (*self.keys, *self.values), (*source.keys, *source.values), strict=True
         ):

@@ -140,6 +140,13 @@ class ModuleLibrary:
             self._admission.loaded(opened.tier, opened.nbytes, found.opening_ms + reading_ms)
         return error is None
 
+    def whole(self, found: Found) -> Found | None:
+        """The same with its state in memory; None if it was damaged, and is dropped."""
+        states: list[KVState] = []
+        if not self.read(found, lambda rows: states.append(rows.whole())):
+            return None
+        return Found(states[0], found.source, found.digest)
+
     def _open(self, keys: Sequence[ModuleKey]) -> dict[ModuleKey, Found | Declined]:
         if not keys:
             return {}
@@ -178,10 +185,7 @@ class ModuleLibrary:
         (opened,) = open_many(self._store, [key], lambda offer: True)
         if opened is None or not self._fits(key, opened):
             return None
-        states: list[KVState] = []
-        if not self.read(_found(key, opened, 0.0), lambda rows: states.append(rows.whole())):
-            return None
-        return Found(states[0], opened.tier, key.digest)
+        return self.whole(_found(key, opened, 0.0))
 
     def drop(self, texts: Collection[tuple[int, ...]]) -> int:
         """Delete every state of these token sequences that can be known; returns how many.

@@ -79,6 +79,7 @@ class SamplingParams:
         stop token may cut it short.
     logprobs: report each token's log probability, and those of this many likeliest ones; None
         reports none. They are the model's own, before temperature, penalties and filters.
+    timeout_s: seconds from the call until the answer has to be done; None for no limit.
 
     Raises: OptionError: a value out of range; an empty stop string.
     """
@@ -94,6 +95,7 @@ class SamplingParams:
     seed: int | None = None
     grammar: Grammar | None = None
     logprobs: int | None = None
+    timeout_s: float | None = None
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else _as_tuple("stop", self.stop)
@@ -129,6 +131,8 @@ class SamplingParams:
         if self.logprobs is not None:
             _check_integer("logprobs", self.logprobs)
             _check_range("logprobs", self.logprobs, 0, MAX_LOGPROBS, f"from 0 to {MAX_LOGPROBS}")
+        if self.timeout_s is not None:
+            _check_range("timeout_s", self.timeout_s, 0.001, None, "0.001 seconds or more")
 
 
 def _as_tuple(name: str, value: object) -> tuple[Any, ...]:

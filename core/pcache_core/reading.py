@@ -14,6 +14,7 @@ from pcache_core.lm import Batch
 from pcache_core.plan import Candidate, candidates
 from pcache_core.report import Report
 from pcache_core.request import Request
+from pcache_core.sharing import StatesInUse
 from pcache_core.slots import COMPUTED, Lease, SlotPool
 
 _KEPT_SLOTS = 4
@@ -42,6 +43,7 @@ class PromptReader:
         self._library = library
         self._min_module_tokens = min_module_tokens
         self._pool = SlotPool(self._lm.new_slot, _KEPT_SLOTS)
+        self._in_use = StatesInUse()
 
     def read(self, request: Request) -> Reading:
         """Bring the prompt into a slot, compute what no state holds, repair what is asked for."""
@@ -49,14 +51,43 @@ class PromptReader:
             return self._read_stock(request)
         clock = _Clock()
         wishes = assemble.wanted(request.tokens, self._candidates(request), self._library)
-        lease = self._acquire(request, wishes)
+        keys = {wish.keys[0] for wish in wishes}
+        is_shared = self._in_use.enter(keys)
+        lends = is_shared and self._lm.lends and request.repair is None
+        lease = self._acquire(request, wishes, lends=lends)
+
+        def close() -> None:
+            self._in_use.leave(keys)
+            self._release(lease, request)
+
+        try:
+            return self._read(request, wishes, lease, clock, close, lends=lends)
+        except BaseException:
+            lease.shorten(0)
+            close()
+            raise
+
+    def _read(
+        self,
+        request: Request,
+        wishes: list[assemble.Wanted],
+        lease: Lease,
+        clock: _Clock,
+        close: Callable[[], None],
+        *,
+        lends: bool,
+    ) -> Reading:
         prefix = len(lease.token_ids)
         beyond = [wish for wish in wishes if wish.candidate.start >= prefix]
-        loaded = assemble.load(request.tokens, beyond, self._library, lease)
+        lender = self._in_use if lends else None
+        loaded = assemble.load(request.tokens, beyond, self._library, lease, lender)
         report = assemble.describe(request.tokens, prefix, loaded, request.reuse)
         report.fallback_reason = request.fallback_reason
         report.load_ms = clock.lap_ms()
-        assemble.fill(self._lm, lease, request.tokens, loaded)
+        lent = assemble.lend(lender, lease, request.tokens, loaded) if lender else frozenset()
+        report.shared_tokens = sum(loan.state.num_tokens for loan in lease.slot.loans)
+        lease.reserve(len(request.tokens.token_ids), self._lm.new_slot)
+        assemble.fill(self._lm, lease, request.tokens, loaded, lent)
         report.assemble_ms = clock.lap_ms()
         todo = prefill.work(
             self._lm,
@@ -79,17 +110,24 @@ class PromptReader:
             logits,
             report,
             step=lambda token_id: self._step(lease, token_id),
-            close=lambda: self._release(lease, request),
+            close=close,
         )
 
-    def _acquire(self, request: Request, wishes: list[assemble.Wanted]) -> Lease:
+    @property
+    def nbytes(self) -> int:
+        """Keys and values that running and recent requests hold, in bytes; shared ones once."""
+        return self._pool.nbytes
+
+    def _acquire(self, request: Request, wishes: list[assemble.Wanted], *, lends: bool) -> Lease:
         """A slot with as much of the prompt as an earlier request left."""
         # What is to be repaired starts from states, not from what earlier questions made of them.
         usable = [] if request.repair else wishes
         accepts = _accept_nothing if request.reuse == "off" else assemble.row_filter(usable)
         tokens = request.tokens
+        # What is on loan needs no room; should it turn out not to be there, the slot grows.
+        capacity = request.capacity - (assemble.module_tokens(wishes) if lends else 0)
         lease = self._pool.acquire(
-            tokens.token_ids, accepts, request.capacity, request.repair, tokens.positions
+            tokens.token_ids, accepts, capacity, request.repair, tokens.positions
         )
         assemble.keep_whole_modules(lease, wishes)
         return lease
@@ -123,8 +161,7 @@ class PromptReader:
             token_ids, first = [*lease.token_ids, token_id], 0
             positions = [*lease.positions, lease.end]
         rows = range(first, first + len(token_ids))
-        if rows.stop > lease.slot.capacity:
-            lease.grow(self._lm.new_slot)
+        lease.reserve(rows.stop, self._lm.new_slot)
         logits = self._lm.forward(Batch.of_rows(lease.slot, token_ids, rows, positions))
         lease.append(token_ids[-1], positions[-1], COMPUTED)
         return logits

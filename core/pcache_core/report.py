@@ -49,7 +49,8 @@ class Report:
     `encoded_tokens` (modules encoded during this call) and `computed_tokens`. `repaired_tokens`
     counts those of the cached and encoded ones that were then computed again, `not_loaded_tokens`
     those of the computed ones whose state was there, but would have taken longer to load than they
-    took to compute; the segments' `note` says how long.
+    took to compute; the segments' `note` says how long. `shared_tokens` counts the cached and
+    encoded ones whose keys and values other running requests use as well, and nobody has a copy of.
 
     reuse: the mode that ran; differs from the one asked for when `fallback_reason` says why.
     ttft_ms: from the call to the first token (or to the logits, for a prefill alone); holds
@@ -74,6 +75,7 @@ class Report:
     repaired_tokens: int = 0
     repair_ms: float = 0.0
     not_loaded_tokens: int = 0
+    shared_tokens: int = 0
 
     @property
     def cached_share(self) -> float:

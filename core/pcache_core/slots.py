@@ -15,7 +15,7 @@ COMPUTED = ""
 REPAIRED = "*"
 """Label of a row that was computed again, or behind such a row; see `Lease.repair`."""
 
-_ROUND_UP = 256
+_ROUND_UP = 64
 
 
 @dataclass(slots=True, eq=False)
@@ -35,11 +35,14 @@ class Lease:
     repair: RepairPolicy | None = None
     repaired_for: int = 0
 
-    def grow(self, make_slot: Callable[[int], Slot]) -> None:
-        """Move to a slot of twice the capacity."""
-        larger = make_slot(2 * self.slot.capacity)
-        larger.copy_rows(self.slot, len(self.token_ids))
-        self.slot = larger
+    def reserve(self, rows: int, make_slot: Callable[[int], Slot]) -> None:
+        """Move to a larger slot if the prompt's first `rows` rows need it."""
+        needed = self.slot.index(rows)
+        if needed > self.slot.capacity:
+            larger = make_slot(max(needed, 2 * self.slot.capacity))
+            larger.copy_rows(self.slot, len(self.token_ids))
+            larger.loans = self.slot.loans  # also of rows that are not filled yet
+            self.slot = larger
 
     @property
     def end(self) -> int:
@@ -55,6 +58,7 @@ class Lease:
     def shorten(self, rows: int) -> None:
         """Forget all but the first rows."""
         del self.token_ids[rows:], self.positions[rows:], self.labels[rows:]
+        self.slot.shorten(rows)
 
 
 Accepts = Callable[[int, str], bool]
@@ -74,6 +78,7 @@ class SlotPool:
         self._make_slot = make_slot
         self._max_idle = max_idle
         self._idle: list[Lease] = []  # least recently used first
+        self._running: set[Lease] = set()
         self._lock = threading.Lock()
 
     def acquire(
@@ -97,7 +102,8 @@ class SlotPool:
                 lease = best
                 lease.shorten(rows)
             else:
-                lease = Lease(self._buffer(capacity, keep=best), [], [], [])
+                held = 0 if best is None else best.slot.index(rows)
+                lease = Lease(self._buffer(max(capacity, held), keep=best), [], [], [])
                 if best is not None:
                     lease.slot.copy_rows(best.slot, rows)
                     lease.token_ids, lease.labels = best.token_ids[:rows], best.labels[:rows]
@@ -105,14 +111,24 @@ class SlotPool:
                     lease.repair, lease.repaired_for = best.repair, best.repaired_for
             if REPAIRED not in lease.labels:
                 lease.repair, lease.repaired_for = None, 0
+            self._running.add(lease)
             return lease
 
     def release(self, lease: Lease) -> None:
         """Give a slot back; its rows may serve a later request. An empty one goes first."""
         with self._lock:
+            self._running.discard(lease)
             self._idle.insert(len(self._idle) if lease.token_ids else 0, lease)
             if len(self._idle) > self._max_idle:
                 del self._idle[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Keys and values of running and recent requests, in bytes; what they share counts once."""
+        with self._lock:
+            slots = [lease.slot for lease in (*self._idle, *self._running)]
+        shared = {id(loan.state): loan.state.nbytes for slot in slots for loan in slot.loans}
+        return sum(slot.nbytes for slot in slots) + sum(shared.values())
 
     def _best_match(
         self, wanted: Sequence[_Token], accepts: Accepts, repair: RepairPolicy | None
@@ -138,6 +154,7 @@ class SlotPool:
             for lease in self._idle:
                 if lease is not keep and lease.slot.capacity >= capacity:
                     self._idle.remove(lease)
+                    lease.shorten(0)
                     return lease.slot
         return self._make_slot(-(-capacity // _ROUND_UP) * _ROUND_UP)
 

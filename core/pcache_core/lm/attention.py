@@ -1,26 +1,42 @@
 """Attention over slots: our function behind transformers' `AttentionInterface`.
 
-Queries of a ragged batch attend request by request and span by span. Grouped-query heads are folded
-into query rows, so keys and values are never copied per head.
+Queries of a ragged batch attend request by request and span by span to what lies in their slots,
+and all together to each state that several requests share (see `shared.py`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from transformers import AttentionInterface
 
+from pcache_core.lm import kernels
 from pcache_core.lm.batch import Batch, Span
 from pcache_core.lm.ragged import RaggedBatch
+from pcache_core.lm.relocation import Rotations
 
 IMPLEMENTATION = "pcache"
+# A causal kernel skips the half that is hidden: beyond this it beats any that sees it all.
+_LONGEST_MASKED_CAUSAL = 512
 
 
 class UnsupportedAttentionError(Exception):
     """The model's attention needs something this function does not do."""
+
+
+@dataclass(slots=True, eq=False)
+class AttentionLayers:
+    """What the attention function has to know of a model's layers.
+
+    windows: by layer, how many positions back it sees; None for all.
+    rotations: of each caching layer's keys; None unless states may serve from where they lie.
+    """
+
+    windows: dict[int, int | None]
+    rotations: Rotations | None = None
+    scratch: kernels.Scratch = field(default_factory=kernels.Scratch)
 
 
 def slot_attention(  # noqa: PLR0913 (transformers' signature)
@@ -32,7 +48,7 @@ def slot_attention(  # noqa: PLR0913 (transformers' signature)
     dropout: float = 0.0,
     scaling: float | None = None,
     pcache_batch: RaggedBatch | None = None,
-    pcache_windows: dict[int, int | None] | None = None,
+    pcache_layers: AttentionLayers | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     position_bias: torch.Tensor | None = None,
@@ -44,20 +60,19 @@ def slot_attention(  # noqa: PLR0913 (transformers' signature)
     s_aux: [heads], attention sinks: a logit per head that takes part in the softmax alone.
     Returns: [1, tokens, heads, value dim].
     """
-    if pcache_batch is None or pcache_windows is None:
+    if pcache_batch is None or pcache_layers is None:
         raise UnsupportedAttentionError("the model does not pass our arguments to its attention")
     if position_bias is not None or dropout:
         raise UnsupportedAttentionError("position bias and dropout are not supported")
     rows = pcache_batch.rows(key, value)
     if query.shape[0] != 1 or rows is None:
         raise UnsupportedAttentionError("keys are not the slot's rows")
-    layer = _layer_index(module)
-    window = pcache_windows[layer]
+    layer, windows = _layer_index(module), pcache_layers.windows
     # What a question looks for shows in the upper half; below, tokens look at their neighbours.
-    is_upper = layer >= len(pcache_windows) // 2
+    is_upper = layer >= len(windows) // 2
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    kind = _Kind(window, scale, softcap, s_aux)
-    outputs = []
+    kind = _Kind(windows[layer], scale, softcap, s_aux, pcache_layers.scratch)
+    outputs, lses = [], []
     for batch, start, (keys, values) in zip(
         pcache_batch.parts, pcache_batch.starts, rows, strict=False
     ):
@@ -68,8 +83,16 @@ def slot_attention(  # noqa: PLR0913 (transformers' signature)
             seen = _visible(keys, span), _visible(values, span)
             if watches:
                 _watch(batch, span, queries, seen[0], kind)
-            outputs.append(_attend_span(batch, span, queries, *seen, kind))
+            output, lse = _attend_span(batch, span, queries, *seen, kind)
+            outputs.append(output)
+            lses.append(lse)
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+    if pcache_batch.shared:
+        assert pcache_layers.rotations is not None, "loans are for models that can share"
+        rotation = pcache_layers.rotations[layer]
+        output = pcache_batch.shared.attend(
+            query, output, torch.cat(lses, dim=2), layer, rotation, scale
+        )
     return output.transpose(1, 2), None  # [1, tokens, heads, value dim]
 
 
@@ -87,6 +110,7 @@ class _Kind:
     scale: float
     softcap: float | None
     sinks: torch.Tensor | None
+    scratch: kernels.Scratch
 
 
 def _attend_span(
@@ -96,16 +120,44 @@ def _attend_span(
     key: torch.Tensor,
     value: torch.Tensor,
     kind: _Kind,
-) -> torch.Tensor:
-    """Attend a span's tokens to the rows it sees: [1, heads, tokens, value dim]."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend a span's tokens to the rows it sees: [1, heads, tokens, value dim].
+
+    And the log-sum-exp of the scores, [1, heads, tokens]; zeros where nothing is merged with it.
+    """
     group = query.shape[1] // key.shape[1]
     if kind.softcap is not None or kind.sinks is not None:
+        if batch.loans:
+            raise UnsupportedAttentionError("soft-capped scores and sinks are not merged")
         bias = batch.bias(span, kind.window, group, torch.float32)
-        return _attend_by_matmul(query * kind.scale, key, value, bias, kind)
-    if batch.is_plain_causal(span, kind.window):
-        return _attend_causal(query, key, value, kind.scale)
-    bias = batch.bias(span, kind.window, group, query.dtype)
-    return _attend(query, key, value, bias, kind.scale)
+        return _attend_modified(query * kind.scale, key, value, bias, kind), _no_lse(query)
+    if batch.loans:
+        bias = batch.bias(span, kind.window, group, query.dtype)
+        return kernels.attend_with_lse(query, key, value, bias, kind.scale)
+    return _attend_plain(batch, span, query, key, value, kind), _no_lse(query)
+
+
+def _no_lse(query: torch.Tensor) -> torch.Tensor:
+    return query.new_zeros(1, dtype=torch.float32).expand(query.shape[:3])
+
+
+def _attend_plain(
+    batch: Batch,
+    span: Span,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kind: _Kind,
+) -> torch.Tensor:
+    """By whichever kernel is the fastest for these shapes: [1, heads, tokens, value dim]."""
+    is_causal = batch.is_plain_causal(span, kind.window)
+    by_matmul = kernels.prefers_matmul(query, key)
+    if is_causal and not (by_matmul and query.shape[2] <= _LONGEST_MASKED_CAUSAL):
+        return kernels.attend_causal(query, key, value, kind.scale)
+    bias = batch.bias(span, kind.window, query.shape[1] // key.shape[1], query.dtype)
+    if by_matmul:
+        return kernels.attend_by_matmul(query, key, value, bias, kind.scale, kind.scratch)
+    return kernels.attend(query, key, value, bias, kind.scale)
 
 
 def _layer_index(module: torch.nn.Module) -> int:
@@ -121,35 +173,7 @@ def _visible(rows: torch.Tensor, span: Span) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
-def _fold(query: torch.Tensor, kv_heads: int) -> torch.Tensor:
-    """Fold each group of query heads into query rows: [1, kv heads, group * tokens, dim]."""
-    _, heads, tokens, dim = query.shape
-    return query.reshape(1, kv_heads, heads // kv_heads * tokens, dim)
-
-
-def _attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    bias: torch.Tensor | None,
-    scale: float,
-) -> torch.Tensor:
-    output = F.scaled_dot_product_attention(
-        _fold(query, key.shape[1]), key, value, attn_mask=bias, scale=scale
-    )
-    return output.reshape(*query.shape[:3], value.shape[-1])
-
-
-def _attend_causal(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
-) -> torch.Tensor:
-    """Square and contiguous: the one case where a causal flag says the same as the rows do."""
-    return F.scaled_dot_product_attention(
-        query, key, value, is_causal=True, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
-    )
-
-
-def _attend_by_matmul(
+def _attend_modified(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -169,7 +193,7 @@ def _weights(
 ) -> torch.Tensor:
     """Attention probabilities, softmax in fp32: [1, kv heads, group * tokens, rows]."""
     group = query.shape[1] // key.shape[1]
-    scores = torch.matmul(_fold(query, key.shape[1]), key.transpose(-1, -2)).float()
+    scores = torch.matmul(kernels.fold(query, key.shape[1]), key.transpose(-1, -2)).float()
     if kind.softcap is not None:
         scores = torch.tanh(scores / kind.softcap) * kind.softcap
     if bias is not None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from pcache_core.kv import Slot
+from pcache_core.kv import Loan, Slot
 
 RowRange = tuple[int, int]
 
@@ -55,6 +56,7 @@ class Batch:
     input_ids, positions, rows: [tokens]; `rows[i]` is where token i's keys and values go and,
         being the token's place in the prompt's order, what it may see: rows up to its own.
     num_rows: rows of the slot that take part, written before or by this forward.
+    loans: states on loan that tokens see, and the first of the tokens that does.
     end: one behind the largest position.
     watched: tokens whose attention is added up, as a range of the batch; None for none.
     attention: [num_rows] fp32, how much the watched tokens attended to each row, over the upper
@@ -68,6 +70,7 @@ class Batch:
         "attention",
         "end",
         "input_ids",
+        "loans",
         "num_rows",
         "positions",
         "rows",
@@ -96,6 +99,7 @@ class Batch:
         self.watched = watched
         self.attention = torch.zeros(self.num_rows if watched else 0, device=device)
         self.end = max(positions) + 1
+        self.loans: tuple[tuple[Loan, int], ...] = ()
         self._last_rows = {span: rows[span.stop - 1] for span in self.spans}
         self._biases: dict[tuple[Span, int | None, int, torch.dtype], torch.Tensor] = {}
         slot.positions.index_copy_(0, self.rows, self.positions)
@@ -109,9 +113,16 @@ class Batch:
         positions: Sequence[int],
         watched: range | None = None,
     ) -> Batch:
-        """One request's tokens, which see every row up to their own; `rows` ascend."""
-        span = Span(0, len(rows), ((0, rows[-1] + 1),))
-        return cls(slot, input_ids, rows, positions, [span], watched)
+        """One request's tokens, which see every row up to their own.
+
+        rows: of the prompt, ascending, none of them on loan.
+        """
+        own = [slot.index(row) for row in rows] if slot.loans else rows
+        span = Span(0, len(own), ((0, own[-1] + 1),))
+        batch = cls(slot, input_ids, own, positions, [span], watched)
+        firsts = ((loan, bisect_left(rows, loan.start)) for loan in slot.loans)
+        batch.loans = tuple((loan, first) for loan, first in firsts if first < len(rows))
+        return batch
 
     @property
     def num_tokens(self) -> int:
@@ -139,7 +150,11 @@ class Batch:
         ]
         watched = self.watched or range(0)
         watched = range(max(watched.start, start) - start, min(watched.stop, stop) - start)
-        return Batch(self.slot, ids, rows, positions, spans, watched or None)
+        part = Batch(self.slot, ids, rows, positions, spans, watched or None)
+        part.loans = tuple(
+            (loan, max(first - start, 0)) for loan, first in self.loans if first < stop
+        )
+        return part
 
     def bias(
         self, span: Span, window: int | None, group: int, dtype: torch.dtype

@@ -129,6 +129,11 @@ class CausalLM:
         return self.support.forward is not None and self.support.forward.takes_many_spans
 
     @property
+    def lends(self) -> bool:
+        """Whether a batch may have states on loan."""
+        return self.support.forward is not None and self.support.forward.lends
+
+    @property
     def watches(self) -> bool:
         """Whether a batch's `attention` is filled by a forward."""
         return self.encodes_many
@@ -197,6 +202,10 @@ class CausalLM:
     def cancelled_by(self, is_cancelled: IsCancelled) -> AbstractContextManager[None]:
         """Inside, this thread's forwards are given up when `is_cancelled` says so."""
         return self._forwards.cancelled_by(is_cancelled)
+
+    def check_cancelled(self) -> None:
+        """Raises: RequestCancelledError: inside `cancelled_by`, when it says so."""
+        self._forwards.check_cancelled()
 
     def check_ids(self, token_ids: Sequence[int]) -> None:
         """Raises: ModelError: an id beyond the model's embeddings."""

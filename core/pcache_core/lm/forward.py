@@ -16,10 +16,11 @@ import torch
 from transformers import PreTrainedModel
 
 from pcache_core.kv import Slot
-from pcache_core.lm.attention import IMPLEMENTATION
+from pcache_core.lm.attention import IMPLEMENTATION, AttentionLayers
 from pcache_core.lm.batch import Batch
 from pcache_core.lm.cache import slot_cache
 from pcache_core.lm.ragged import RaggedBatch
+from pcache_core.lm.relocation import Rotations
 from pcache_core.lm.structure import CacheStructure, text_config
 
 
@@ -34,6 +35,10 @@ class Forward(Protocol):
     merges: bool
     windows_by_position: bool
 
+    @property
+    def lends(self) -> bool:
+        """Whether batches may have states on loan."""
+
     def __call__(self, batches: Sequence[Batch]) -> list[torch.Tensor]:
         """Logits of each batch's last token, [vocab] fp32."""
 
@@ -47,9 +52,20 @@ class RaggedForward:
     def __init__(self, model: PreTrainedModel, structure: CacheStructure) -> None:
         self._call = ModelCall(model)
         self._caching = structure.caching
-        self._windows = structure.windows
+        self.layers = AttentionLayers(structure.windows)
         self._config = text_config(model)
         self.merges = True
+
+    @property
+    def lends(self) -> bool:
+        """Known only after the self-test has tried it."""
+        return self.layers.rotations is not None
+
+    def may_lend(self, rotations: Rotations) -> bool:
+        """Whether trying it makes sense: keys alone turn, in every layer, and all see all rows."""
+        parts = {rotation.part for rotation in rotations if rotation is not None}
+        windows = any(window is not None for window in self.layers.windows.values())
+        return self.merges and all(self._caching) and not windows and parts <= {"keys"}
 
     def __call__(self, batches: Sequence[Batch]) -> list[torch.Tensor]:
         """Logits of each batch's last token, [vocab] fp32."""
@@ -63,7 +79,7 @@ class RaggedForward:
                 position_ids=ragged.positions[None],
                 past_key_values=slot_cache(ragged, self._caching),
                 pcache_batch=ragged,
-                pcache_windows=self._windows,
+                pcache_layers=self.layers,
             )
         return last_logits(output, ragged.last)
 
@@ -73,6 +89,7 @@ class SequentialForward:
 
     takes_many_spans = False
     merges = False
+    lends = False
     windows_by_position = False
 
     def __init__(self, model: PreTrainedModel, structure: CacheStructure) -> None:

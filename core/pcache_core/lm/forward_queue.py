@@ -1,9 +1,9 @@
 """Forwards that several threads ask for at the same time, computed together.
 
-Requests run in threads of their own and meet here. Whoever finds the model idle leads: it takes
-what waits, runs one forward over all of it and hands the results out, until its own is there; then
-another that waits takes over. There is no thread to start or stop, and a request that is alone
-pays nothing.
+Requests run in threads of their own and meet here. One that is alone computes its forward itself
+and pays nothing. Where several wait, a thread that lives as long as any does leads: it takes what
+waits, runs one forward over all of it and hands the results out. One thread, because every thread
+that computes brings worker threads of its own, which wait by spinning.
 """
 
 from __future__ import annotations
@@ -39,16 +39,20 @@ class _Thread(threading.local):
 
 
 class _Job:
-    """A batch that a thread waits for; `rest` is what of it is still to be computed."""
+    """A batch that a thread waits for.
 
-    __slots__ = ("error", "is_cancelled", "leads", "logits", "owner", "rest", "wake")
+    rest: what of it is still to be computed. at_rest: whether no forward is at it right now.
+    """
+
+    __slots__ = ("at_rest", "error", "is_cancelled", "logits", "owner", "rest", "wake")
 
     def __init__(self, batch: Batch, is_cancelled: IsCancelled | None) -> None:
         self.rest: Batch = batch
         self.is_cancelled = is_cancelled
         self.owner = threading.get_ident()
         self.wake = threading.Event()
-        self.leads = False
+        self.at_rest = threading.Event()
+        self.at_rest.set()
         self.logits: torch.Tensor | None = None
         self.error: Exception | None = None
 
@@ -89,12 +93,21 @@ class ForwardQueue:
 
     @contextmanager
     def cancelled_by(self, is_cancelled: IsCancelled) -> Iterator[None]:
-        """Inside, this thread's batches are given up when `is_cancelled` says so."""
-        before, self._thread.is_cancelled = self._thread.is_cancelled, is_cancelled
+        """Inside, this thread's batches are given up when `is_cancelled` says so, or did before."""
+        before = self._thread.is_cancelled
+        self._thread.is_cancelled = is_cancelled
+        if before is not None:
+            outer = before
+            self._thread.is_cancelled = lambda: outer() or is_cancelled()
         try:
             yield
         finally:
             self._thread.is_cancelled = before
+
+    def check_cancelled(self) -> None:
+        """Raises: RequestCancelledError: nobody waits for this thread's results any longer."""
+        if self._thread.is_cancelled is not None and self._thread.is_cancelled():
+            raise RequestCancelledError("the request was cancelled")
 
     def run(self, batch: Batch) -> torch.Tensor:
         """Logits of the batch's last token, [vocab] fp32; its rows are filled.
@@ -105,27 +118,65 @@ class ForwardQueue:
         with self._arrived:
             self._waiting.append(job)
             self._arrived.notify()
-            job.leads = not self._is_led
-            self._is_led = True
+            leads = not self._is_led and not self._expects_others(job)
+            if leads or not self._is_led:
+                self._is_led = True
+                if not leads:
+                    self._start_leader()
         try:
-            if not job.leads:
-                job.wake.wait()
-            while job.leads and not job.is_done:
-                self._gather()
-                self._forward(self._next())
+            while leads and not job.is_done:
+                self._turn()
+            job.wake.wait()
         finally:
-            self._leave(job)
+            self._leave(job, leads)
         return job.result()
 
-    def _leave(self, own: _Job) -> None:
-        """Let the next in line go on; also when an interrupt ended the waiting."""
+    def _expects_others(self, job: _Job) -> bool:
+        """Whether the last forward's other batches will be back in a moment."""
+        return bool(self._expected - {job.owner}) and time.perf_counter() < self._patience_ends
+
+    def _leave(self, own: _Job, leads: bool) -> None:  # noqa: FBT001 (internal)
+        """Let the others go on; also when an interrupt ended the waiting."""
         with self._arrived:
             self._waiting = [job for job in self._waiting if job is not own]
-            if own.leads:
+            if leads:
                 self._is_led = bool(self._waiting)
-                if self._waiting:
-                    self._waiting[0].leads = True
-                    self._waiting[0].wake.set()
+                if self._is_led:
+                    self._start_leader()
+        if not leads:
+            own.at_rest.wait()  # its slot is about to serve somebody else
+
+    def _start_leader(self) -> None:
+        threading.Thread(target=self._lead, name="pcache-forwards", daemon=True).start()
+
+    def _lead(self) -> None:
+        """Compute what waits until no more than one request is left."""
+        try:
+            while True:
+                count = self._turn()
+                with self._arrived:
+                    if count <= 1 and not self._waiting:
+                        self._is_led = False
+                        return
+        except BaseException as error:  # a cancellation check of the caller's may raise anything
+            with self._arrived:
+                self._is_led = False
+                left, self._waiting = self._waiting, []
+            for job in left:
+                job.error = RuntimeError(f"computing a forward failed: {error!r}")
+                job.wake.set()
+            raise
+
+    def _turn(self) -> int:
+        """One forward; how many batches it was about."""
+        self._gather()
+        parts = self._next()
+        try:
+            self._forward(parts)
+        finally:
+            for job, _ in parts:
+                job.at_rest.set()
+        return len(parts)
 
     def _gather(self) -> None:
         """Wait a little for those who will have a next token to compute, to take them along."""
@@ -147,15 +198,25 @@ class ForwardQueue:
             return []
         first = waiting[0]
         if not self._joins(first.rest):
-            return [(first, first.rest)]
+            return self._begun([(first, first.rest)])
         joining = [job for job in waiting if self._joins(job.rest)][:_MOST_BATCHES]
         steps = [job for job in joining if job.rest.num_tokens <= _FEW_TOKENS]
         others = [job for job in joining if job.rest.num_tokens > _FEW_TOKENS]
-        budget = _TOKENS_BESIDE_STEPS if steps else _TOKENS_PER_FORWARD
+        # Those of the last forward who aren't back yet will be, so it is not made long meanwhile.
+        is_shared = steps or self._expected
+        budget = _TOKENS_BESIDE_STEPS if is_shared else _TOKENS_PER_FORWARD
         shares = _shares([job.rest.num_tokens for job in others], budget)
         parts = zip(others, shares, strict=True)
         heads = [(job, _head(job.rest, share)) for job, share in parts if share]
-        return [(job, job.rest) for job in steps] + heads
+        return self._begun([(job, job.rest) for job in steps] + heads)
+
+    def _begun(self, parts: Sequence[tuple[_Job, Batch]]) -> list[tuple[_Job, Batch]]:
+        """Those that are still waited for; from now on a forward is at them."""
+        with self._arrived:
+            begun = [part for part in parts if part[0] in self._waiting]
+            for job, _ in begun:
+                job.at_rest.clear()
+            return begun
 
     def _forward(self, parts: Sequence[tuple[_Job, Batch]]) -> None:
         """Compute parts together; where that fails, each by itself, so that one fails alone."""

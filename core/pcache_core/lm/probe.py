@@ -4,7 +4,8 @@ The checks, each against the model's own plain forward or against encoding elsew
 1. rows per token: every layer caches keys and values (structure), and their shapes;
 2. native: a prompt run through a slot, with the middle filled last, gives the model's own logits;
 3. position: layer 0, which knows no context, sees a token's position and nothing else;
-4. fit: one rotation a layer explains encoding at another position, near and at the far end.
+4. fit: one rotation a layer explains encoding at another position, near and at the far end;
+5. lend: two requests that share a state where it lies get the logits of those with copies.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel
 
-from pcache_core.kv import KVState, LayerShape, Slot, stack_layers
+from pcache_core.kv import KVState, LayerShape, Loan, Slot, stack_layers
 from pcache_core.lm.batch import Batch
 from pcache_core.lm.forward import Forward, ModelCall, RaggedForward, SequentialForward, fill
 from pcache_core.lm.relocation import (
@@ -78,7 +79,7 @@ class Support:
 
 
 def probe(model: PreTrainedModel) -> Support:
-    """Test the model: about ten forwards of at most 36 tokens."""
+    """Test the model: about a dozen forwards of at most 36 tokens."""
     structure = cache_structure(model)
     if structure.refusal is not None:
         return Support("no-cache", structure.refusal)
@@ -135,6 +136,8 @@ def _positions(model: PreTrainedModel, encoder: _Encoder, limit: int | None) -> 
     reason = misfit(rotations, here, far)
     if reason:
         return Support("exact-only", reason, layers, None, forward, limit)
+    if limit is None:
+        _try_lending(encoder, here, rotations)
     free = all(rotation is None for rotation in rotations)
     kind: SupportKind = "position-free" if free else "relocatable"
     return Support(kind, "", layers, rotations, forward, limit)
@@ -148,7 +151,12 @@ class _Encoder:
     ) -> None:
         self.layers = layers
         self.forward = forward
-        self._slot = _new_slot(model, layers, 2 * _TOKENS)
+        self.dtype = model.dtype
+        self._model = model
+        self._slot = self._new_slot()
+
+    def _new_slot(self) -> Slot:
+        return _new_slot(self._model, self.layers, 2 * _TOKENS)
 
     def __call__(self, ids: list[int], position: int) -> KVState:
         """The state of `ids` alone, first token at `position`."""
@@ -167,6 +175,35 @@ class _Encoder:
         """The state relocated to `position`."""
         place(self._slot, position, state, rotations)
         return self._slot.state(position, state.token_ids, position)
+
+    def around(self, state: KVState, start: int, rotations: Rotations, *, lent: bool) -> Batch:
+        """Tokens before and behind a state that stands at row `start`, copied or on loan."""
+        slot = self._new_slot()
+        if lent:
+            slot.loans = [Loan(state, start, start)]
+        else:
+            place(slot, start, state, rotations)
+        stop = start + state.num_tokens
+        rows = [*range(start), stop, stop + 1]
+        return Batch.of_rows(slot, state.token_ids[: len(rows)], rows, rows)
+
+
+def _try_lending(encoder: _Encoder, state: KVState, rotations: Rotations) -> None:
+    """Let the forward lend states if two requests at once get what copies give (check 5)."""
+    forward = encoder.forward
+    if not isinstance(forward, RaggedForward) or not forward.may_lend(rotations):
+        return
+    with_copies = [encoder.around(state, start, rotations, lent=False) for start in (3, 7)]
+    forward.layers.rotations = rotations
+    try:
+        expected = forward(with_copies)
+        found = forward([encoder.around(state, start, rotations, lent=True) for start in (3, 7)])
+    except Exception:
+        forward.layers.rotations = None
+        return
+    errors = map(relative_error, found, expected)
+    if max(errors) > _LOGITS_TOLERANCE.get(encoder.dtype, 1e-4):
+        forward.layers.rotations = None
 
 
 def _same_first_layer(actual: KVState, expected: KVState) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from pcache_core.lm.batch import Batch
+from pcache_core.lm.shared import SharedStates
 
 Rows = tuple[torch.Tensor, torch.Tensor]
 """One layer's keys and values, [1, heads, rows, dim]: the rows of a slot that take part."""
@@ -16,10 +17,10 @@ class RaggedBatch:
     """What one forward computes: one batch, or batches of different slots.
 
     input_ids, positions: [tokens], of all of them. last: [batches], the index of each one's last
-    token. starts: of each one's first.
+    token. starts: of each one's first. shared: states that batches have on loan.
     """
 
-    __slots__ = ("_rows_by_keys", "input_ids", "last", "parts", "positions", "starts")
+    __slots__ = ("_rows_by_keys", "input_ids", "last", "parts", "positions", "shared", "starts")
 
     def __init__(self, parts: Sequence[Batch]) -> None:
         self.parts = tuple(parts)
@@ -33,6 +34,7 @@ class RaggedBatch:
             self.starts.append(self.starts[-1] + part.num_tokens)
         ends = self.starts[1:]
         self.last = torch.tensor(ends, device=self.input_ids.device) - 1
+        self.shared = SharedStates(parts, self.starts)
         self._rows_by_keys: dict[int, list[Rows]] = {}
 
     def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> Rows:
