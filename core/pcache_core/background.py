@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from pcache_core.deadline import too_late
 from pcache_core.errors import RequestCancelledError
 from pcache_core.gate import Gate
 
@@ -43,10 +44,13 @@ class BackgroundStreams:
         self._threads = ThreadPoolExecutor(gate.max_running, thread_name_prefix="pcache")
         self._cancelled_by = cancelled_by
 
-    async def read(self, start: Callable[[], Generator[T, None, None]]) -> AsyncGenerator[T, None]:
+    async def read(
+        self, start: Callable[[], Generator[T, None, None]], timeout_s: float | None = None
+    ) -> AsyncGenerator[T, None]:
         """The items of the stream that `start` makes; raises what it raises.
 
-        Raises: OverloadedError: too many requests wait.
+        timeout_s: seconds within which the stream has to be begun; once it is, its own matter.
+        Raises: OverloadedError: too many requests wait. DeadlineExceededError: it was not begun.
         """
         place = self._gate.queue(time.perf_counter())
         loop = asyncio.get_running_loop()
@@ -67,6 +71,13 @@ class BackgroundStreams:
                 place.leave()
 
         work = self._threads.submit(make)
+
+        def expire() -> None:
+            if work.cancel():
+                place.leave()
+                items.put_nowait(_End(too_late(timeout_s)))
+
+        timer = None if timeout_s is None else loop.call_later(timeout_s, expire)
         try:
             while not isinstance(item := await items.get(), _End):
                 yield item
@@ -74,6 +85,8 @@ class BackgroundStreams:
                 raise item.error
         finally:
             given_up.set()
+            if timer is not None:
+                timer.cancel()
             if work.cancel():
                 place.leave()
 

@@ -10,6 +10,14 @@ from pcache_core.errors import DeadlineExceededError, RequestCancelledError
 from pcache_core.lm import CausalLM
 
 
+def too_late(timeout_s: float | None) -> DeadlineExceededError:
+    """What a request ends with whose time has passed."""
+    return DeadlineExceededError(
+        f"the answer was not done within timeout_s={timeout_s}; allow more time, ask for fewer "
+        "max_tokens, or run fewer requests at once"
+    )
+
+
 class Deadline:
     """The moment a request has to be done by.
 
@@ -35,10 +43,7 @@ class Deadline:
         except RequestCancelledError:
             if not self._is_passed():
                 raise
-            raise DeadlineExceededError(
-                f"the answer was not done within timeout_s={self._timeout_s}; allow more time, "
-                "ask for fewer max_tokens, or run fewer requests at once"
-            ) from None
+            raise too_late(self._timeout_s) from None
 
     def _is_passed(self) -> bool:
         return self._ends is not None and time.perf_counter() >= self._ends

@@ -222,7 +222,10 @@ class PromptCacheEngine:
         repair: RepairPolicy | None = None,
     ) -> AsyncGenerator[Chunk, None]:
         """`stream` without blocking the event loop; one that is given up frees its slot."""
-        chunks = self._background.read(lambda: self.stream(prompt, params, reuse, repair))
+        chunks = self._background.read(
+            lambda: self.stream(prompt, params, reuse, repair),
+            timeout_s=params.timeout_s if isinstance(params, SamplingParams) else None,
+        )
         async with aclosing(chunks):
             async for chunk in chunks:
                 yield chunk

@@ -91,6 +91,7 @@ class Place:
         with gate._moved:
             gate._line.append(self)
             try:
+                check()
                 while gate._line[0] is not self or gate._running >= gate.max_running:
                     gate._moved.wait(_LOOK_S)
                     check()

@@ -1,0 +1,222 @@
+"""Documents that running requests have in common: held once, and the logits that copies give.
+
+A stream that was begun and is not read on holds its documents in use. The oracle is one cache-less
+forward of an unmodified model under an explicit mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+import oracle
+import tiny_models
+from pcache_core import (
+    CausalLM,
+    DiskStore,
+    MemoryStore,
+    Prompt,
+    PromptCacheEngine,
+    SamplingParams,
+    Segment,
+)
+from pcache_core.lm.kernels import Scratch, attend, attend_by_matmul, attend_with_lse, merge
+
+TOLERANCE = 1e-4
+OPENING = Segment("Answer from the notes.\n", "literal")
+DOCS = [
+    Segment(text, "document")
+    for text in (
+        "Ann keeps nine bees in the north of Oslo.",
+        "Ben sold a red boat to a friend of his.",
+        "The mill by the lake burned down in May.",
+        "Cy wrote a long card to Ann and to Ben.",
+    )
+]
+LENDING = ["llama", "qwen3", "glm", "gpt_neox", "smollm3", "mixtral", "phi3", "cohere"]
+COPYING = ["gemma2", "gemma3", "gpt_oss", "deepseek_v3", "gpt2", "mpt"]
+
+
+def ask(order: Sequence[int], question: str = "\nWho is it? A:") -> Prompt:
+    """Documents in this order, plain text between the first and the second of them."""
+    documents = [DOCS[number] for number in order]
+    between = Segment(" Also: ", "text")
+    return Prompt([OPENING, documents[0], between, *documents[1:], Segment(question, "argument")])
+
+
+def expected(name: str, prompt: Prompt, seed: int = 3) -> torch.Tensor:
+    model, tokenizer = tiny_models.build(name, seed=seed), tiny_models.tiny_tokenizer()
+    return oracle.next_logits(model, oracle.lay_out(tokenizer, prompt))
+
+
+@contextmanager
+def begun(engine: PromptCacheEngine, *prompts: Prompt) -> Iterator[None]:
+    """Inside, these requests are running: one token of each is there."""
+    with ExitStack() as stack:
+        for prompt in prompts:
+            stream = engine.stream(prompt, SamplingParams(max_tokens=8, temperature=1, seed=0))
+            stack.enter_context(closing(stream))
+            next(stream)
+        yield
+
+
+@pytest.mark.parametrize("name", LENDING)
+def test_a_document_in_use_by_another_request_gives_the_logits_of_one_masked_forward(
+    tiny_lm: Callable[..., CausalLM], name: str
+) -> None:
+    lm = tiny_lm(name, seed=3)
+    engine = PromptCacheEngine(lm, reuse="fast")
+    documents = sum(lm.count_tokens(document.text) for document in DOCS)
+    with begun(engine, ask([0, 1, 2, 3])):
+        for order in ([2, 0, 3, 1], [3, 2, 1, 0]):
+            found = engine.prefill(ask(order))
+            assert found.report.shared_tokens == documents
+            assert (found.logits - expected(name, ask(order))).abs().max() < TOLERANCE
+    alone = engine.prefill(ask([1, 3, 0, 2]))
+    assert alone.report.shared_tokens == 0
+
+
+@pytest.mark.parametrize("name", COPYING)
+def test_models_that_cannot_lend_copy_and_are_right(
+    tiny_lm: Callable[..., CausalLM], name: str
+) -> None:
+    engine = PromptCacheEngine(tiny_lm(name, seed=3), reuse="fast")
+    with begun(engine, ask([0, 1, 2, 3])):
+        found = engine.prefill(ask([0, 1, 3, 2]))
+    assert found.report.shared_tokens == 0
+    alone = PromptCacheEngine(tiny_lm(name, seed=3), reuse="fast").prefill(ask([0, 1, 3, 2]))
+    assert (found.logits - alone.logits).abs().max() < TOLERANCE
+
+
+def test_an_answer_that_outgrows_its_slot_keeps_what_is_on_loan(
+    tiny_lm: Callable[..., CausalLM],
+) -> None:
+    lm = tiny_lm("llama", seed=3)
+    engine = PromptCacheEngine(lm, reuse="fast")
+    long = SamplingParams(max_tokens=200, stop_token_ids=[])
+    prompt = ask([2, 0, 3, 1])
+    alone = PromptCacheEngine(lm, engine.store, reuse="fast").generate(prompt, long)
+    with begun(engine, ask([0, 1, 2, 3])):
+        stream = engine.stream(prompt, long)
+        engine._reader._pool._make_slot = lambda capacity: lm.new_slot(max(1, capacity // 4))
+        answer = [token for chunk in stream for token in chunk.token_ids]
+    assert tuple(answer) == alone.token_ids
+
+
+@pytest.mark.parametrize("mode", ["fast", "exact"])
+def test_a_conversation_goes_on_over_documents_on_loan(
+    tiny_lm: Callable[..., CausalLM], mode: str
+) -> None:
+    engine = PromptCacheEngine(tiny_lm("llama", seed=3), reuse="fast")
+    first, second = ask([2, 0, 3, 1]), ask([2, 0, 3, 1], "\nWho is it? A: no. Who then? A:")
+    with begun(engine, ask([0, 1, 2, 3])):
+        assert engine.prefill(first).report.shared_tokens
+    found = engine.prefill(second, reuse=mode)  # type: ignore[arg-type]
+    if mode == "exact":
+        # Nothing but rows with full sight may serve it: the first document's and those before.
+        plain = oracle.stock_logits(
+            tiny_models.build("llama", seed=3), list(engine.tokenise(second).token_ids)
+        )
+        assert (found.logits - plain).abs().max() < TOLERANCE
+        return
+    assert [segment.source for segment in found.report.segments][:-1] == ["prefix"] * 6
+    assert (found.logits - expected("llama", second)).abs().max() < TOLERANCE
+
+
+def test_what_a_store_drops_meanwhile_still_serves_those_who_have_it_on_loan(
+    tiny_lm: Callable[..., CausalLM],
+) -> None:
+    lm = tiny_lm("llama", seed=3)
+    engine = PromptCacheEngine(lm, reuse="fast")
+    answer = SamplingParams(max_tokens=12)
+    prompt = ask([2, 0, 3, 1])
+    alone = PromptCacheEngine(lm, reuse="fast").generate(prompt, answer).token_ids
+    with begun(engine, ask([0, 1, 2, 3])):
+        stream = engine.stream(prompt, answer)
+        tokens = list(next(stream).token_ids)
+        engine.forget([document.text for document in DOCS])
+        tokens += [token for chunk in stream for token in chunk.token_ids]
+    assert tuple(tokens) == alone
+
+
+@pytest.mark.parametrize("kind", ["memory", "disk"])
+def test_sixteen_running_requests_hold_less_than_a_third_of_sixteen_copies(
+    tiny_lm: Callable[..., CausalLM], kind: str, tmp_path: Path
+) -> None:
+    lm = tiny_lm("llama", seed=3)
+    store = MemoryStore() if kind == "memory" else DiskStore(tmp_path)
+    engine = PromptCacheEngine(lm, store, reuse="fast", admission="always")
+    long = [
+        Segment(f"{number}: {document.text * 3}", "document")
+        for number, document in enumerate(DOCS)
+    ]
+    question = Segment("\nWho? A:", "argument")
+    prompts = [
+        Prompt([OPENING, *(long[(number + shift) % 4] for shift in range(3)), question])
+        for number in range(16)
+    ]
+    with begun(engine, prompts[0]):
+        alone = engine.kv_bytes()
+    with begun(engine, *prompts):
+        assert engine.kv_bytes() < 16 * alone / 3
+        running = engine._reader._pool._running
+        shared = {id(loan.state) for lease in running for loan in lease.slot.loans}
+        assert len(shared) == 4  # also where a file gives each reader an object of its own
+
+
+def test_a_failed_reading_leaves_no_document_in_use(tiny_lm: Callable[..., CausalLM]) -> None:
+    lm = tiny_lm("llama", seed=3)
+    engine = PromptCacheEngine(lm, reuse="fast")
+    patch = pytest.MonkeyPatch()
+    with patch.context() as context:
+        context.setattr(lm._forwards, "_compute", lambda batches: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            engine.prefill(ask([0, 1, 2, 3]))
+    assert engine.prefill(ask([0, 1, 2, 3])).report.shared_tokens == 0
+    assert engine._reader._pool._running == set()
+
+
+def softmax_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """In fp64, heads repeated: [1, heads, tokens, dim]."""
+    group = query.shape[1] // key.shape[1]
+    key, value = (rows.double().repeat_interleave(group, 1) for rows in (key, value))
+    scores = query.double() @ key.transpose(-1, -2) * scale
+    scores = scores + bias.double()[: query.shape[2]]
+    return torch.softmax(scores, -1) @ value
+
+
+def error(found: torch.Tensor, right: torch.Tensor) -> float:
+    return float((found.double() - right).pow(2).mean().sqrt())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "rows"), [(1, 40), (24, 300), (40, 1100)])
+def test_kernels_are_as_exact_as_the_flash_kernel(
+    dtype: torch.dtype, tokens: int, rows: int
+) -> None:
+    torch.manual_seed(0)
+    query = (3 * torch.randn(1, 6, tokens, 24)).to(dtype)
+    key, value = (torch.randn(1, 2, rows, 24).to(dtype) for _ in range(2))
+    hidden = torch.ones(tokens, rows).triu(rows - tokens + 1).bool()
+    bias = torch.zeros(tokens, rows, dtype=dtype)
+    bias = bias.masked_fill(hidden, torch.finfo(dtype).min).repeat(3, 1)
+    right = softmax_attention(query, key, value, bias, 0.31)
+    flash = attend(query, key, value, bias, 0.31)
+    cut = rows // 3
+    parts = [
+        attend_with_lse(query, key[:, :, a:b], value[:, :, a:b], bias[:, a:b], 0.31)
+        for a, b in ((0, cut), (cut, rows))
+    ]
+    outputs, lses = (torch.stack([part[which][0] for part in parts]) for which in (0, 1))
+    allowed = 1.5 * error(flash, right)
+    for found in (
+        attend_by_matmul(query, key, value, bias, 0.31, Scratch()),
+        merge(outputs, lses)[None],
+    ):
+        assert error(found, right) < allowed
