@@ -9,7 +9,9 @@ from pcache_core.kv import KVState, Slot
 from pcache_core.lm import Batch, CausalLM, RowRange, Span, place
 from pcache_core.passage import Passage
 
-_TOKENS_PER_BATCH = 2048
+# Activations of more tokens than this fall out of a CPU's cache; a GPU wants more work at once.
+_TOKENS_ON_CPU = 1024
+_TOKENS_ON_GPU = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +40,11 @@ def encode_modules(
 
 
 def _batches(lm: CausalLM, modules: Sequence[Module]) -> Iterator[list[Module]]:
+    most = _TOKENS_ON_CPU if lm.device.type == "cpu" else _TOKENS_ON_GPU
     batch: list[Module] = []
     tokens = 0
     for module in sorted(modules, key=lambda module: module.num_tokens):
-        full = tokens + module.num_tokens > _TOKENS_PER_BATCH
+        full = tokens + module.num_tokens > most
         if batch and (full or not lm.encodes_many):
             yield batch
             batch, tokens = [], 0

@@ -54,10 +54,9 @@ def stack_layers(shapes: Sequence[LayerShape]) -> tuple[Stack, ...]:
 
 Part = Literal["keys", "values"]
 
-# Numbers that are checked and copied at a time, so that the one finds in the cache what the other
-# brought there; fewer where they are converted or turned, which takes scratch memory as well.
+# Numbers that are worked on at a time, so that what one step brought to the cache is there for the
+# next; not fewer, because each step of a block costs some microseconds whatever its size.
 _BLOCK_NUMBERS = 2**20
-SCRATCH_NUMBERS = 2**18
 _ALIGNMENT = 64
 
 
@@ -105,15 +104,12 @@ class Rows(Protocol):
         """All of it in the model's dtype. Raises: StateMismatchError: it is damaged."""
 
 
-def layer_blocks(tensor: torch.Tensor, numbers: int = _BLOCK_NUMBERS) -> Iterator[slice]:
-    """Layers of a stacked tensor that are worked on together: all of them but on a CPU.
-
-    numbers: how many at most, though never less than a layer's.
-    """
+def layer_blocks(tensor: torch.Tensor) -> Iterator[slice]:
+    """Layers of a stacked tensor that are worked on together: all of them but on a CPU."""
     layers = len(tensor)
     count = layers
     if tensor.device.type == "cpu" and tensor.numel():
-        count = max(1, numbers * layers // tensor.numel())
+        count = max(1, _BLOCK_NUMBERS * layers // tensor.numel())
     for start in range(0, layers, count):
         yield slice(start, min(start + count, layers))
 

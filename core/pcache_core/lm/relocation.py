@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 
-from pcache_core.kv import SCRATCH_NUMBERS, KVState, Part, Rows, Slot, layer_blocks
+from pcache_core.kv import KVState, Part, Rows, Slot
 
 # Largest relative error of a right rotation beyond twice the layer's own drift, by dtype.
 _FLOOR = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -56,18 +56,23 @@ class Rotation:
     def turn(
         self, rows: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor
     ) -> None:
-        """Write `rows`, rotated, to `out`; both [..., tokens, dim]; fp32 inside, one rounding."""
-        pairs = cos.shape[-1]
-        start, stop = self.offset, self.offset + 2 * pairs
-        if stop - start < rows.shape[-1]:
-            out.copy_(rows)
+        """Write `rows`, rotated, to `out`; both [..., tokens, dim]; fp32 inside, one rounding.
+
+        cos, sin: [tokens, pairs].
+        """
+        start, stop = self.offset, self.offset + 2 * cos.shape[-1]
         if self.layout == "half":
-            first, second = slice(start, start + pairs), slice(start + pairs, stop)
+            middle = (start + stop) // 2
+            first, second = slice(start, middle), slice(middle, stop)
         else:
             first, second = slice(start, stop, 2), slice(start + 1, stop, 2)
-        a, b = rows[..., first].float(), rows[..., second].float()
-        out[..., first] = torch.addcmul(a * cos, b, sin, value=-1)
-        out[..., second] = torch.addcmul(b * cos, a, sin)
+        scale = cos.new_ones(*cos.shape[:-1], rows.shape[-1])
+        scale[..., first] = scale[..., second] = cos
+        exact = rows.float()
+        turned = exact * scale
+        turned[..., first].addcmul_(exact[..., second], sin, value=-1)
+        turned[..., second].addcmul_(exact[..., first], sin)
+        out.copy_(turned)
 
 
 Layer = tuple[torch.Tensor, torch.Tensor]
@@ -119,8 +124,7 @@ def _copy(rows: torch.Tensor, scale: torch.Tensor | None, out: torch.Tensor) -> 
     if scale is None:
         out.copy_(rows)
         return
-    for layers in layer_blocks(rows, SCRATCH_NUMBERS):
-        torch.mul(rows[layers].to(out.device), scale[layers].to(out.device), out=out[layers])
+    torch.mul(rows.to(out.device), scale.to(out.device), out=out)
 
 
 def _turn(
@@ -131,11 +135,10 @@ def _turn(
     out: torch.Tensor,
 ) -> None:
     """Write rows to `out`, turned."""
-    for layers in layer_blocks(rows, SCRATCH_NUMBERS):
-        exact = rows[layers].to(out.device)
-        if scale is not None:
-            exact = exact * scale[layers].to(out.device)
-        rotation.turn(exact, *turn, out=out[layers])
+    exact = rows.to(out.device)
+    if scale is not None:
+        exact = exact * scale.to(out.device)
+    rotation.turn(exact, *turn, out=out)
 
 
 def _runs(rotations: Sequence[Rotation | None]) -> list[tuple[slice, Rotation | None]]:
