@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, Protocol
@@ -190,11 +191,13 @@ class Loan:
     """A state that serves rows of a prompt from where it lies, for several requests at once.
 
     start: the prompt's row of its first token, which stands at `position`.
+    replaced: rows that the slot holds itself instead, because they were computed again; ascending.
     """
 
     state: KVState
     start: int
     position: int
+    replaced: tuple[int, ...] = ()
 
     @property
     def stop(self) -> int:
@@ -206,7 +209,18 @@ class Loan:
         if stop >= self.stop:
             return self
         part = self.state.part(0, stop - self.start, self.state.position)
-        return Loan(part, self.start, self.position)
+        return Loan(part, self.start, self.position, tuple(r for r in self.replaced if r < stop))
+
+    def count_before(self, row: int) -> int:
+        """How many rows before this one it serves."""
+        return min(max(row - self.start, 0), self.state.num_tokens) - bisect_left(
+            self.replaced, row
+        )
+
+    def without(self, rows: Collection[int]) -> Loan:
+        """The same, but for rows that the slot is to hold itself."""
+        replaced = {*self.replaced, *(row for row in rows if self.start <= row < self.stop)}
+        return Loan(self.state, self.start, self.position, tuple(sorted(replaced)))
 
     @cached_property
     def layers(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -251,7 +265,29 @@ class Slot:
 
     def index(self, row: int) -> int:
         """Where the buffers hold a row of the prompt that is not on loan, or would hold it."""
-        return row - sum(loan.state.num_tokens for loan in self.loans if loan.start < row)
+        return row - sum(loan.count_before(row) for loan in self.loans)
+
+    def own_rows(self, stop: int) -> torch.Tensor:
+        """The rows of the prompt before `stop` that the buffers hold, ascending."""
+        is_own = torch.ones(stop, dtype=torch.bool)
+        for loan in self.loans:
+            is_own[loan.start : loan.stop] = False
+            is_own[list(loan.replaced)] = True
+        return is_own.nonzero()[:, 0]
+
+    def take_back(self, rows: Sequence[int], stop: int) -> None:
+        """Make room for rows that are on loan, so that they can be computed.
+
+        rows: of the prompt. stop: how many rows of the prompt the slot holds or is to hold.
+        """
+        before = self.own_rows(stop)
+        self.loans = [loan.without(rows) for loan in self.loans]
+        is_before = torch.isin(self.own_rows(stop), before)
+        moved = is_before.nonzero()[:, 0].to(self.positions.device)
+        held = len(before)
+        for tensor in (*self.keys, *self.values):
+            tensor.index_copy_(2, moved, tensor[:, :, :held].clone())
+        self.positions.index_copy_(0, moved, self.positions[:held].clone())
 
     def shorten(self, rows: int) -> None:
         """Keep only what loans serve of the prompt's first rows."""

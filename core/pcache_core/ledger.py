@@ -34,6 +34,11 @@ class Ledger:
             if len(self._digests) > self._max_texts:
                 self._digests.popitem(last=False)
 
+    def __contains__(self, key: ModuleKey) -> bool:
+        """Whether it was noted."""
+        with self._lock:
+            return key.digest in self._digests.get(_name(key.token_ids), ())
+
     def take(self, token_ids: Sequence[int]) -> list[ModuleKey]:
         """The keys of these tokens, which are forgotten."""
         with self._lock:

@@ -228,11 +228,18 @@ class ModuleLibrary:
             others = {key: self._encoding[key] for key in modules if key not in own}
             done = threading.Event()
             self._encoding.update(dict.fromkeys(own, done))
+            claimed = list(own)
         try:
+            for key in claimed:
+                # Another request may have encoded it since it was looked up.
+                found = self._find(key) if key in self._ledger else None
+                if found is not None:
+                    del own[key]
+                    yield key, found
             yield from self._encode(anchor, own)
         finally:
             with self._lock:
-                for key in own:
+                for key in claimed:
                     del self._encoding[key]
             done.set()
         for key, encoded in others.items():

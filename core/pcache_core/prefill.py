@@ -73,6 +73,7 @@ def compute(lm: CausalLM, lease: Lease, todo: Work) -> tuple[torch.Tensor, torch
     computed here then, too.
     """
     if not todo.choices:
+        lease.take_back(todo.repaired, lm.new_slot)
         return _run(lm, lease, [*todo.missing, *todo.repaired]), torch.empty(0)
     count = len(todo.missing)
     watched = range(max(0, count - _WATCHED_TOKENS), count)
@@ -91,6 +92,7 @@ def repair(
     others = sorted(set(todo.stale) - set(todo.repaired))
     chosen = sorted([*todo.repaired, *most_attended(others, attention, todo.choices)])
     behind = [row for row in todo.missing if row > chosen[0]]
+    lease.take_back(chosen, lm.new_slot)
     return _run(lm, lease, [*chosen, *behind]), tuple(chosen)
 
 

@@ -53,7 +53,7 @@ class PromptReader:
         wishes = assemble.wanted(request.tokens, self._candidates(request), self._library)
         keys = {wish.keys[0] for wish in wishes}
         is_shared = self._in_use.enter(keys)
-        lends = is_shared and self._lm.lends and request.repair is None
+        lends = is_shared and self._lm.lends
         lease = self._acquire(request, wishes, lends=lends)
 
         def close() -> None:

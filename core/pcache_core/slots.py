@@ -35,9 +35,17 @@ class Lease:
     repair: RepairPolicy | None = None
     repaired_for: int = 0
 
-    def reserve(self, rows: int, make_slot: Callable[[int], Slot]) -> None:
-        """Move to a larger slot if the prompt's first `rows` rows need it."""
-        needed = self.slot.index(rows)
+    def take_back(self, rows: Sequence[int], make_slot: Callable[[int], Slot]) -> None:
+        """Let the slot itself hold those of the rows that are on loan, to be computed."""
+        loans = self.slot.loans
+        lent = [row for row in rows if any(loan.start <= row < loan.stop for loan in loans)]
+        if lent:
+            self.reserve(len(self.token_ids), make_slot, more=len(lent))
+            self.slot.take_back(lent, len(self.token_ids))
+
+    def reserve(self, rows: int, make_slot: Callable[[int], Slot], *, more: int = 0) -> None:
+        """Move to a larger slot if the prompt's first `rows` rows, and `more`, need it."""
+        needed = self.slot.index(rows) + more
         if needed > self.slot.capacity:
             larger = make_slot(max(needed, 2 * self.slot.capacity))
             larger.copy_rows(self.slot, len(self.token_ids))

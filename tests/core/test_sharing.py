@@ -24,7 +24,10 @@ from pcache_core import (
     SamplingParams,
     Segment,
 )
+from pcache_core.lm import Batch
 from pcache_core.lm.kernels import Scratch, attend, attend_by_matmul, attend_with_lse, merge
+from pcache_core.params import RepairPolicy
+from pcache_core.slots import REPAIRED
 
 TOLERANCE = 1e-4
 OPENING = Segment("Answer from the notes.\n", "literal")
@@ -48,9 +51,9 @@ def ask(order: Sequence[int], question: str = "\nWho is it? A:") -> Prompt:
     return Prompt([OPENING, documents[0], between, *documents[1:], Segment(question, "argument")])
 
 
-def expected(name: str, prompt: Prompt, seed: int = 3) -> torch.Tensor:
-    model, tokenizer = tiny_models.build(name, seed=seed), tiny_models.tiny_tokenizer()
-    return oracle.next_logits(model, oracle.lay_out(tokenizer, prompt))
+def expected(name: str, prompt: Prompt, repaired: Sequence[int] = ()) -> torch.Tensor:
+    model, tokenizer = tiny_models.build(name, seed=3), tiny_models.tiny_tokenizer()
+    return oracle.next_logits(model, oracle.lay_out(tokenizer, prompt, repaired=repaired))
 
 
 @contextmanager
@@ -78,6 +81,61 @@ def test_a_document_in_use_by_another_request_gives_the_logits_of_one_masked_for
             assert (found.logits - expected(name, ask(order))).abs().max() < TOLERANCE
     alone = engine.prefill(ask([1, 3, 0, 2]))
     assert alone.report.shared_tokens == 0
+
+
+POLICIES = [
+    RepairPolicy(head_tokens=0, query_ratio=0.15),
+    RepairPolicy(head_tokens=3, query_ratio=0.0),
+    RepairPolicy(head_tokens=2, query_ratio=0.3),
+    RepairPolicy(head_tokens=0, query_ratio=0.75),
+    RepairPolicy(head_tokens=0, query_ratio=1.0),
+]
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "mixtral"])
+def test_tokens_on_loan_that_are_computed_again_give_the_logits_of_one_masked_forward(
+    tiny_lm: Callable[..., CausalLM], name: str, policy: RepairPolicy
+) -> None:
+    lm = tiny_lm(name, seed=3)
+    engine = PromptCacheEngine(lm)
+    with begun(engine, ask([0, 1, 2, 3])):
+        for order in ([2, 0, 3, 1], [3, 2, 1, 0], [0, 1, 3, 2]):
+            prompt = ask(order)
+            found = engine.prefill(prompt, repair=policy)
+            lease = engine._reader._pool._idle[-1]
+            repaired = [row for row, label in enumerate(lease.labels) if label == REPAIRED]
+            right = expected(name, prompt, repaired=repaired)
+            assert (found.logits - right).abs().max() < TOLERANCE
+            alone = PromptCacheEngine(lm, engine.store).prefill(prompt, repair=policy)
+            assert found.report.shared_tokens > 0 == alone.report.shared_tokens
+            assert found.report.repaired_tokens == alone.report.repaired_tokens == len(repaired)
+            assert (found.logits - alone.logits).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("order", [[2, 0, 3, 1], [1, 3, 2, 0]])
+def test_what_a_question_looks_at_is_the_same_on_loan_and_in_copies(
+    tiny_lm: Callable[..., CausalLM], order: list[int]
+) -> None:
+    lm = tiny_lm("llama", seed=3)
+    engine = PromptCacheEngine(lm, reuse="fast")
+    engine.encode([document.text for document in DOCS], OPENING.text, progress=False)
+    watched: dict[bool, torch.Tensor] = {}
+    compute = lm._forwards._compute
+
+    def noted(batches: Sequence[Batch]) -> list[torch.Tensor]:
+        logits = compute(batches)
+        watched.update({bool(b.places): b.attention.clone() for b in batches if b.watched})
+        return logits
+
+    patch = pytest.MonkeyPatch()
+    with patch.context() as context:
+        context.setattr(lm._forwards, "_compute", noted)
+        PromptCacheEngine(lm, engine.store).prefill(ask(order), "balanced")
+        with begun(engine, ask([0, 1, 2, 3])):
+            engine.prefill(ask(order), "balanced")
+    torch.testing.assert_close(watched[True], watched[False], rtol=1e-4, atol=1e-5)
+    assert float(watched[True].sum()) > 1
 
 
 @pytest.mark.parametrize("name", COPYING)

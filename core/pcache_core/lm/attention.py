@@ -81,7 +81,7 @@ def slot_attention(  # noqa: PLR0913 (transformers' signature)
         for span in batch.spans:
             queries = own[:, :, span.start : span.stop]
             seen = _visible(keys, span), _visible(values, span)
-            if watches:
+            if watches and not batch.places:
                 _watch(batch, span, queries, seen[0], kind)
             output, lse = _attend_span(batch, span, queries, *seen, kind)
             outputs.append(output)
@@ -90,9 +90,10 @@ def slot_attention(  # noqa: PLR0913 (transformers' signature)
     if pcache_batch.shared:
         assert pcache_layers.rotations is not None, "loans are for models that can share"
         rotation = pcache_layers.rotations[layer]
-        output = pcache_batch.shared.attend(
-            query, output, torch.cat(lses, dim=2), layer, rotation, scale
-        )
+        shared = pcache_batch.shared.at(layer, rotation, query, scale)
+        output, lse = shared.attend(output, torch.cat(lses, dim=2))
+        if is_upper:
+            shared.watch(rows, lse)
     return output.transpose(1, 2), None  # [1, tokens, heads, value dim]
 
 
@@ -127,11 +128,11 @@ def _attend_span(
     """
     group = query.shape[1] // key.shape[1]
     if kind.softcap is not None or kind.sinks is not None:
-        if batch.loans:
+        if batch.places:
             raise UnsupportedAttentionError("soft-capped scores and sinks are not merged")
         bias = batch.bias(span, kind.window, group, torch.float32)
         return _attend_modified(query * kind.scale, key, value, bias, kind), _no_lse(query)
-    if batch.loans:
+    if batch.places:
         bias = batch.bias(span, kind.window, group, query.dtype)
         return kernels.attend_with_lse(query, key, value, bias, kind.scale)
     return _attend_plain(batch, span, query, key, value, kind), _no_lse(query)
@@ -212,11 +213,11 @@ def _watch(batch: Batch, span: Span, query: torch.Tensor, key: torch.Tensor, kin
     start, stop = max(batch.watched.start, span.start), min(batch.watched.stop, span.stop)
     if start >= stop:
         return
-    bias = batch.bias(span, kind.window, query.shape[1] // key.shape[1], torch.float32)
-    weights = _weights(query * kind.scale, key, bias, kind)
-    tokens, rows = span.stop - span.start, weights.shape[-1]
-    by_token = weights.reshape(-1, tokens, rows)  # [heads, tokens, rows]
-    seen = by_token[:, start - span.start : stop - span.start].sum((0, 1))
+    watched = slice(start - span.start, stop - span.start)
+    bias = batch.bias(span, kind.window, 1, torch.float32)
+    if bias is not None:
+        bias = bias[watched].repeat(query.shape[1] // key.shape[1], 1)
+    seen = _weights(query[:, :, watched] * kind.scale, key, bias, kind).sum((0, 1, 2))
     at = 0
     for first, last in span.visible:
         batch.attention[first:last] += seen[at : at + last - first]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -56,11 +56,12 @@ class Batch:
     input_ids, positions, rows: [tokens]; `rows[i]` is where token i's keys and values go and,
         being the token's place in the prompt's order, what it may see: rows up to its own.
     num_rows: rows of the slot that take part, written before or by this forward.
-    loans: states on loan that tokens see, and the first of the tokens that does.
+    places: rows of the prompt that the tokens stand in, where the slot has states on loan, so that
+        they are not the rows of the slot.
     end: one behind the largest position.
     watched: tokens whose attention is added up, as a range of the batch; None for none.
-    attention: [num_rows] fp32, how much the watched tokens attended to each row, over the upper
-        half of the layers.
+    attention: [rows of the prompt] fp32, how much the watched tokens attended to each, over the
+        upper half of the layers.
     """
 
     __slots__ = (
@@ -70,8 +71,8 @@ class Batch:
         "attention",
         "end",
         "input_ids",
-        "loans",
         "num_rows",
+        "places",
         "positions",
         "rows",
         "slot",
@@ -99,7 +100,7 @@ class Batch:
         self.watched = watched
         self.attention = torch.zeros(self.num_rows if watched else 0, device=device)
         self.end = max(positions) + 1
-        self.loans: tuple[tuple[Loan, int], ...] = ()
+        self.places: tuple[int, ...] = ()
         self._last_rows = {span: rows[span.stop - 1] for span in self.spans}
         self._biases: dict[tuple[Span, int | None, int, torch.dtype], torch.Tensor] = {}
         slot.positions.index_copy_(0, self.rows, self.positions)
@@ -120,9 +121,16 @@ class Batch:
         own = [slot.index(row) for row in rows] if slot.loans else rows
         span = Span(0, len(own), ((0, own[-1] + 1),))
         batch = cls(slot, input_ids, own, positions, [span], watched)
-        firsts = ((loan, bisect_left(rows, loan.start)) for loan in slot.loans)
-        batch.loans = tuple((loan, first) for loan, first in firsts if first < len(rows))
+        if slot.loans:
+            batch.places = tuple(rows)
+            batch.attention = torch.zeros(rows[-1] + 1 if watched else 0, device=batch.rows.device)
         return batch
+
+    @property
+    def loans(self) -> list[tuple[Loan, int]]:
+        """States on loan that tokens see, and the first of the tokens that does."""
+        firsts = ((loan, bisect_right(self.places, loan.start)) for loan in self.slot.loans)
+        return [(loan, first) for loan, first in firsts if first < len(self.places)]
 
     @property
     def num_tokens(self) -> int:
@@ -151,9 +159,7 @@ class Batch:
         watched = self.watched or range(0)
         watched = range(max(watched.start, start) - start, min(watched.stop, stop) - start)
         part = Batch(self.slot, ids, rows, positions, spans, watched or None)
-        part.loans = tuple(
-            (loan, max(first - start, 0)) for loan, first in self.loans if first < stop
-        )
+        part.places = self.places[start:stop]
         return part
 
     def bias(

@@ -8,82 +8,211 @@ is merged with it by log-sum-exp.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from pcache_core.kv import Loan
-from pcache_core.lm.batch import Batch
-from pcache_core.lm.kernels import attend_with_lse, merge
+from pcache_core.lm.batch import Batch, Span
+from pcache_core.lm.kernels import attend_with_lse, fold, merge
 from pcache_core.lm.relocation import Rotation
+
+Rows = tuple[torch.Tensor, torch.Tensor]
+"""One layer's keys and values, [1, kv heads, rows, dim]."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _User:
+    """A batch's tokens that see a state: `tokens` of the forward, rows `places` of its prompt."""
+
+    loan: Loan
+    tokens: range
+    places: Sequence[int]
+
+    @property
+    def sees_all(self) -> bool:
+        """Whether nothing of the state is hidden from any of the tokens."""
+        return not self.loan.replaced and self.places[0] >= self.loan.stop
+
+    def hidden(self) -> torch.Tensor:
+        """[tokens, rows of the state] bool: what stands behind a token, or was computed again."""
+        state_rows = torch.arange(self.loan.start, self.loan.stop)
+        hidden = state_rows[None, :] >= torch.tensor(self.places)[:, None]
+        return hidden | torch.isin(state_rows, torch.tensor(self.loan.replaced))
 
 
 class SharedStates:
     """The states on loan to the batches of one forward, and which tokens see which of them."""
 
     def __init__(self, parts: Sequence[Batch], starts: Sequence[int]) -> None:
-        seen: dict[int, list[tuple[Loan, range]]] = {}
-        for part, start in zip(parts, starts, strict=False):
-            for loan, first in part.loans:
+        self._parts = list(zip(parts, starts, strict=False))
+        groups: dict[int, list[_User]] = {}
+        for part, start in self._parts:
+            for loan, first in part.loans if part.places else ():
                 tokens = range(start + first, start + part.num_tokens)
-                seen.setdefault(id(loan.state), []).append((loan, tokens))
-        self._loans = [users[0][0] for users in seen.values()]
-        if not seen:
-            return
-        self._sizes = [sum(len(tokens) for _, tokens in users) for users in seen.values()]
-        flat = [(loan, tokens) for users in seen.values() for loan, tokens in users]
-        device = parts[0].positions.device
-        seeing = [token for _, own in flat for token in own]
-        self._tokens = torch.tensor(seeing, dtype=torch.long, device=device)
-        placed = [loan.position for loan, own in flat for _ in own]
-        self._placed = torch.tensor(placed, dtype=torch.long, device=device)
-        encoded = [loan.state.position for loan, own in flat for _ in own]
-        self._encoded = torch.tensor(encoded, dtype=torch.long, device=device)
+                user = _User(loan, tokens, part.places[first:])
+                groups.setdefault(id(loan.state), []).append(user)
+        self._groups = list(groups.values())
+        self._tokens, self._placed, self._encoded = self._flat(parts[0].positions.device)
+        self._biases = [_bias(users).to(self._tokens.device) for users in self._groups]
         self._turns: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def __bool__(self) -> bool:
-        return bool(self._loans)
+        return bool(self._groups)
 
-    def attend(
+    def _flat(self, device: torch.device) -> tuple[torch.Tensor, ...]:
+        """Tokens of all groups, and where each one's state stands and where it was encoded."""
+        users = [user for group in self._groups for user in group]
+        numbers = (
+            [token for user in users for token in user.tokens],
+            [user.loan.position for user in users for _ in user.tokens],
+            [user.loan.state.position for user in users for _ in user.tokens],
+        )
+        return tuple(torch.tensor(each, dtype=torch.long, device=device) for each in numbers)
+
+    def at(
+        self, layer: int, rotation: Rotation | None, query: torch.Tensor, scale: float
+    ) -> _SharedLayer:
+        """One layer's attention; `layer` among the caching ones. query: [1, heads, tokens, dim]."""
+        queries = query[0].index_select(1, self._tokens)
+        if rotation is not None:
+            name = id(rotation.frequencies)
+            if name not in self._turns:
+                angles = rotation.angles(self._placed, self._encoded)
+                self._turns[name] = (angles.cos().float(), angles.sin().float())
+            turned = torch.empty_like(queries)
+            rotation.turn(queries, *self._turns[name], out=turned)
+            queries = turned
+        sizes = [sum(len(user.tokens) for user in users) for users in self._groups]
+        groups = [
+            _Group(users, tokens, asking[None], *users[0].loan.layers[layer], bias)
+            for users, tokens, asking, bias in zip(
+                self._groups,
+                torch.split_with_sizes(self._tokens, sizes),
+                torch.split_with_sizes(queries, sizes, dim=1),
+                self._biases,
+                strict=True,
+            )
+        ]
+        return _SharedLayer(self._parts, groups, query, scale)
+
+
+def _bias(users: Sequence[_User]) -> torch.Tensor:
+    """[tokens, rows of the state] fp32, 0 where seen and the minimum where not; empty if all is."""
+    if all(user.sees_all for user in users):
+        return torch.empty(0)
+    hidden = torch.cat([user.hidden() for user in users])
+    return torch.zeros(hidden.shape).masked_fill(hidden, torch.finfo(torch.float32).min)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Group:
+    """Those who see one state: their queries, turned to where it lies, and its keys and values."""
+
+    users: Sequence[_User]
+    tokens: torch.Tensor
+    queries: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    bias: torch.Tensor
+
+
+class _SharedLayer:
+    """Attention of one layer's queries to the states on loan."""
+
+    def __init__(
         self,
+        parts: Sequence[tuple[Batch, int]],
+        groups: Sequence[_Group],
         query: torch.Tensor,
-        own: torch.Tensor,
-        own_lse: torch.Tensor,
-        layer: int,
-        rotation: Rotation | None,
         scale: float,
-    ) -> torch.Tensor:
-        """Attention to what a query's slot holds and to what it has on loan.
+    ) -> None:
+        self._parts = parts
+        self._groups = groups
+        self._query = query
+        self._scale = scale
 
-        query: [1, heads, tokens, dim]. own: attention to the slot, [1, heads, tokens, value dim].
-        own_lse: [1, heads, tokens]. layer: among the caching ones. Returns: as `own`.
+    def attend(self, own: torch.Tensor, own_lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attention to what a query's slot holds and to what it has on loan, and the log-sum-exp.
+
+        own: attention to the slot, [1, heads, tokens, value dim], with own_lse [1, heads, tokens].
+        Returns: as given.
         """
-        queries = self._turned(query[0].index_select(1, self._tokens), rotation)
-        parts = len(self._loans) + 1
+        parts = len(self._groups) + 1
         outputs = own.new_zeros(parts, *own.shape[1:])
         lses = own_lse.new_full((parts, *own_lse.shape[1:]), float("-inf"))
         outputs[0], lses[0] = own[0], own_lse[0]
-        shares = zip(
-            self._loans,
-            torch.split_with_sizes(queries, self._sizes, dim=1),
-            torch.split_with_sizes(self._tokens, self._sizes),
-            strict=True,
-        )
-        for part, (loan, asking, tokens) in enumerate(shares, 1):
-            keys, values = loan.layers[layer]
-            output, lse = attend_with_lse(asking[None], keys, values, None, scale)
-            outputs[part].index_copy_(1, tokens, output[0])
-            lses[part].index_copy_(1, tokens, lse[0])
-        return merge(outputs, lses)[None]
+        for part, group in enumerate(self._groups, 1):
+            output, lse = attend_with_lse(
+                group.queries, group.keys, group.values, self._folded(group), self._scale
+            )
+            outputs[part].index_copy_(1, group.tokens, output[0])
+            lses[part].index_copy_(1, group.tokens, lse[0])
+        return merge(outputs, lses)[None], torch.logsumexp(lses, dim=0)[None]
 
-    def _turned(self, queries: torch.Tensor, rotation: Rotation | None) -> torch.Tensor:
-        """Queries, [heads, tokens, dim], turned from where states stand to where they lie."""
-        if rotation is None:
-            return queries
-        name = id(rotation.frequencies)
-        if name not in self._turns:
-            angles = rotation.angles(self._placed, self._encoded)
-            self._turns[name] = (angles.cos().float(), angles.sin().float())
-        turned = torch.empty_like(queries)
-        rotation.turn(queries, *self._turns[name], out=turned)
-        return turned
+    def _folded(self, group: _Group) -> torch.Tensor | None:
+        if not group.bias.numel():
+            return None
+        limit = torch.finfo(group.queries.dtype).min
+        folded = group.bias.clamp(min=limit).to(group.queries.dtype)
+        return folded.repeat(group.queries.shape[1] // group.keys.shape[1], 1)
+
+    def watch(self, rows: Sequence[Rows], lse: torch.Tensor) -> None:
+        """Add what watched tokens attend to, in their slot and in what it has on loan.
+
+        rows: of each batch's slot. lse: as `attend` gave it, over all that a query sees.
+        """
+        for (batch, start), (keys, _) in zip(self._parts, rows, strict=True):
+            if batch.watched is None or not batch.places:
+                continue
+            for span in batch.spans:
+                first = max(batch.watched.start, span.start)
+                last = min(batch.watched.stop, span.stop)
+                if first < last:
+                    self._watch_span(batch, span, range(start + first, start + last), keys, lse)
+
+    def _watch_span(
+        self, batch: Batch, span: Span, tokens: range, keys: torch.Tensor, lse: torch.Tensor
+    ) -> None:
+        """Add what these tokens of a span attend to."""
+        query = self._query[:, :, tokens.start : tokens.stop]
+        total = lse[:, :, tokens.start : tokens.stop]
+        stop = span.visible[-1][1]
+        bias = batch.bias(span, None, 1, torch.float32)
+        if bias is not None:
+            bias = bias[-len(tokens) :]  # what is watched are the last tokens
+        places = batch.slot.own_rows(len(batch.attention))[:stop].to(keys.device)
+        batch.attention[places] += self._paid(query, keys[:, :, :stop], bias, total)
+        for group, user, at in self._users():
+            both = range(max(tokens.start, user.tokens.start), min(tokens.stop, user.tokens.stop))
+            if both:
+                first = at + both.start - user.tokens.start
+                seen = slice(first, first + len(both))
+                bias = group.bias[seen] if group.bias.numel() else None
+                total = lse[:, :, both.start : both.stop]
+                paid = self._paid(group.queries[:, :, seen], group.keys, bias, total)
+                batch.attention[user.loan.start : user.loan.stop] += paid
+
+    def _users(self) -> Iterator[tuple[_Group, _User, int]]:
+        """Everyone in every group, and where in the group's queries their own begin."""
+        for group in self._groups:
+            at = 0
+            for user in group.users:
+                yield group, user, at
+                at += len(user.tokens)
+
+    def _paid(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        bias: torch.Tensor | None,
+        total: torch.Tensor,
+    ) -> torch.Tensor:
+        """Attention to each row, summed over heads and tokens: [rows] fp32."""
+        kv_heads = key.shape[1]
+        scores = torch.matmul(fold(query, kv_heads) * self._scale, key.transpose(-1, -2)).float()
+        if bias is not None:
+            scores += bias.repeat(query.shape[1] // kv_heads, 1)
+        total = total.reshape(1, kv_heads, -1, 1)
+        return (scores - total).exp().sum((0, 1, 2))
