@@ -249,6 +249,68 @@ def test_an_interrupt_while_waiting_leaves_the_queue_to_the_others(lm: CausalLM)
     assert (logits - plain("llama", ids(3, 13))).abs().max() < TOLERANCE
 
 
+def test_a_request_that_is_interrupted_leaves_only_when_no_forward_writes_to_its_slot(
+    lm: CausalLM,
+) -> None:
+    begun, may_end = [threading.Event(), threading.Event()], [threading.Event(), threading.Event()]
+    calls = iter(range(2))
+
+    def compute(batches: Sequence[Batch]) -> list[torch.Tensor]:
+        call = next(calls)
+        begun[call].set()
+        assert may_end[call].wait(20)
+        return [torch.zeros(1) for _ in batches]
+
+    queue = ForwardQueue(compute, joins)
+    threads = Threads()
+    threads.start(partial(queue.run, whole(lm, ids(1, 9))))
+    assert begun[0].wait(20)
+    released_at: list[bool] = []
+
+    def interrupt_in_the_second_forward() -> None:
+        wait_until(lambda: len(queue._waiting) == 2)
+        may_end[0].set()
+        assert begun[1].wait(20)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)  # type: ignore[arg-type]
+        time.sleep(0.1)
+        released_at.append(True)
+        may_end[1].set()
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    try:
+        threads.start(interrupt_in_the_second_forward)
+        with pytest.raises(KeyboardInterrupt):
+            queue.run(whole(lm, ids(2, 11)))
+        assert released_at, "it left while the forward was still at its slot"
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    threads.join()
+
+
+def test_beside_running_answers_a_prompt_is_read_in_parts_of_limited_time(lm: CausalLM) -> None:
+    sizes: list[list[int]] = []
+
+    def compute(batches: Sequence[Batch]) -> list[torch.Tensor]:
+        sizes.append([batch.num_tokens for batch in batches])
+        time.sleep(sum(sizes[-1]) / 2000)  # a model that reads 2,000 tokens a second
+        return [torch.zeros(1) for _ in batches]
+
+    queue = ForwardQueue(compute, joins)
+    queue.run(whole(lm, ids(1, 200)))
+    running = whole(lm, ids(1, 4))
+    threads = Threads()
+    threads.start(lambda: _steps(queue, running.slot, 4))
+    long_ids = [int(token) for token in torch.arange(1500) % 250 + 3]
+    threads.start(lambda: queue.run(whole(lm, long_ids)))
+    threads.join()
+    beside = [max(each) for each in sizes if 1 in each and len(each) > 1]
+    assert beside
+    assert max(beside) <= 2000 * 0.3
+
+
 def test_what_may_not_join_runs_whole_and_alone(lm: CausalLM) -> None:
     compute = Recorded(lm)
     queue = ForwardQueue(compute, lambda batch: batch.num_tokens != 13)

@@ -23,8 +23,10 @@ IsCancelled = Callable[[], bool]
 
 _FEW_TOKENS = 16
 _TOKENS_PER_FORWARD = 2048
-# Beside steps of running answers, so that they go on while prompts are read.
-_TOKENS_BESIDE_STEPS = 512
+# Beside steps of running answers, so that they go on while prompts are read: as many as take about
+# this long, within limits.
+_PAUSE_S = 0.25
+_MOST_BESIDE_STEPS = 512
 _LEAST_SHARE = 64
 _MOST_BATCHES = 256
 # How long a forward waits for those of the last one to come back with their next token.
@@ -90,6 +92,7 @@ class ForwardQueue:
         self._arrived = threading.Condition()  # guards the lines around it
         self._expected: set[int] = set()  # owners of the last forward's finished batches
         self._patience_ends = 0.0
+        self._tokens_per_s = float("inf")  # in the last forward that read prompts
 
     @contextmanager
     def cancelled_by(self, is_cancelled: IsCancelled) -> Iterator[None]:
@@ -204,11 +207,16 @@ class ForwardQueue:
         others = [job for job in joining if job.rest.num_tokens > _FEW_TOKENS]
         # Those of the last forward who aren't back yet will be, so it is not made long meanwhile.
         is_shared = steps or self._expected
-        budget = _TOKENS_BESIDE_STEPS if is_shared else _TOKENS_PER_FORWARD
+        budget = self._tokens_beside_steps if is_shared else _TOKENS_PER_FORWARD
         shares = _shares([job.rest.num_tokens for job in others], budget)
         parts = zip(others, shares, strict=True)
         heads = [(job, _head(job.rest, share)) for job, share in parts if share]
         return self._begun([(job, job.rest) for job in steps] + heads)
+
+    @property
+    def _tokens_beside_steps(self) -> int:
+        in_time = min(_PAUSE_S * self._tokens_per_s, _MOST_BESIDE_STEPS)
+        return max(int(in_time), _LEAST_SHARE)
 
     def _begun(self, parts: Sequence[tuple[_Job, Batch]]) -> list[tuple[_Job, Batch]]:
         """Those that are still waited for; from now on a forward is at them."""
@@ -233,6 +241,9 @@ class ForwardQueue:
                     self._forward([part])
             return
         ended = time.perf_counter()
+        tokens = sum(batch.num_tokens for _, batch in parts)
+        if tokens >= _LEAST_SHARE:
+            self._tokens_per_s = tokens / max(ended - started, 1e-9)
         finished = set()
         for (job, batch), logits in zip(parts, found, strict=True):
             if batch.num_tokens < job.rest.num_tokens:
