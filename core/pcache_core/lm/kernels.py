@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 _FEWEST_ROWS = 64
-_MOST_SCORES = 2**20
+_MOST_SCORES = 2**21
 
 
 class Scratch:
