@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _QUESTIONS = 400  # one question is a quarter of a point
 _WIDTH_OF_A_FILE = 120  # columns of output that is not a terminal
 
-app = typer.Typer(
+app: typer.Typer = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from collections.abc import Iterator, Sequence
 
@@ -71,5 +72,5 @@ def _hub_hints(chain: Sequence[BaseException]) -> list[str]:
 def _is_out_of_memory(error: BaseException) -> bool:
     from torch import OutOfMemoryError
 
-    refused = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    return refused or isinstance(error, (MemoryError, OutOfMemoryError))
+    refused = re.search(r"(can't|cannot) allocate memory", str(error), flags=re.IGNORECASE)
+    return refused is not None or isinstance(error, (MemoryError, OutOfMemoryError))

@@ -16,7 +16,7 @@ from rich.text import Text
 from pcache_core.errors import OptionError
 from pcache_core.store.inspect import Selection, StoredState, clear_states, stored_states
 
-app = typer.Typer()
+app: typer.Typer = typer.Typer()
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 _MOST_HITS = 999

@@ -185,15 +185,14 @@ def test_options_that_make_other_states_are_part_of_their_keys(
         assert encode(texts / "1.txt", "--store", states, *option)["already_stored"] == 1
 
 
-def test_a_text_too_long_is_named_and_left_out(
-    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_text_too_long_is_named_and_left_out(texts: Path, tmp_path: Path) -> None:
     (tmp_path / "long.txt").write_text("word " * 3000)
     arguments = (tmp_path / "long.txt", texts / "1.txt", "--store", tmp_path / "s")
     figures = encode(*arguments, status=1)
     assert figures["left_out"] == [str(tmp_path / "long.txt")]
     assert figures["encoded"] == 1
-    assert "longer than 2,046 tokens: " + str(tmp_path / "long.txt") in capsys.readouterr().err
+    again = CliRunner().invoke(app, ["encode", *map(str, arguments)])
+    assert f"longer than 2,046 tokens: {tmp_path / 'long.txt'}; split" in again.stderr
 
 
 # --- interrupted --------------------------------------------------------------------------------

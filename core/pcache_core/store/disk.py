@@ -69,7 +69,7 @@ class DiskStore:
         storage_dtype: StorageDtype = "auto",
         hmac_key: bytes | None = None,
     ) -> None:
-        self.path = _checked_path(path)
+        self.path: Path = _checked_path(path)
         self.storage_dtype = check_storage_dtype(storage_dtype)
         self._budget_bytes = None if budget_bytes is None else check_budget(budget_bytes)
         self._seal = Seal(hmac_key)
