@@ -114,5 +114,11 @@ def test_the_api_pages_have_every_public_name() -> None:
     ],
 )
 def test_docstrings_become_lists_and_links(written: str, shown: str) -> None:
-    docstrings = script("docstrings").HouseDocstrings()
+    module = script("docstrings")
+    docstrings = module.HouseDocstrings()
+    assert module.unfolded("A.\n\nInvoke:\n    x()\n\n    y()\nB.") == (
+        "A.\n\n**Invoke**\n\nx()\n\ny()\nB."
+    )
+    assert module.fenced("A:\n>>> f()\n1\n\nB.") == "A:\n\n```pycon\n>>> f()\n1\n```\n\nB."
+    assert module.one_a_line("x: a. y: b; z: c.", {"x", "y"}) == "x: a.\ny: b; z: c."
     assert "\n".join(docstrings._lines(written)) == shown
