@@ -72,8 +72,8 @@ def encode(  # noqa: PLR0913 (each is an option of the command)
 ) -> None:
     """Precompute the attention states of documents into a store.
 
-    A language model with the same model, store and namespace then finds them. What the store has
-    already is not computed again, so an interrupted run goes on where it stopped.
+    A language model with the same model, store and namespace then finds them.
+    What the store has already is not computed again: an interrupted run goes on.
     """
     opening = _opening(anchor, template)
     texts = read_texts(sources, field)

@@ -28,7 +28,7 @@ def read_texts(sources: Sequence[Path], field: str | None = None) -> list[Source
     A folder gives its `.txt`, `.md`, `.jsonl` and `.ndjson` files, those of its folders included
     and hidden ones not. `.jsonl` and `.ndjson` files hold a JSON string a line, or an object with
     the text in `field`: in `text`, `page_content` or `content` if no field is named. Any other file
-    is one text.
+    but `.json` is one text.
 
     Raises: OptionError: a file can't be read or is not UTF-8, a line is not JSON or has no text,
         or there is no text at all; the message says where.
@@ -65,6 +65,10 @@ def _files(source: Path) -> Sequence[Path]:
 
 
 def _texts_of(file: Path, field: str | None) -> Iterator[tuple[str, str]]:
+    if file.suffix.lower() == ".json":
+        raise OptionError(
+            f"{file}: texts are read from JSON lines; write one a line, into a .jsonl"
+        )
     content = _read(file)
     if file.suffix.lower() not in _LINES:
         yield content, str(file)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -64,6 +66,7 @@ def test_results_come_as_json_from_every_command_that_has_some() -> None:
         (("TMP/bad.txt", "--store", "TMP/s"), r"bad.txt is not UTF-8 text \(byte 3\); save it"),
         (("TMP/fields.jsonl", "--store", "TMP/s"), r"fields.jsonl:2: expected a string.*got the f"),
         (("TMP/cut.jsonl", "--store", "TMP/s"), r"cut.jsonl:1 is not JSON"),
+        (("TMP/a.json", "--store", "TMP/s"), r"a.json: texts are read from JSON lines; write one"),
         (("TMP/empty", "--store", "TMP/s"), r"holds no file of texts \(.txt, .md, "),
         (("TMP/a.txt", "--store", "memory"), "ends with this process; give a folder"),
         (("TMP/a.txt", "--store", "memmory"), "did you mean 'memory'"),
@@ -186,6 +189,20 @@ def test_a_server_without_its_package_names_the_command_that_installs_it(tmp_pat
     assert done.stderr == (
         "error: RedisStore needs the redis package; pip install 'pcache-integrations[redis]'\n"
     )
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_names_the_python_that_it_needs(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    old = tmp_path / "python3.9"
+    old.write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.9.2 && exit\nexit 1\n')
+    old.chmod(0o700)
+    done = subprocess.run(
+        ["make", "demo", f"PYTHON={old}"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert f"Python 3.11 or newer is needed, and {old} is Python 3.9.2; name another" in done.stderr
+    assert not (tmp_path / ".venv").exists()
 
 
 def test_errors_that_nobody_foresaw_are_not_explained_away() -> None:

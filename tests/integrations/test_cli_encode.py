@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+import tiny_models
 from command import MAIN, environment, pcache
 from corpus import DOCUMENTS, OPENING, TEMPLATE
 from pcache_core import CausalLM, DiskStore, Prompt, PromptCacheEngine, Segment
@@ -193,6 +196,39 @@ def test_a_text_too_long_is_named_and_left_out(texts: Path, tmp_path: Path) -> N
     assert figures["encoded"] == 1
     again = CliRunner().invoke(app, ["encode", *map(str, arguments)])
     assert f"longer than 2,046 tokens: {tmp_path / 'long.txt'}; split" in again.stderr
+
+
+def test_a_model_that_has_no_states_ahead_of_time_is_no_success(
+    texts: Path, tmp_path: Path
+) -> None:
+    """Learned positions are part of the states, so documents can't be encoded before a prompt."""
+    tiny_models.build("gpt2", seed=0).save_pretrained(tmp_path / "gpt2")
+    tiny_models.tiny_tokenizer().save_pretrained(tmp_path / "gpt2")
+    given = ("--model", tmp_path / "gpt2", "--store", tmp_path / "s")
+    figures = encode(texts, *given, status=1)
+    assert (figures["encoded"], figures["texts"]) == (0, 8)
+    assert "no rotation moves the states" in figures["reason"]
+
+
+def test_a_bar_shows_progress_on_a_terminal_and_none_elsewhere(texts: Path, tmp_path: Path) -> None:
+    terminal, stderr = os.openpty()
+    command = ["encode", str(texts), "--store", str(tmp_path / "s"), "--json"]
+    done = subprocess.run(
+        [sys.executable, "-c", MAIN, *command],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        timeout=200,
+        check=True,
+    )
+    os.close(stderr)
+    shown = b""
+    with contextlib.suppress(OSError):  # at its end
+        while piece := os.read(terminal, 10_000):
+            shown += piece
+    os.close(terminal)
+    assert re.search(rb"encoding: 100%.*tok/s", shown)
+    assert json.loads(done.stdout)["encoded"] == 8  # the bar is not among the results
 
 
 # --- interrupted --------------------------------------------------------------------------------
