@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -212,6 +213,7 @@ def test_a_model_that_has_no_states_ahead_of_time_is_no_success(
 
 def test_a_bar_shows_progress_on_a_terminal_and_none_elsewhere(texts: Path, tmp_path: Path) -> None:
     terminal, stderr = os.openpty()
+    termios.tcsetwinsize(stderr, (24, 100))
     command = ["encode", str(texts), "--store", str(tmp_path / "s"), "--json"]
     done = subprocess.run(
         [sys.executable, "-c", MAIN, *command],
