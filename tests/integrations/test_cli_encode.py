@@ -77,6 +77,7 @@ else:
 print(json.dumps({
     "answer": answer,
     "encoded_tokens": report.encoded_tokens,
+    "opening": report.segments[0].source,
     "sources": [s.source for s in report.segments if s.kind == "document"],
 }))
 """
@@ -173,12 +174,14 @@ def test_documents_are_encoded_behind_a_known_opening(texts: Path, tmp_path: Pat
     assert encode(texts, *given)["encoded"] == 8
     by_anchor = encode(texts, "--store", tmp_path / "s", "--anchor", OPENING)
     assert (by_anchor["encoded"], by_anchor["already_stored"]) == (0, 8)
+    text = CausalLM.from_pretrained("builtin:tiny-rag").text
+    opening = text.bos_ids + text.ids(Segment(OPENING, "literal"))
     stored = [state.record for state in stored_states(tmp_path / "s") if state.record]
-    openings = {record.anchor_ids for record in stored if len(record.token_ids) > 12}
-    (opening,) = {ids for ids in openings if ids}
+    assert {record.anchor_ids for record in stored if len(record.token_ids) > 12} == {opening}
     assert opening in {record.token_ids for record in stored}
     asked = ask("langchain", str(tmp_path / "s"))
-    assert (asked["sources"], asked["encoded_tokens"]) == (["disk"] * 3, 0)
+    assert (asked["sources"], asked["opening"]) == (["disk"] * 3, "disk")
+    assert asked["encoded_tokens"] == 0
 
 
 def test_options_that_make_other_states_are_part_of_their_keys(

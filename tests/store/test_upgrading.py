@@ -64,6 +64,19 @@ def prompt() -> Prompt:
     return Prompt([Segment(OPENING, "literal"), *documents, Segment("\n\nQuestion: Who?\nAnswer:")])
 
 
+def test_the_warning_names_both_versions(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    key, state = make(5, 6, 7)
+    store = DiskStore(tmp_path)
+    for version in (FORMAT_VERSION - 1, FORMAT_VERSION + 1):
+        store.put(key, state)
+        (file,) = tmp_path.rglob("*.safetensors")
+        file.write_bytes(of_version(file.read_bytes(), version))
+        assert store.get(key) is None
+        assert caplog.messages[-1].endswith(
+            f"format 'pcache-state-{version}', this version reads pcache-state-{FORMAT_VERSION}"
+        )
+
+
 def test_an_engine_encodes_again_what_a_folder_has_of_another_version(
     rewrite: Callable[[bytes], bytes], tmp_path: Path
 ) -> None:
