@@ -3,7 +3,7 @@ PYTHON ?= python3
 PIP_VERSION = 26.3
 export PIP_CONSTRAINT = constraints.txt
 
-.PHONY: demo test check format clean
+.PHONY: demo test check docs format clean
 
 demo: .venv/installed
 	.venv/bin/pcache demo
@@ -16,15 +16,24 @@ check: .venv/developed
 	.venv/bin/ruff check .
 	.venv/bin/mypy
 	.venv/bin/lint-imports --no-logo
+	.venv/bin/basedpyright --pythonpath .venv/bin/python
+	.venv/bin/python tests/typing/completeness.py
+	$(MAKE) --no-print-directory docs
+
+docs: .venv/developed
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
 
 format: .venv/developed
 	.venv/bin/ruff format .
 	.venv/bin/ruff check --fix .
 
 clean:
-	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf .venv build dist site .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 
 .venv/bin/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Python 3.11 or newer is needed, and $(PYTHON) is $$($(PYTHON) --version 2>&1);" \
+	    "name another: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	PIP_CONSTRAINT= .venv/bin/python -m pip install --quiet pip==$(PIP_VERSION)
 

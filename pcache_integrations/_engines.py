@@ -12,7 +12,7 @@ from weakref import WeakValueDictionary
 from pcache_core import CausalLM, DiskStore, MemoryStore, PromptCacheEngine, TieredStore
 from pcache_core.errors import OptionError
 from pcache_core.params import RepairPolicy, check_repair, check_reuse
-from pcache_core.store import CostAware, ModuleStore
+from pcache_core.store import CostAware, LastingStore, ModuleStore
 from pcache_core.store.packing import check_storage_dtype
 from pcache_core.store.record import StorageDtype
 
@@ -63,12 +63,26 @@ def build_store(spec: str, storage_dtype: str = "auto") -> ModuleStore:
     check_store(spec)
     if spec == "memory":
         return MemoryStore()
+    return TieredStore([MemoryStore(policy=CostAware()), lasting_store(spec, storage_dtype)])
+
+
+def lasting_store(spec: str, storage_dtype: str = "auto") -> LastingStore:
+    """The folder or server alone: what `put` returned for is there when the process ends.
+
+    Raises: OptionError: `spec` names memory, or is refused by `check_store`. DependencyError: as
+        `check_store`. StoreError: the folder can't be made.
+    """
+    check_store(spec)
+    if spec == "memory":
+        raise OptionError(
+            "store='memory' ends with this process; give a folder such as ./states, "
+            "redis://host:port/database or an object store's URL"
+        )
     dtype = check_storage_dtype(storage_dtype)
-    lasting = _remote_store(spec, dtype) if "://" in spec else DiskStore(spec, storage_dtype=dtype)
-    return TieredStore([MemoryStore(policy=CostAware()), lasting])
+    return _remote_store(spec, dtype) if "://" in spec else DiskStore(spec, storage_dtype=dtype)
 
 
-def _remote_store(url: str, storage_dtype: StorageDtype = "auto") -> ModuleStore:
+def _remote_store(url: str, storage_dtype: StorageDtype = "auto") -> LastingStore:
     """A store that connects when it is first used; its package is imported only here."""
     if url.partition("://")[0] in ("redis", "rediss", "valkey", "unix"):
         from pcache_core.store.redis import RedisStore

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from pcache_core.errors import OptionError, PromptCacheError
+from pcache_core.errors import OptionError
+from pcache_integrations.cli_encode import encode
+from pcache_integrations.cli_errors import EXIT_STATUSES, INTERRUPTED, USER_ERROR, explain
 from pcache_integrations.cli_schema import schema
 from pcache_integrations.cli_store import app as store_app
 
@@ -20,12 +22,14 @@ if TYPE_CHECKING:
 _QUESTIONS = 400  # one question is a quarter of a point
 _WIDTH_OF_A_FILE = 120  # columns of output that is not a terminal
 
-app = typer.Typer(
+app: typer.Typer = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Prompt Cache: reuse of attention states of prompt parts, for LangChain and LlamaIndex.",
+    epilog=EXIT_STATUSES,
 )
+app.command(epilog="Example: pcache encode handbook/ faq.jsonl --store ./states")(encode)
 app.add_typer(store_app)
 app.command(epilog="Example: pcache schema prompt.j2 --len question=32")(schema)
 
@@ -39,6 +43,7 @@ def demo(
         Path | None, typer.Option(help="A folder of .txt files and questions.tsv.")
     ] = None,
     top_k: Annotated[int, typer.Option(min=1, help="Documents retrieved for a question.")] = 8,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Ask questions over a small corpus through LangChain and LlamaIndex, reuse off and on."""
     from pcache_core import CausalLM
@@ -46,7 +51,10 @@ def demo(
     from pcache_integrations.demo.run import run_demo
 
     documents = Corpus(corpus or default_folder())
-    run_demo(CausalLM.from_pretrained(model), documents, top_k=top_k, console=Console())
+    lm = CausalLM.from_pretrained(model)
+    asked = run_demo(lm, documents, top_k=top_k, console=Console(quiet=as_json))
+    if as_json:
+        print(json.dumps({"model": model, "questions": [each.as_json() for each in asked]}))
 
 
 @app.command("eval", epilog="Example: pcache eval --documents 8 --split --modes fast,balanced")
@@ -155,10 +163,15 @@ def _questions(data: Path | None, world: dict[str, Any], count: int | None) -> Q
 
 
 def main() -> None:
-    """Run a command. Our own errors are a line on standard error and exit status 2."""
+    """Run a command; what went wrong is a sentence on standard error, and an exit status."""
     try:
         app()
-    except PromptCacheError as error:
-        Console(stderr=True).print(f"[red]error:[/] {type(error).__name__}: ", end="")
-        print(error, file=sys.stderr)
-        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(INTERRUPTED) from None
+    except Exception as error:
+        message = explain(error)
+        if message is None:
+            raise
+        Console(stderr=True).print("[red]error:[/] ", end="")
+        print(message, file=sys.stderr)
+        raise SystemExit(USER_ERROR) from None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -53,14 +53,18 @@ def schema(
     ] = None,
 ) -> None:
     """Print the schema of a prompt template as PML."""
+    typer.echo(template_of(file, template_format, name, _lengths(length or ())).pml, nl=False)
+
+
+def template_of(
+    file: Path,
+    template_format: TemplateFormat | None = None,
+    name: str | None = None,
+    lengths: Mapping[str, int] | None = None,
+) -> PromptTemplate:
+    """The template in a file. Raises: TemplateError: it can't be read or is of no known format."""
     template_format = template_format or _format_of(file)
     name = name or file.name.partition(".")[0]
-    typer.echo(_template(file, template_format, name, _lengths(length or ())).pml, nl=False)
-
-
-def _template(
-    file: Path, template_format: TemplateFormat, name: str, lengths: dict[str, int]
-) -> PromptTemplate:
     if template_format is TemplateFormat.JINJA2:
         return JinjaTemplate.from_file(file, name=name, lengths=lengths)
     source = read_template(file)

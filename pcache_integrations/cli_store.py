@@ -16,7 +16,7 @@ from rich.text import Text
 from pcache_core.errors import OptionError
 from pcache_core.store.inspect import Selection, StoredState, clear_states, stored_states
 
-app = typer.Typer()
+app: typer.Typer = typer.Typer()
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 _MOST_HITS = 999
@@ -45,6 +45,7 @@ def inspect(  # noqa: PLR0913 (one parameter an option)
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
 ) -> None:
     """List the states in a folder: text, tokens, bytes, age and hits."""
+    _check_folder(path)
     selection = Selection(model, namespace, document, _seconds(older_than))
     states = sorted(stored_states(path, selection), key=lambda state: state.idle_s)
     if as_json:
@@ -66,8 +67,10 @@ def clear(  # noqa: PLR0913 (one parameter an option)
     older_than: OlderThan = None,
     everything: Annotated[bool, typer.Option("--all", help="Every state in the folder.")] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Don't ask.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Remove states from a folder, by model, namespace, document or age."""
+    _check_folder(path)
     selection = Selection(model, namespace, document, _seconds(older_than))
     if everything == (selection != Selection()):
         raise OptionError(
@@ -76,9 +79,21 @@ def clear(  # noqa: PLR0913 (one parameter an option)
     states = list(stored_states(path, selection))
     total = _bytes(sum(state.nbytes for state in states))
     if states and not yes:
-        typer.confirm(f"Remove {len(states)} states, {total}?", abort=True)
+        typer.confirm(f"Remove {len(states)} states, {total}?", abort=True, err=as_json)
     removed = clear_states(path, selection)
-    print(f"removed {len(removed)} states, {_bytes(sum(state.nbytes for state in removed))}")
+    nbytes = sum(state.nbytes for state in removed)
+    if as_json:
+        print(json.dumps({"removed": len(removed), "bytes": nbytes}))
+    else:
+        print(f"removed {len(removed)} states, {_bytes(nbytes)}")
+
+
+def _check_folder(path: Path) -> None:
+    if re.match(r"[a-z0-9]+:/", str(path)):  # a URL's second slash is gone from a path
+        raise OptionError(
+            f"{str(path)!r} is no folder: inspect and clear work on folders. What a server keeps "
+            "has names that begin with 'pcache:', and goes by its own time limits and tools"
+        )
 
 
 def _table(states: Sequence[StoredState]) -> Table:

@@ -106,12 +106,12 @@ class PromptCacheEngine:
         self.lm = lm
         self.store: ModuleStore = MemoryStore() if store is None else store
         self.reuse = check_reuse(reuse)
-        self.repair = check_repair(repair)
+        self.repair: RepairPolicy | None = check_repair(repair)
         self.namespace = namespace
         self.min_module_tokens = min_module_tokens
         self._check_budget()
         self._library = ModuleLibrary(lm, self.store, namespace, check_admission(admission))
-        self.reports = Reports(self._library.learn)
+        self.reports: Reports = Reports(self._library.learn)
         self._schemas = SchemaShelf(lm)
         self._reader = PromptReader(self._library, min_module_tokens)
         self._gate = Gate(max_running, max_waiting)

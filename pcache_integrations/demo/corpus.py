@@ -41,10 +41,10 @@ class Corpus:
             raise OptionError(f"corpus {str(folder)!r} is not a folder; give one of .txt files")
         files = sorted(folder.glob("*.txt"))
         texts = [TextFile(file.stem, _read(file).strip()) for file in files]
-        self.documents = [document for document in texts if document.text]
+        self.documents: list[TextFile] = [document for document in texts if document.text]
         if not self.documents:
             raise OptionError(f"corpus {str(folder)!r} holds no .txt file with text in it")
-        self.questions = _read_questions(folder / QUESTIONS_FILE)
+        self.questions: list[Question] = _read_questions(folder / QUESTIONS_FILE)
         self._index = bm25s.BM25()
         self._index.index(
             _tokens([document.text for document in self.documents]), show_progress=False

@@ -19,11 +19,13 @@ _MODES: tuple[ReuseMode, ReuseMode] = ("off", DEFAULT_REUSE)
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """One question asked without and with reuse.
+    """One question asked through a framework, without and with reuse.
 
     expected: what the corpus says, empty if unknown. off, on: reports of the two requests.
     """
 
+    framework: str
+    question: str
     expected: str
     answer_off: str
     answer_on: str
@@ -34,6 +36,20 @@ class Comparison:
     def speedup(self) -> float:
         """Time to first token without reuse over that with reuse."""
         return self.off.ttft_ms / self.on.ttft_ms
+
+    def as_json(self) -> dict[str, object]:
+        """Plain values, for machines."""
+        return {
+            "framework": self.framework,
+            "question": self.question,
+            "expected": self.expected or None,
+            "answer_off": self.answer_off,
+            "answer_on": self.answer_on,
+            "prompt_tokens": self.on.prompt_tokens,
+            "cached_tokens": self.on.cached_tokens,
+            "ttft_off_ms": self.off.ttft_ms,
+            "ttft_on_ms": self.on.ttft_ms,
+        }
 
 
 def run_demo(lm: CausalLM, corpus: Corpus, *, top_k: int, console: Console) -> list[Comparison]:
@@ -67,7 +83,7 @@ def compare(pipeline: Pipeline, question: Question, *, off_first: bool) -> Compa
         answer = pipeline.ask(question.text, mode)
         answers[mode] = (answer, pipeline.engine.reports[-1])
     (answer_off, off), (answer_on, on) = (answers[mode] for mode in _MODES)
-    return Comparison(question.answer, answer_off, answer_on, off, on)
+    return Comparison(pipeline.name, question.text, question.answer, answer_off, answer_on, off, on)
 
 
 def summary(results: Sequence[Comparison]) -> str:

@@ -38,13 +38,16 @@ _ANSWERS_DEPEND_ON = ("model", "dtype", "repair", "recurring_text", *_OF_A_CALL)
 class CachedModel(BaseLanguageModel[Any]):
     """Options and engine of a LangChain model that runs on a `PromptCacheEngine`.
 
-    model: a built-in model, a path or a hub id. reuse: a reuse mode. repair: what `balanced` and
-    `high` compute again, instead of their own choice. store: where states are kept.
-    dtype, device: of the model. namespace: states are shared within one only.
+    model: a built-in model, a path or a hub id.
+    reuse: a reuse mode.
+    repair: what `balanced` and `high` compute again, instead of their own choice.
+    store: where states are kept.
+    dtype, device: of the model.
+    namespace: states are shared within one only.
     storage_dtype: how a folder or server keeps states: `auto` as the model has them, or
         `float32`, `bfloat16`, `float16`, `int8`, which is a quarter of `float32`.
     recurring_text: whether text that LangChain knows nothing of is looked for, too: blocks that
-    come back are modules from their second sight on, and so is what the caller's f-strings say.
+        come back are modules from their second sight on, and so is what the caller's f-strings say.
     engine_handle: how copies of this object share its engine.
     The others are those of `SamplingParams`. What only hosted models need (`api_key`, `base_url`,
     `max_retries`, `timeout`) is accepted and has no effect.

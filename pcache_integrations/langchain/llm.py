@@ -38,12 +38,14 @@ class PromptCacheLLM(CachedModel, BaseLLM):
         `pip install pcache-integrations`. No server and no key: the model runs in this process.
 
     Key init args, completion:
-        model: `builtin:tiny-rag`, a path or a hub id. max_tokens: most tokens of an answer.
+        model: `builtin:tiny-rag`, a path or a hub id.
+        max_tokens: most tokens of an answer.
         temperature, top_p, top_k, min_p, repetition_penalty, seed, stop: as in `SamplingParams`.
 
     Key init args, cache:
-        reuse: `off`, `exact`, `fast`, `balanced` or `high`. store: `memory`, a folder,
-        `redis://…` or an object store's URL. namespace: states are shared within one only.
+        reuse: `off`, `exact`, `fast`, `balanced` or `high`.
+        store: `memory`, a folder, `redis://…` or an object store's URL.
+        namespace: states are shared within one only.
         recurring_text: whether text that comes back is reused, too.
 
     Instantiate:

@@ -110,7 +110,8 @@ class CachedLLM(FunctionCallingLLM):
         self._lazy = LazyEngine(EngineOptions(**wanted, reuse=self.reuse), engine)
         # A pickle brings the renderer of the object that it was made from.
         if isinstance(options.get("messages_to_prompt"), ChatTemplate | None):
-            self.messages_to_prompt = ChatTemplate(self._lazy)
+            renderer: Any = ChatTemplate(self._lazy)
+            self.messages_to_prompt = renderer
         CallOptions.of_chat(
             self._own_options, {}
         )  # A value out of range is refused here, not at the first question.

@@ -31,7 +31,7 @@ class ChatTag(Extension):
     White space around it is not part of the turn.
     """
 
-    tags = {"chat"}
+    tags: set[str] = {"chat"}
 
     def parse(self, parser: Parser) -> nodes.Node:
         """Read the tag and what is in it."""

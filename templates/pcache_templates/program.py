@@ -42,7 +42,7 @@ class PromptProgram(Schematic, Generic[P]):
                 f"prompt_program takes a generator function; {function!r} yields nothing"
             )
         self._function = function
-        self.label = function.__qualname__
+        self.label: str = function.__qualname__
         self._source = FunctionSource(function, self.label)
         update_wrapper(self, function)
 

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -66,11 +66,12 @@ class CausalLM:
                 f"model {type(model).__name__} needs its tokenizer, got "
                 f"{type(tokenizer).__name__}; load it with AutoTokenizer.from_pretrained"
             )
-        self.model = model.eval()
+        self.model: PreTrainedModel = model.eval()
         self.tokenizer = tokenizer
-        self.text = SegmentTokenizer(tokenizer)
-        self.name = name or getattr(model.config, "_name_or_path", "") or type(model).__name__
-        self.context_length = context_length(model)
+        self.text: SegmentTokenizer = SegmentTokenizer(tokenizer)
+        path = getattr(model.config, "_name_or_path", "")
+        self.name: str = name or path or type(model).__name__
+        self.context_length: int | None = context_length(model)
         with _lock_of(model):
             self.support: Support = probe(model)
         self._lock = _lock_of(model)
@@ -209,7 +210,8 @@ class CausalLM:
 
     def check_ids(self, token_ids: Sequence[int]) -> None:
         """Raises: ModelError: an id beyond the model's embeddings."""
-        known = self.model.get_input_embeddings().weight.shape[0]
+        embeddings: Any = self.model.get_input_embeddings()
+        known = embeddings.weight.shape[0]
         if token_ids and max(token_ids) >= known:
             raise ModelError(
                 f"the tokenizer gives id {max(token_ids)}, {self.name} has embeddings for {known}; "

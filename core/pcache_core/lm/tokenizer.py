@@ -26,7 +26,7 @@ class SegmentTokenizer:
         self._lock = threading.Lock()
         self._memory: OrderedDict[tuple[str, bool], tuple[int, ...]] = OrderedDict()
         self._remembered = 0
-        self.bos_ids = self._find_bos()
+        self.bos_ids: tuple[int, ...] = self._find_bos()
 
     def ids(self, segment: Segment) -> tuple[int, ...]:
         """The segment's token ids; special tokens written out in data stay plain text."""

@@ -22,7 +22,7 @@ class Grammar:
     def __init__(self, root: GrammarName) -> None:
         file = etree.parse(str(Path(__file__).with_name(f"{root}.rng")))
         self.root = root
-        self.rules = Rules(file.getroot())
+        self.rules: Rules = Rules(file.getroot())
         self._validator = etree.RelaxNG(file)
 
     def check(self, markup: Markup) -> None:

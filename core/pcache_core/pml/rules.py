@@ -41,7 +41,7 @@ class Rules:
             str(define.get("name")): define for define in grammar.iter(f"{_RNG}define")
         }
         pattern = str(self._defines["name"].findtext(f".//{_RNG}param"))
-        self.name_pattern = re.compile(pattern)
+        self.name_pattern: re.Pattern[str] = re.compile(pattern)
         self._rules: dict[str, Rule] = {}
         for element in grammar.iter(f"{_RNG}element"):
             rule = self._rules[_name(element)] = Rule()

@@ -79,6 +79,20 @@ class BatchStore(ModuleStore, Protocol):
         """What `get` would return for each key, in order."""
 
 
+@runtime_checkable
+class LastingStore(ModuleStore, Protocol):
+    """A store that outlives the process: a folder, a server."""
+
+    def check(self) -> None:
+        """Try to write something small.
+
+        The other methods never raise for a store that does not work, so that requests go on
+        without it; this tells a program at its start.
+
+        Raises: StoreError: nothing can be kept there now, and why.
+        """
+
+
 @dataclass(frozen=True, slots=True)
 class Offer:
     """A state that a store has and has not read. nbytes: as kept, all of it."""

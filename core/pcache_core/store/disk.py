@@ -6,6 +6,7 @@ import logging
 import mmap
 import os
 import stat
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -68,7 +69,7 @@ class DiskStore:
         storage_dtype: StorageDtype = "auto",
         hmac_key: bytes | None = None,
     ) -> None:
-        self.path = _checked_path(path)
+        self.path: Path = _checked_path(path)
         self.storage_dtype = check_storage_dtype(storage_dtype)
         self._budget_bytes = None if budget_bytes is None else check_budget(budget_bytes)
         self._seal = Seal(hmac_key)
@@ -171,6 +172,17 @@ class DiskStore:
     def delete(self, key: ModuleKey) -> None:
         """Remove the state's file if it is there."""
         self._remove(self._folder.path(self._name(key)))
+
+    def check(self) -> None:
+        """Raises: StoreError: no file can be written to the folder, and why."""
+        try:
+            with tempfile.TemporaryFile(dir=self.path):
+                pass
+        except OSError as error:
+            raise StoreError(
+                f"the folder {str(self.path)!r} can't be written: {error.strerror or error}; "
+                "give a folder of your own"
+            ) from error
 
     def stats(self) -> StoreStats:
         """Counts so far, and what the folder holds now, other processes' states included."""

@@ -76,7 +76,9 @@ def stored_states(path: str | Path, selection: Selection | None = None) -> Itera
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        raise StoreError(f"there is no folder of states at {str(folder)!r}")
+        raise StoreError(
+            f"there is no folder of states at {str(folder)!r}; give the one that store= names"
+        )
     now_s = time.time()
     selection = selection or Selection()
     try:

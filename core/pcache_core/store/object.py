@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from pcache_core.errors import DependencyError, OptionError, StateMismatchError
+from pcache_core.errors import DependencyError, OptionError, StateMismatchError, StoreError
 from pcache_core.key import ModuleKey
 from pcache_core.kv import KVState
 from pcache_core.store import serde
@@ -77,9 +77,8 @@ class ObjectStore:
         names = {protocol} if isinstance(protocol, str) else set(protocol)
         self._is_atomic = bool(names & _ATOMIC)
         self._counters = Counters("remote", None)
-        self._storage = Outage(
-            f"the store at {url.partition('?')[0]}", self._counters, retry_s=_RETRY_S
-        )
+        self._place = url.partition("?")[0]
+        self._storage = Outage(f"the store at {self._place}", self._counters, retry_s=_RETRY_S)
 
     def get(self, key: ModuleKey) -> Hit | None:
         """The state if its object is there and whole."""
@@ -145,6 +144,18 @@ class ObjectStore:
     def delete(self, key: ModuleKey) -> None:
         """Remove the state's object if it is there."""
         self._ask(lambda: self._files.rm_file(self._path(key)))
+
+    def check(self) -> None:
+        """Raises: StoreError: no object can be written there, and why."""
+        path = f"{self._root}/check"
+        try:
+            self._write(path, b"pcache")
+            self._files.rm_file(path)
+        except Exception as error:  # every file system has exceptions of its own
+            raise StoreError(
+                f"the store at {self._place} can't be written: {error or type(error).__name__}; "
+                "check its address and who may write there"
+            ) from error
 
     def stats(self) -> StoreStats:
         """Counts so far. What the storage holds in all is not known here."""

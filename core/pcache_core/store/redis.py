@@ -16,7 +16,7 @@ from typing import TypeVar, cast
 
 import torch
 
-from pcache_core.errors import StateMismatchError
+from pcache_core.errors import StateMismatchError, StoreError
 from pcache_core.key import ModuleKey
 from pcache_core.kv import KVState
 from pcache_core.store import serde
@@ -78,9 +78,9 @@ class RedisStore:
         self._seal = Seal(hmac_key)
         self._client = client_of(url, timeout_s)
         self._counters = Counters("remote", None)
-        place = without_password(url)
-        self._server = Outage(f"the store at {place}", self._counters, retry_s=_RETRY_S)
-        self._writing = Outage(f"writing states to {place}", self._counters)
+        self._place = without_password(url)
+        self._server = Outage(f"the store at {self._place}", self._counters, retry_s=_RETRY_S)
+        self._writing = Outage(f"writing states to {self._place}", self._counters)
 
     def get(self, key: ModuleKey) -> Hit | None:
         """The state if the server has it whole."""
@@ -127,6 +127,17 @@ class RedisStore:
     def delete(self, key: ModuleKey) -> None:
         """Remove the state if the server has it; an outage is noted like any other."""
         self._ask(lambda: self._remove(self._name(key)))
+
+    def check(self) -> None:
+        """Raises: StoreError: the server does not answer or takes no data, and why."""
+        try:
+            self._client.set("pcache:check", b"", ex=1)
+        except (redis.RedisError, OSError) as error:
+            reason = str(error).rstrip(".")
+            raise StoreError(
+                f"the server at {self._place} can't be used: {reason}; start it, or correct the "
+                "address"
+            ) from error
 
     def stats(self) -> StoreStats:
         """Counts so far. What the server holds in all is not known here."""

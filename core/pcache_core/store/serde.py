@@ -79,9 +79,9 @@ class SealedState:
     """
 
     def __init__(self, raw: torch.Tensor, layout: Layout, seal: Seal) -> None:
-        self.stacks = layout.record.stacks
-        self.token_ids = layout.record.token_ids
-        self.position = layout.record.position
+        self.stacks: tuple[Stack, ...] = layout.record.stacks
+        self.token_ids: tuple[int, ...] = layout.record.token_ids
+        self.position: int = layout.record.position
         self._raw = raw
         self._layout = layout
         self._seal = seal

@@ -42,7 +42,7 @@ class TieredStore:
     def __init__(
         self, tiers: Sequence[ModuleStore], *, queue_bytes: int = DEFAULT_QUEUE_BYTES
     ) -> None:
-        self.tiers = _checked(tiers)
+        self.tiers: tuple[ModuleStore, ...] = _checked(tiers)
         if isinstance(queue_bytes, bool) or not isinstance(queue_bytes, int) or queue_bytes < 0:
             raise BudgetError(f"queue_bytes={queue_bytes!r} must be a number of bytes, 0 or more")
         self._writer = WriteBehind(queue_bytes)

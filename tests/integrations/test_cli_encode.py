@@ -1,0 +1,291 @@
+"""`pcache encode`: what it puts into a store is what language models find there."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import tiny_models
+from command import MAIN, environment, pcache
+from corpus import DOCUMENTS, OPENING, TEMPLATE
+from pcache_core import CausalLM, DiskStore, Prompt, PromptCacheEngine, Segment
+from pcache_core.key import ModuleKey
+from pcache_core.store.inspect import StoredState, stored_states
+from pcache_integrations._engines import build_store
+from pcache_integrations.cli import app
+from redis_server import Server
+
+ROOT = Path(__file__).parents[1]
+
+ASK = """
+import json, sys
+import torch
+torch.set_num_threads(1)
+from corpus import DOCUMENTS, TEMPLATE
+
+integration, store = sys.argv[1:]
+options = dict(model="builtin:tiny-rag", store=store, reuse="fast", max_tokens=8)
+chosen, question = [DOCUMENTS[6], DOCUMENTS[4], DOCUMENTS[5]], "Where was Jerome Fertden born?"
+if integration == "langchain":
+    from langchain_core.documents import Document
+    from langchain_core.prompts import PromptTemplate
+    from langchain_core.retrievers import BaseRetriever
+    from langchain_core.runnables import RunnablePassthrough
+    from pcache_integrations.langchain import PromptCacheLLM
+
+    class Retriever(BaseRetriever):
+        def _get_relevant_documents(self, query, *, run_manager):
+            return [Document(text) for text in chosen]
+
+    def joined(documents):
+        return "\\n\\n".join(document.page_content for document in documents)
+
+    llm = PromptCacheLLM(**options)
+    context = {"context": Retriever() | joined, "question": RunnablePassthrough()}
+    answer = (context | PromptTemplate.from_template(TEMPLATE) | llm).invoke(question)
+else:
+    from llama_index.core import PromptTemplate
+    from llama_index.core.query_engine import RetrieverQueryEngine
+    from llama_index.core.retrievers import BaseRetriever
+    from llama_index.core.schema import NodeWithScore, TextNode
+    from pcache_integrations.llama_index import PromptCacheLLM
+
+    class Retriever(BaseRetriever):
+        def _retrieve(self, query_bundle):
+            return [NodeWithScore(node=TextNode(text=text), score=1.0) for text in chosen]
+
+    llm = PromptCacheLLM(**options)
+    template = TEMPLATE.replace("{context}", "{context_str}").replace("{question}", "{query_str}")
+    asked = RetrieverQueryEngine.from_args(
+        Retriever(), llm=llm, text_qa_template=PromptTemplate(template)
+    )
+    answer = str(asked.query(question))
+(report,) = llm.engine.reports
+print(json.dumps({
+    "answer": answer,
+    "encoded_tokens": report.encoded_tokens,
+    "opening": report.segments[0].source,
+    "sources": [s.source for s in report.segments if s.kind == "document"],
+}))
+"""
+
+
+def ask(integration: str, store: str) -> dict[str, Any]:
+    paths = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
+    done = subprocess.run(
+        [sys.executable, "-c", ASK, integration, store],
+        env=environment(PYTHONPATH=paths),
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=200,
+        check=True,
+    )
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def encode(*arguments: str | Path, status: int = 0) -> dict[str, Any]:
+    """The report, as JSON, of a command in this process."""
+    done = CliRunner().invoke(app, ["encode", *map(str, arguments), "--json"])
+    if not isinstance(done.exception, SystemExit | None):
+        raise done.exception
+    assert done.exit_code == status, done.stderr
+    figures: dict[str, Any] = json.loads(done.stdout)
+    return figures
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the documents in files of every kind, and files of others."""
+    folder = tmp_path_factory.mktemp("texts")
+    (folder / "deep").mkdir()
+    (folder / "deep" / "0.md").write_text(f"\n{DOCUMENTS[0]}\n\n")
+    (folder / "1.txt").write_text(DOCUMENTS[1])
+    records = [{"text": DOCUMENTS[2]}, {"page_content": DOCUMENTS[3]}, {"content": DOCUMENTS[4]}]
+    lines = [json.dumps(record) for record in (*records, *DOCUMENTS[5:])]
+    (folder / "rest.jsonl").write_text("\n".join([*lines, "", json.dumps({"text": " "})]))
+    (folder / ".hidden.txt").write_text("A hidden file of eight words or even more.")
+    (folder / "table.csv").write_text("a,b\n")
+    return folder
+
+
+@pytest.fixture
+def redis_url(tmp_path: Path) -> Iterator[str]:
+    server = Server(tmp_path)
+    yield server.url
+    server.kill()
+
+
+@pytest.fixture(scope="module")
+def states(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that a process of its own has filled; it prints its report and nothing else."""
+    folder = tmp_path_factory.mktemp("store") / "states"
+    done = pcache("encode", texts, "--store", folder)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("8 of 8 texts encoded (")
+    assert done.stdout.count("\n") == 1
+    return folder
+
+
+@pytest.mark.parametrize("integration", ["langchain", "llama_index"])
+def test_a_language_model_in_another_process_finds_every_document(
+    integration: str, states: Path
+) -> None:
+    asked = ask(integration, str(states))
+    assert asked["sources"] == ["disk"] * 3
+    assert "Gluvmouth." in asked["answer"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "server"])
+def test_an_engine_over_the_same_store_finds_every_document(
+    kind: str, texts: Path, request: pytest.FixtureRequest
+) -> None:
+    store = str(request.getfixturevalue("states" if kind == "folder" else "redis_url"))
+    encoded = encode(texts, "--store", store)
+    assert encoded["kept"] == encoded["encoded"] == (0 if kind == "folder" else 8)
+    engine = PromptCacheEngine(CausalLM.from_pretrained("builtin:tiny-rag"), build_store(store))
+    opening, _, rest = TEMPLATE.partition("{context}")
+    documents = [Segment(text, "document") for text in DOCUMENTS]
+    prompt = Prompt([Segment(opening, "literal"), *documents, Segment(rest)])
+    report = engine.prefill(prompt, "fast").report
+    sources = [segment.source for segment in report.segments if segment.kind == "document"]
+    assert sources == ["disk" if kind == "folder" else "remote"] * 8
+    again = encode(texts, "--store", store)
+    assert (again["encoded"], again["already_stored"]) == (0, 8)
+
+
+def test_documents_are_encoded_behind_a_known_opening(texts: Path, tmp_path: Path) -> None:
+    """The opening is encoded as well, so that the first request computes the question alone."""
+    (tmp_path / "qa.txt").write_text(TEMPLATE)
+    given = ("--store", tmp_path / "s", "--template", tmp_path / "qa.txt")
+    assert encode(texts, *given)["encoded"] == 8
+    by_anchor = encode(texts, "--store", tmp_path / "s", "--anchor", OPENING)
+    assert (by_anchor["encoded"], by_anchor["already_stored"]) == (0, 8)
+    text = CausalLM.from_pretrained("builtin:tiny-rag").text
+    opening = text.bos_ids + text.ids(Segment(OPENING, "literal"))
+    stored = [state.record for state in stored_states(tmp_path / "s") if state.record]
+    assert {record.anchor_ids for record in stored if len(record.token_ids) > 12} == {opening}
+    assert opening in {record.token_ids for record in stored}
+    asked = ask("langchain", str(tmp_path / "s"))
+    assert (asked["sources"], asked["opening"]) == (["disk"] * 3, "disk")
+    assert asked["encoded_tokens"] == 0
+
+
+def test_options_that_make_other_states_are_part_of_their_keys(
+    texts: Path, states: Path, tmp_path: Path
+) -> None:
+    for option in (("--namespace", "tenant"), ("--dtype", "bfloat16"), ("--storage-dtype", "int8")):
+        assert encode(texts / "1.txt", "--store", states, *option)["encoded"] == 1
+        assert encode(texts / "1.txt", "--store", states, *option)["already_stored"] == 1
+
+
+def test_a_text_too_long_is_named_and_left_out(texts: Path, tmp_path: Path) -> None:
+    (tmp_path / "long.txt").write_text("word " * 3000)
+    arguments = (tmp_path / "long.txt", texts / "1.txt", "--store", tmp_path / "s")
+    figures = encode(*arguments, status=1)
+    assert figures["left_out"] == [str(tmp_path / "long.txt")]
+    assert figures["encoded"] == 1
+    again = CliRunner().invoke(app, ["encode", *map(str, arguments)])
+    assert f"longer than 2,046 tokens: {tmp_path / 'long.txt'}; split" in again.stderr
+
+
+def test_a_model_that_has_no_states_ahead_of_time_is_no_success(
+    texts: Path, tmp_path: Path
+) -> None:
+    """Learned positions are part of the states, so documents can't be encoded before a prompt."""
+    tiny_models.build("gpt2", seed=0).save_pretrained(tmp_path / "gpt2")
+    tiny_models.tiny_tokenizer().save_pretrained(tmp_path / "gpt2")
+    given = ("--model", tmp_path / "gpt2", "--store", tmp_path / "s")
+    figures = encode(texts, *given, status=1)
+    assert (figures["encoded"], figures["texts"]) == (0, 8)
+    assert "no rotation moves the states" in figures["reason"]
+
+
+def test_a_bar_shows_progress_on_a_terminal_and_none_elsewhere(texts: Path, tmp_path: Path) -> None:
+    terminal, stderr = os.openpty()
+    termios.tcsetwinsize(stderr, (24, 100))
+    command = ["encode", str(texts), "--store", str(tmp_path / "s"), "--json"]
+    done = subprocess.run(
+        [sys.executable, "-c", MAIN, *command],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        timeout=200,
+        check=True,
+    )
+    os.close(stderr)
+    shown = b""
+    with contextlib.suppress(OSError):  # at its end
+        while piece := os.read(terminal, 10_000):
+            shown += piece
+    os.close(terminal)
+    assert re.search(rb"encoding: 100%.*tok/s", shown)
+    assert json.loads(done.stdout)["encoded"] == 8  # the bar is not among the results
+
+
+# --- interrupted --------------------------------------------------------------------------------
+
+MANY = 400
+
+
+def whole(folder: Path) -> list[StoredState]:
+    """The documents' states in a folder, each of which opens; no other file is there."""
+    store = DiskStore(folder)
+    found = list(stored_states(folder))
+    for state in found:
+        assert state.record is not None, state.path
+        hit = store.get(ModuleKey(state.record.digest, state.record.token_ids))
+        assert hit is not None
+        assert hit.state.token_ids == state.record.token_ids
+    assert {path.suffix for path in folder.rglob("*") if path.is_file()} <= {".safetensors"}
+    return [state for state in found if state.record and len(state.record.token_ids) > 12]
+
+
+def test_ctrl_c_leaves_whole_states_and_the_next_run_encodes_only_what_is_missing(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "many.jsonl").write_text(
+        "\n".join(json.dumps(f"File {n}. " + " ".join(DOCUMENTS)) for n in range(MANY))
+    )
+    folder = tmp_path / "states"
+    command = ["encode", str(tmp_path / "many.jsonl"), "--store", str(folder)]
+    done_before = 0
+    for more in (3, 40):
+        process = subprocess.Popen(
+            [sys.executable, "-c", MAIN, *command],
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        until = time.monotonic() + 120
+        while len(list(folder.glob("*/*.safetensors"))) < done_before + more:
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < until
+            time.sleep(0.005)
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert output == ""
+        assert errors == (
+            f"interrupted; what was encoded is in {folder}, the same command goes on from there\n"
+        )
+        assert done_before < len(whole(folder)) < MANY
+        done_before = len(whole(folder))
+    last = encode(*command[1:])
+    assert last["already_stored"] == done_before
+    assert last["encoded"] == last["kept"] == MANY - done_before
+    assert len(whole(folder)) == MANY
