@@ -1,13 +1,17 @@
-"""A request's time limit."""
+"""A request's turn and its time limit."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 from pcache_core.errors import DeadlineExceededError, RequestCancelledError
+from pcache_core.gate import Gate
 from pcache_core.lm import CausalLM
+
+T = TypeVar("T")
 
 
 def too_late(timeout_s: float | None) -> DeadlineExceededError:
@@ -47,3 +51,34 @@ class Deadline:
 
     def _is_passed(self) -> bool:
         return self._ends is not None and time.perf_counter() >= self._ends
+
+
+def in_turn(
+    gate: Gate,
+    lm: CausalLM,
+    timeout_s: float | None,
+    asked_at: float,
+    run: Callable[[float], Generator[T, None, None]],
+) -> Generator[T, None, None]:
+    """What `run` makes when its turn has come; its turn ends while nobody asks for more.
+
+    run: is told when the request came, which may have been before this was called.
+    Raises: OverloadedError: too many requests wait. DeadlineExceededError: the time has passed.
+    """
+    place = gate.queue(asked_at)
+    deadline = Deadline(timeout_s, place.asked_at)
+    items = run(place.asked_at)
+    try:
+        with deadline.over(lm):
+            place.start(lm.check_cancelled)
+        while True:
+            with deadline.over(lm):
+                item = next(items, None)
+            if item is None:
+                return
+            place.pause()
+            yield item
+            place.resume()
+    finally:
+        items.close()
+        place.leave()

@@ -12,12 +12,12 @@ import time
 from collections.abc import AsyncGenerator, Generator, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 
 from pcache_core.admission import Admission, AdmissionName, check_admission
 from pcache_core.background import BackgroundStreams
 from pcache_core.chat import Message, render_chat
-from pcache_core.deadline import Deadline
+from pcache_core.deadline import in_turn
 from pcache_core.errors import BudgetError, OptionError
 from pcache_core.forget import ForgetReport, forget
 from pcache_core.gate import Gate
@@ -201,7 +201,7 @@ class PromptCacheEngine:
         """
         started = time.perf_counter()
         request = self._check(prompt, params or SamplingParams(), reuse, repair)
-        return self._run(request, _ms_since(started))
+        return self._in_turn(request, time.perf_counter() - started)
 
     async def agenerate(
         self,
@@ -323,27 +323,13 @@ class PromptCacheEngine:
             mode = "balanced"
         return check_request(self.lm, prompt, params, mode, repair or self.repair)
 
-    def _run(self, request: Request, check_ms: float) -> Generator[Chunk, None, None]:
-        """A request's chunks when its turn has come; its turn ends while nobody asks for one."""
-        place = self._gate.queue(time.perf_counter() - check_ms / 1000)
-        deadline = Deadline(request.params.timeout_s, place.asked_at)
-        chunks = self._chunks(request, place.asked_at)
-        try:
-            with deadline.over(self.lm):
-                place.start(self.lm.check_cancelled)
-            while True:
-                with deadline.over(self.lm):
-                    chunk = next(chunks, None)
-                if chunk is None:
-                    return
-                place.pause()
-                yield chunk
-                place.resume()
-        finally:
-            chunks.close()
-            place.leave()
+    def _in_turn(self, request: Request, check_s: float) -> Generator[Chunk, None, None]:
+        """Begins when the first chunk is asked for."""
+        asked_at = time.perf_counter() - check_s
+        run = partial(self._run, request)
+        yield from in_turn(self._gate, self.lm, request.params.timeout_s, asked_at, run)
 
-    def _chunks(self, request: Request, started: float) -> Generator[Chunk, None, None]:
+    def _run(self, request: Request, asked_at: float) -> Generator[Chunk, None, None]:
         reading = self._reader.read(request)
         try:
             count = 0
@@ -358,7 +344,7 @@ class PromptCacheEngine:
                 score=TokenScorer(self.lm.text.decode, request.params.logprobs),
             ):
                 if count == 0:
-                    reading.report.ttft_ms = _ms_since(started)
+                    reading.report.ttft_ms = _ms_since(asked_at)
                 count += len(chunk.token_ids)
                 if chunk.finish_reason is not None:
                     reading.report.generated_tokens = count

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -51,67 +52,68 @@ class PromptReader:
             return self._read_stock(request)
         clock = _Clock()
         wishes = assemble.wanted(request.tokens, self._candidates(request), self._library)
+        with ExitStack() as undo:
+            lease, lender = self._begin(request, wishes, undo)
+            report, fillings = self._assemble(request, wishes, lease, lender, clock)
+            todo = prefill.work(
+                self._lm,
+                lease,
+                request.tokens,
+                fillings,
+                request.repair,
+                reusable=assemble.module_tokens(wishes),
+            )
+            logits, attention = prefill.compute(self._lm, lease, todo)
+            report.prefill_ms = clock.lap_ms()
+            repaired = todo.repaired
+            if todo.choices:
+                logits, repaired = prefill.repair(self._lm, lease, todo, attention)
+                report.repair_ms = clock.lap_ms()
+            if request.repair and repaired:
+                prefill.note_repair(lease, repaired, request.repair)
+                assemble.describe_repair(report, request.tokens, repaired)
+            close = undo.pop_all().close
+        return Reading(logits, report, lambda token_id: self._step(lease, token_id), close)
+
+    def _begin(
+        self, request: Request, wishes: list[assemble.Wanted], undo: ExitStack
+    ) -> tuple[Lease, StatesInUse | None]:
+        """A slot, and who lends states where other requests use them; `undo` gives all back."""
         keys = {wish.keys[0] for wish in wishes}
         is_shared = self._in_use.enter(keys)
+        undo.callback(self._in_use.leave, keys)
         lends = is_shared and self._lm.lends
         lease = self._acquire(request, wishes, lends=lends)
+        undo.callback(self._release, lease, request)
 
-        def close() -> None:
-            self._in_use.leave(keys)
-            self._release(lease, request)
+        def forget(error: type[BaseException] | None, *_: object) -> None:
+            if error is not None:  # in mid-work: nobody knows what its rows hold
+                lease.shorten(0)
 
-        try:
-            return self._read(request, wishes, lease, clock, close, lends=lends)
-        except BaseException:
-            lease.shorten(0)
-            close()
-            raise
+        undo.push(forget)
+        return lease, self._in_use if lends else None
 
-    def _read(
+    def _assemble(
         self,
         request: Request,
         wishes: list[assemble.Wanted],
         lease: Lease,
+        lender: StatesInUse | None,
         clock: _Clock,
-        close: Callable[[], None],
-        *,
-        lends: bool,
-    ) -> Reading:
-        prefix = len(lease.token_ids)
+    ) -> tuple[Report, Sequence[assemble.Filling]]:
+        """Bring in what states hold of the prompt."""
+        tokens, prefix = request.tokens, len(lease.token_ids)
         beyond = [wish for wish in wishes if wish.candidate.start >= prefix]
-        lender = self._in_use if lends else None
-        loaded = assemble.load(request.tokens, beyond, self._library, lease, lender)
-        report = assemble.describe(request.tokens, prefix, loaded, request.reuse)
+        loaded = assemble.load(tokens, beyond, self._library, lease, lender)
+        report = assemble.describe(tokens, prefix, loaded, request.reuse)
         report.fallback_reason = request.fallback_reason
         report.load_ms = clock.lap_ms()
-        lent = assemble.lend(lender, lease, request.tokens, loaded) if lender else frozenset()
+        lent = assemble.lend(lender, lease, tokens, loaded) if lender else frozenset()
         report.shared_tokens = sum(loan.state.num_tokens for loan in lease.slot.loans)
-        lease.reserve(len(request.tokens.token_ids), self._lm.new_slot)
-        assemble.fill(self._lm, lease, request.tokens, loaded, lent)
+        lease.reserve(len(tokens.token_ids), self._lm.new_slot)
+        assemble.fill(self._lm, lease, tokens, loaded, lent)
         report.assemble_ms = clock.lap_ms()
-        todo = prefill.work(
-            self._lm,
-            lease,
-            request.tokens,
-            loaded.fillings,
-            request.repair,
-            reusable=assemble.module_tokens(wishes),
-        )
-        logits, attention = prefill.compute(self._lm, lease, todo)
-        report.prefill_ms = clock.lap_ms()
-        repaired = todo.repaired
-        if todo.choices:
-            logits, repaired = prefill.repair(self._lm, lease, todo, attention)
-            report.repair_ms = clock.lap_ms()
-        if request.repair and repaired:
-            prefill.note_repair(lease, repaired, request.repair)
-            assemble.describe_repair(report, request.tokens, repaired)
-        return Reading(
-            logits,
-            report,
-            step=lambda token_id: self._step(lease, token_id),
-            close=close,
-        )
+        return report, loaded.fillings
 
     @property
     def nbytes(self) -> int:
@@ -130,6 +132,10 @@ class PromptReader:
             tokens.token_ids, accepts, capacity, request.repair, tokens.positions
         )
         assemble.keep_whole_modules(lease, wishes)
+        is_in_opening = 0 < len(lease.token_ids) < tokens.opening
+        openings = [wish.keys[0] for wish in wishes if wish.candidate.is_opening]
+        if is_in_opening and any(map(self._library.contains, openings)):
+            lease.shorten(0)  # a part of the opening would keep the state of all of it out
         return lease
 
     def _candidates(self, request: Request) -> list[Candidate]:

@@ -191,3 +191,14 @@ def test_streams_of_repaired_prompts_that_interleave_stay_apart(llama: CausalLM)
         for index, chunk in enumerate(chunks):
             texts[index] += chunk.text if chunk else ""
     assert texts == expected
+
+
+def test_a_slot_that_holds_only_the_start_of_the_opening_does_not_keep_its_state_out(
+    llama: CausalLM,
+) -> None:
+    engine = PromptCacheEngine(llama, reuse="fast")
+    engine.encode([BEES.text], OPENING.text, progress=False)
+    other = Segment("Answer in one word.\n", "literal")
+    engine.prefill(Prompt([other, MILL, Segment("\nWho? A:")]))
+    found = engine.prefill(ask("\nWho? A:", BEES)).report
+    assert [segment.source for segment in found.segments] == ["memory", "memory", "computed"]
