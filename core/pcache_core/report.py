@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
 
@@ -75,7 +76,7 @@ class Report:
 
     def __str__(self) -> str:
         """The prompt part by part, marked by source, and figures; long texts are cut."""
-        console = Console()
+        console = Console(force_jupyter=False)  # which would show it beside what is returned
         with console.capture() as capture:
             console.print(self)
         return capture.get().rstrip("\n")
@@ -86,6 +87,10 @@ class Report:
     def _repr_html_(self) -> str:
         """The prompt coloured by source, for notebooks; readable on dark and light pages."""
         return html.draw(self._picture())
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:  # noqa: FBT001 (IPython's)
+        """What IPython shows where there is no HTML."""
+        printer.text(str(self))
 
     def _picture(self) -> Picture:
         repaired = f", {self.repaired_tokens:,} repaired" if self.repaired_tokens else ""
@@ -112,7 +117,7 @@ class Report:
 
 
 def _runs(segments: Sequence[SegmentReport]) -> tuple[Run, ...]:
-    """Neighbours of one source are drawn as one; but documents and named modules stay apart."""
+    """Neighbours of one source are drawn as one; but documents and modules stay apart."""
     groups: list[list[SegmentReport]] = []
     for segment in segments:
         if groups and _belongs(segment, groups[-1]):
@@ -123,9 +128,11 @@ def _runs(segments: Sequence[SegmentReport]) -> tuple[Run, ...]:
 
 
 def _belongs(segment: SegmentReport, group: Sequence[SegmentReport]) -> bool:
-    names = {part.name for part in (*group, segment) if part.name}
-    is_apart = "document" in (segment.kind, group[-1].kind)
-    return segment.source == group[-1].source and not is_apart and len(names) < 2
+    parts = (*group, segment)
+    # Template text has the name of its module; arguments stand within modules.
+    modules = {part.name for part in parts if part.kind != "argument"}
+    sources = {part.source for part in parts}
+    return len(sources) == 1 and len(modules) < 2 and all(p.kind != "document" for p in parts)
 
 
 def _run(group: Sequence[SegmentReport]) -> Run:

@@ -149,6 +149,20 @@ class TestText:
             "literal: 3 tokens, computed\nargument question: 2 tokens, computed",
         }
 
+    def test_neighbours_of_one_source_are_one_part_but_modules_and_documents_are_not(self) -> None:
+        report = report_of(
+            SegmentReport("literal", None, "Plan.", 2, "memory"),
+            SegmentReport("literal", "city", "To ", 1, "memory"),
+            SegmentReport("argument", "where", "Oslo", 1, "memory"),
+            SegmentReport("literal", "city", " by train.", 3, "memory"),
+            SegmentReport("document", "d", "Oslo is far.", 4, "memory"),
+            SegmentReport("document", "d", "Or near.", 3, "memory"),
+            SegmentReport("literal", None, "Q:", 2, "computed"),
+            SegmentReport("argument", "question", " When?", 2, "computed"),
+        )
+        chips = re.findall(r"<b style=[^>]*>(\S \S+ \d+)</b>", report._repr_html_())
+        assert chips == ["● literal 2", "● city 5", "● d 4", "● d 3", "○ question 4"]
+
     def test_hostile_text_and_names_stay_text_in_the_notebook(self) -> None:
         report = report_of(
             SegmentReport("document", HOSTILE, HOSTILE, 9, "disk", note=HOSTILE),
@@ -179,7 +193,7 @@ class TestText:
         report = report_of(SegmentReport("text", None, "Hi", 1, "computed"), **figures)
         for shown in (str(report), re.sub("<.*?>", "", report._repr_html_())):
             assert "first token after 20.0 ms" in shown
-            for time in ("load 4.0 ms", "prefill 11.5 ms", "other 4.5 ms"):
+            for time in ("load 4.0", "prefill 11.5", "other 4.5"):
                 assert time in shown
             assert "repair" not in shown
         untimed = report_of(SegmentReport("text", None, "Hi", 1, "computed"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from IPython.lib.pretty import pretty
+
 from pcache_core.report import EncodeReport, Report, SegmentReport
 
 REPORT = Report(
@@ -33,6 +35,10 @@ def test_the_terminal_shows_every_segments_text_and_the_counts() -> None:
         assert segment.source in printed
     assert "fast: 4 of 17 tokens reused, 9 encoded, 4 computed" in printed
     assert "fallback: because <it> is so" in printed
+
+
+def test_ipython_shows_the_picture_and_not_every_field() -> None:
+    assert pretty(REPORT) == str(REPORT)
 
 
 def test_the_cached_share_is_of_all_tokens() -> None:

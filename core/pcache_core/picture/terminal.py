@@ -8,7 +8,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
 from pcache_core.picture.fold import Excerpt, Gap, fold
-from pcache_core.picture.model import Picture, Run, Time
+from pcache_core.picture.model import Picture, Run
 from pcache_core.picture.palette import LOOKS, ON_COLOUR, Source
 
 _SHADES = "█▓▒░·"
@@ -90,8 +90,4 @@ def _times(picture: Picture, width: int) -> Iterator[Text]:
     yield Text(f"first token after {picture.ttft_ms:.1f} ms")
     columns = _columns([time.ms for time, _ in times], width)
     yield Text("".join(shade * n for (_, shade), n in zip(times, columns, strict=True)))
-    yield Text("  ".join(_time(time, shade) for time, shade in times))
-
-
-def _time(time: Time, shade: str) -> str:
-    return f"{shade} {time.name} {time.ms:.1f} ms"
+    yield Text("  ".join(f"{shade} {time.name} {time.ms:.1f}" for time, shade in times))
