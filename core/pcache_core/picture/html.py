@@ -85,7 +85,7 @@ def _legend(folded: Sequence[Excerpt | Gap]) -> str:
         else:
             present |= {part.run.source} | ({"repaired"} if part.run.repaired_tokens else set())
     entries = " ".join(
-        f'<span><b style="{_CHIP}{look.colour}">{look.symbol} {source}</b>{look.meaning}</span>'
+        f'<span><b style="{_CHIP}{look.colour}">{look.symbol} {source}</b> {look.meaning}</span>'
         for source, look in LOOKS.items()
         if source in present
     )
@@ -108,11 +108,13 @@ def _excerpt(excerpt: Excerpt) -> str:
         f"color:inherit;background:{look.colour}{TINT_ALPHA};border-bottom:2px solid {look.colour};"
         "unicode-bidi:isolate;border-radius:3px;padding:1px 0"
     )
-    mark = f'<mark style="{style}" title="{escape(run.title, quote=True)}">'
+    title = f'title="{escape(run.title, quote=True)}"'
+    mark = f'<mark style="{style}" {title}>'
     if excerpt.is_blank:
         return f"{mark}{escape(excerpt.head)}</mark>"
     text = excerpt.head.lstrip("\n")
-    above = excerpt.head[: len(excerpt.head) - len(text)]
+    line_breaks = len(excerpt.head) - len(text)
+    above = f"{mark}{excerpt.head[:line_breaks]}</mark>" if line_breaks else ""
     cut = ""
     if excerpt.left_out:
         cut = (
@@ -122,7 +124,7 @@ def _excerpt(excerpt: Excerpt) -> str:
     again = f" {LOOKS['repaired'].symbol} {run.repaired_tokens:,}" if run.repaired_tokens else ""
     label = escape(f"{look.symbol} {run.label} {run.num_tokens:,}{again}")
     return (
-        f'{mark}{above}</mark><b style="{_CHIP}{look.colour}">{label}</b>'
+        f'{above}<b style="{_CHIP}{look.colour}" {title}>{label} </b>'
         f"{mark}{escape(text)}{cut}{escape(excerpt.tail)}</mark>"
     )
 
