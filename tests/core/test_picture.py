@@ -126,7 +126,7 @@ class TestColours:
             shown = report_of(SegmentReport("document", "d", SENTENCE, 9, source))
             html, printed = shown._repr_html_(), str(shown)
             symbol = LOOKS[source].symbol
-            assert f"{symbol} d 9" in html
+            assert f"{symbol} d · 9" in html
             assert f"{symbol} {source}</b> {LOOKS[source].meaning}" in html
             assert f"{symbol} {source}  d  9 tokens" in printed
 
@@ -160,8 +160,8 @@ class TestText:
             SegmentReport("literal", None, "Q:", 2, "computed"),
             SegmentReport("argument", "question", " When?", 2, "computed"),
         )
-        chips = re.findall(r"<b style=[^>]*>(\S \S+ \d+) </b>", report._repr_html_())
-        assert chips == ["● literal 2", "● city 5", "● d 4", "● d 3", "○ question 4"]
+        chips = re.findall(r"<b style=[^>]*>(\S \S+ · \d+) </b>", report._repr_html_())
+        assert chips == ["● literal · 2", "● city · 5", "● d · 4", "● d · 3", "○ question · 4"]
 
     def test_hostile_text_and_names_stay_text_in_the_notebook(self) -> None:
         report = report_of(

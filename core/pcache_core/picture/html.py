@@ -122,7 +122,7 @@ def _excerpt(excerpt: Excerpt) -> str:
             "characters are not shown … </i>"
         )
     again = f" {LOOKS['repaired'].symbol} {run.repaired_tokens:,}" if run.repaired_tokens else ""
-    label = escape(f"{look.symbol} {run.label} {run.num_tokens:,}{again}")
+    label = escape(f"{look.symbol} {run.label} · {run.num_tokens:,}{again}")
     return (
         f'{above}<b style="{_CHIP}{look.colour}" {title}>{label} </b>'
         f"{mark}{escape(text)}{cut}{escape(excerpt.tail)}</mark>"

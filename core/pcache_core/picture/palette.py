@@ -24,7 +24,7 @@ LOOKS: dict[Source, Look] = {
     "remote": Look("#2f72df", "▲", "state fetched from a server"),
     "encoded": Look("#b55e06", "+", "encoded now, kept for the next prompt"),
     "computed": Look("#737582", "○", "computed now"),
-    "repaired": Look("#a84ccc", "◐", "reused, then computed again"),
+    "repaired": Look("#a84ccc", "◐", "computed again, seeing all before it"),
 }
 """All of one luminance, at which white text on them, and they on white and on black, have a
 contrast above 4.5 (WCAG 2.2, AA): one palette for dark and light pages."""
