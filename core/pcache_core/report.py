@@ -128,11 +128,14 @@ def _runs(segments: Sequence[SegmentReport]) -> tuple[Run, ...]:
 
 
 def _belongs(segment: SegmentReport, group: Sequence[SegmentReport]) -> bool:
-    parts = (*group, segment)
+    first = group[0]
+    if segment.source != first.source or "document" in (segment.kind, first.kind):
+        return False
+    if segment.kind == "argument":
+        return True
     # Template text has the name of its module; arguments stand within modules.
-    modules = {part.name for part in parts if part.kind != "argument"}
-    sources = {part.source for part in parts}
-    return len(sources) == 1 and len(modules) < 2 and all(p.kind != "document" for p in parts)
+    text = next((part for part in group if part.kind != "argument"), None)
+    return text is None or text.name == segment.name
 
 
 def _run(group: Sequence[SegmentReport]) -> Run:
