@@ -29,6 +29,13 @@ def test_integration_snippets_are_under_ten_lines_beside_imports() -> None:
         assert len(lines) < 10
 
 
+def test_every_picture_is_there() -> None:
+    pictures = re.findall(r"""(?:!\[[^]]*\]\(|src(?:set)?=")([^)"]+)[)"]""", README)
+    assert {"docs/prompt-light.png", "docs/prompt-dark.png"} <= set(pictures)
+    for picture in pictures:
+        assert (ROOT / picture).is_file(), picture
+
+
 def test_the_table_of_families_is_the_one_the_code_prints() -> None:
     sys.path.insert(0, str(ROOT / "tests" / "equivalence"))
     try:

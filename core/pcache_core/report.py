@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import html
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from itertools import islice
+from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.table import Table
-from rich.text import Text
 
-Source = Literal["prefix", "memory", "disk", "remote", "encoded", "computed", "repaired"]
+from pcache_core.picture import Picture, Run, Time, html, shown, terminal
+from pcache_core.picture import Source as Source  # part of what reports are made of
 
-_COLOURS: dict[Source, str] = {
-    "prefix": "#2e7d32",
-    "memory": "#388e3c",
-    "disk": "#00838f",
-    "remote": "#1565c0",
-    "encoded": "#ef6c00",
-    "computed": "#9e9e9e",
-    "repaired": "#8e24aa",
-}
+_LISTED = 8
+"""Lines of a kind that a picture shows, of which a long prompt may have thousands."""
+_LABEL_CHARS, _LINE_CHARS = 32, 300
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,72 +76,80 @@ class Report:
         """Share of the prompt's tokens that were served from a prefix or from states."""
         return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
 
-    def _summary(self) -> str:
-        repaired, repair_ms = "", ""
-        if self.repaired_tokens:
-            repaired = f" ({self.repaired_tokens} repaired)"
-            repair_ms = f", repair {self.repair_ms:.1f}"
-        line = (
-            f"{self.reuse}: {self.cached_tokens} of {self.prompt_tokens} tokens reused, "
-            f"{self.encoded_tokens} encoded{repaired}, {self.computed_tokens} computed; "
-            f"first token after {self.ttft_ms:.1f} ms (load {self.load_ms:.1f}, "
-            f"assemble {self.assemble_ms:.1f}, prefill {self.prefill_ms:.1f}{repair_ms})"
-        )
-        notes = [
-            f"{segment.name or segment.kind}: {segment.note}"
-            for segment in self.segments
-            if segment.note
-        ]
-        fallback = [f"fallback: {self.fallback_reason}"] if self.fallback_reason else []
-        return "\n".join([line, *notes, *fallback])
-
-    def _sources(self) -> list[Source]:
-        present = {segment.source for segment in self.segments}
-        return [source for source in _COLOURS if source in present]
-
     def __str__(self) -> str:
-        """The prompt coloured by source where the terminal has colours, and a line of figures."""
-        console = Console()
+        """The prompt part by part, marked by source, and figures; long texts are cut."""
+        console = Console(force_jupyter=False)  # which would show it beside what is returned
         with console.capture() as capture:
             console.print(self)
         return capture.get().rstrip("\n")
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        prompt = Text()
-        for segment in self.segments:
-            prompt.append(segment.text, style=_COLOURS[segment.source])
-        table = Table("source", "kind", "name", "tokens", "repaired", box=None, pad_edge=False)
-        for segment in self.segments:
-            table.add_row(
-                Text(segment.source, style=_COLOURS[segment.source]),
-                segment.kind,
-                Text(segment.name or ""),
-                str(segment.num_tokens),
-                str(segment.repaired_tokens or ""),
-            )
-        yield prompt
-        yield table
-        yield Text(self._summary())
+        yield from terminal.draw(self._picture(), console, options)
 
     def _repr_html_(self) -> str:
         """The prompt coloured by source, for notebooks; readable on dark and light pages."""
-        spans = "".join(
-            f'<span title="{html.escape(_title(segment), quote=True)}" style="border-bottom:2px '
-            f'solid {_COLOURS[segment.source]};background:{_COLOURS[segment.source]}26">'
-            f"{html.escape(segment.text)}</span>"
+        return html.draw(self._picture())
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:  # noqa: FBT001 (IPython's)
+        """What IPython shows where there is no HTML."""
+        printer.text(str(self))
+
+    def _picture(self) -> Picture:
+        repaired = f", {self.repaired_tokens:,} repaired" if self.repaired_tokens else ""
+        notes = [
+            f"{segment.name or segment.kind}: {segment.note}"
             for segment in self.segments
+            if segment.note
+        ]
+        return Picture(
+            headline=f"{self.cached_tokens:,} of {self.prompt_tokens:,} tokens reused",
+            details=f"{self.encoded_tokens:,} encoded, {self.computed_tokens:,} computed{repaired}",
+            reuse=self.reuse,
+            runs=_runs(self.segments),
+            ttft_ms=self.ttft_ms,
+            times=(
+                Time("load", self.load_ms),
+                Time("assemble", self.assemble_ms),
+                Time("prefill", self.prefill_ms),
+                Time("repair", self.repair_ms),
+            ),
+            remarks=tuple(_first_few(notes)),
+            fallback=self.fallback_reason and shown(self.fallback_reason),
         )
-        legend = " ".join(
-            f'<span style="border-left:0.8em solid {_COLOURS[source]};padding-left:0.3em;'
-            f'margin-right:1em">{source}</span>'
-            for source in self._sources()
-        )
-        return (
-            '<div style="font-family:monospace;line-height:1.6">'
-            f'<div style="white-space:pre-wrap">{spans}</div>'
-            f'<div style="margin-top:0.5em">{legend}</div>'
-            f'<div style="white-space:pre-wrap">{html.escape(self._summary())}</div></div>'
-        )
+
+
+def _runs(segments: Sequence[SegmentReport]) -> tuple[Run, ...]:
+    """Neighbours of one source are drawn as one; but documents and modules stay apart."""
+    groups: list[list[SegmentReport]] = []
+    for segment in segments:
+        if groups and _belongs(segment, groups[-1]):
+            groups[-1].append(segment)
+        else:
+            groups.append([segment])
+    return tuple(_run(group) for group in groups)
+
+
+def _belongs(segment: SegmentReport, group: Sequence[SegmentReport]) -> bool:
+    first = group[0]
+    if segment.source != first.source or "document" in (segment.kind, first.kind):
+        return False
+    if segment.kind == "argument":
+        return True
+    # Template text has the name of its module; arguments stand within modules.
+    text = next((part for part in group if part.kind != "argument"), None)
+    return text is None or text.name == segment.name
+
+
+def _run(group: Sequence[SegmentReport]) -> Run:
+    name = next((segment.name for segment in group if segment.name), group[0].kind)
+    return Run(
+        label=_cut(name, _LABEL_CHARS),
+        source=group[0].source,
+        text="".join(segment.text for segment in group),
+        num_tokens=sum(segment.num_tokens for segment in group),
+        repaired_tokens=sum(segment.repaired_tokens for segment in group),
+        title="\n".join(_first_few([_title(segment) for segment in group])),
+    )
 
 
 def _title(segment: SegmentReport) -> str:
@@ -155,6 +157,19 @@ def _title(segment: SegmentReport) -> str:
     repaired = f", {segment.repaired_tokens} repaired" if segment.repaired_tokens else ""
     note = f"; {segment.note}" if segment.note else ""
     return f"{segment.kind}{name}: {segment.num_tokens} tokens, {segment.source}{repaired}{note}"
+
+
+def _first_few(lines: Sequence[str]) -> Iterator[str]:
+    for line in islice(lines, _LISTED):
+        yield _cut(line, _LINE_CHARS)
+    if len(lines) > _LISTED:
+        yield f"… and {len(lines) - _LISTED} more"
+
+
+def _cut(text: str, chars: int) -> str:
+    """The text, its end left out where it is longer."""
+    text = shown(text)
+    return text if len(text) <= chars else text[: chars - 1] + "…"
 
 
 @dataclass(frozen=True, slots=True)

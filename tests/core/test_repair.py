@@ -258,7 +258,7 @@ class TestReport:
             "repaired",
             "repaired",
         )
-        said = f"({report.repaired_tokens} repaired)"
+        said = f"computed, {report.repaired_tokens} repaired"
         assert said in str(report)
         assert said in report._repr_html_()
         boat = engine.lm.count_tokens(BOAT.text)
