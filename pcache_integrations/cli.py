@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from pcache_core.errors import OptionError, PromptCacheError
+from pcache_integrations.cli_bench import bench
 from pcache_integrations.cli_schema import schema
 from pcache_integrations.cli_store import app as store_app
 
@@ -28,6 +29,9 @@ app = typer.Typer(
 )
 app.add_typer(store_app)
 app.command(epilog="Example: pcache schema prompt.j2 --len question=32")(schema)
+app.command(epilog="Example: pcache bench --random llama-0.5b --cached 1k,4k --plot bench.svg")(
+    bench
+)
 
 
 @app.command(epilog="Example: pcache demo --model Qwen/Qwen2.5-0.5B-Instruct --top-k 6")
