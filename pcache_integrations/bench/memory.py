@@ -25,7 +25,7 @@ def check_memory(needed: Mapping[str, int], device: str) -> None:
     available = available_nbytes(device)
     total = sum(needed.values())
     if available is not None and total > _HEADROOM * available:
-        parts = ", ".join(f"{name} {_gb(nbytes)}" for name, nbytes in needed.items())
+        parts = ", ".join(f"{name} {_gb(nbytes)}" for name, nbytes in needed.items() if nbytes)
         raise MemoryNeededError(
             f"the benchmark needs {_gb(total)} ({parts}), {_gb(available)} is available and "
             f"{_HEADROOM:.0%} of that may be used; take a smaller model, fewer --cached tokens, "

@@ -118,8 +118,17 @@ class Peer:
             stderr=self._log,
             start_new_session=True,  # an interrupt at the terminal is for us; we end the worker
         )
+
+    def greet(self) -> None:
+        """Find out whether the library is there; gives up if not."""
         try:
-            self._greet(python)
+            hello = self._call("hello")
+            self.version = hello["version"]
+            if hello["missing"]:
+                raise PeerError(
+                    f"not installed; pip install {self.spec.install}, or name the python of an "
+                    f"environment that has it: --peer {self.spec.name}=PYTHON"
+                )
         except PeerError as error:
             self.give_up(str(error))
 
@@ -164,16 +173,6 @@ class Peer:
         """For the report."""
         return PeerState(self.spec.label, self.version, self.problem)
 
-    def _greet(self, python: str) -> None:
-        hello = self._call("hello")
-        self.version = hello["version"]
-        if hello["missing"]:
-            where = "" if python == sys.executable else f" in {python}"
-            raise PeerError(
-                f"not installed{where}; pip install {self.spec.install}, or name an interpreter "
-                f"that has it: --peer {self.spec.name}=PYTHON"
-            )
-
     def _check_length(self, counted: int, wanted: int) -> None:
         tolerance = _TEXT_TOLERANCE * wanted if self.spec.takes == "text" else 0
         if abs(counted - wanted) > tolerance:
@@ -193,7 +192,10 @@ class Peer:
             line = b""
         if not line:
             raise PeerError(f"its process ended in {op}: {self._last_words()}")
-        answer: dict[str, Any] = json.loads(line)
+        try:
+            answer: dict[str, Any] = json.loads(line)
+        except ValueError:
+            raise PeerError(f"answered {line[:_LAST_WORDS]!r} to {op}, not JSON") from None
         if "error" in answer:
             raise PeerError(f"{op} failed: {answer['error'][:_LAST_WORDS]}")
         return answer

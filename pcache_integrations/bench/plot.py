@@ -122,7 +122,7 @@ def _draw_ttft(axes: Axes, rows: Sequence[Row]) -> None:
 
 
 def _curves(rows: Sequence[Row]) -> list[_Curve]:
-    """Those that tell something new: a peer in a new order takes as long as with nothing known."""
+    """Those that tell something: in a new order a prefix is as good as nothing, and so on."""
     ways = list(dict.fromkeys(row.way for row in rows))
     asked = {(row.way, row.order) for row in rows}
     peers = dict.fromkeys(row.way for row in rows if row.kind == "peer")
@@ -130,10 +130,10 @@ def _curves(rows: Sequence[Row]) -> list[_Curve]:
     curves = []
     for way in ways:
         for order, style in _STYLES.items():
-            repeated = (order == "cold" and (way, "new") in asked) or (
-                order == "same" and way not in peers and way != "exact"
+            is_said = (order == "cold" and (way, "new") in asked) or (
+                way not in peers and order == ("new" if way == "exact" else "same")
             )
-            if (way, order) not in asked or way not in colours or repeated:
+            if (way, order) not in asked or way not in colours or is_said:
                 continue
             label = ", ".join(filter(None, (way, _ORDERS[order])))
             found = tuple(row for row in rows if (row.way, row.order) == (way, order))

@@ -67,6 +67,8 @@ def started(chosen: Mapping[str, str]) -> Iterator[list[Peer]]:
     try:
         for name, python in chosen.items():
             peers.append(Peer(PEERS[name], python))
+        for peer in peers:
+            peer.greet()
         yield peers
     finally:
         for peer in peers:
