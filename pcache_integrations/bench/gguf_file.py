@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
@@ -12,6 +12,7 @@ from pcache_core import CausalLM, DependencyError, OptionError
 
 if TYPE_CHECKING:
     import numpy as np
+    from gguf import GGUFWriter
     from numpy.typing import NDArray
 
 GgufType = Literal["q8_0", "f16", "bf16", "f32"]
@@ -64,31 +65,34 @@ def write_gguf(lm: CausalLM, file: Path, gguf_type: GgufType) -> None:
             "give a file of it: --gguf FILE"
         )
     writer = GGUFWriter(file, "llama", use_temp_file=True)
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    _add_configuration(writer, config)
+    for name, parameter in lm.model.state_dict().items():
+        if config.tie_word_embeddings and name == "lm_head.weight":
+            continue
+        rows = _in_ggml_order(name, parameter, config)
+        kind = GGMLQuantizationType[gguf_type.upper() if rows.ndim > 1 else "F32"]
+        writer.add_tensor(gguf_name(name), quantize(rows, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _add_configuration(writer: GGUFWriter, config: Any) -> None:
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("no_vocab")
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(kv_heads)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
     writer.add_rope_dimension_count(head_dim)
-    writer.add_rope_freq_base(rope.get("rope_theta", 10_000.0))
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    tied = bool(config.tie_word_embeddings)
-    for name, parameter in lm.model.state_dict().items():
-        if tied and name == "lm_head.weight":
-            continue
-        rows = _in_ggml_order(name, parameter, heads, kv_heads)
-        chosen = gguf_type.upper() if rows.ndim > 1 else "F32"
-        kind = GGMLQuantizationType[chosen]
-        writer.add_tensor(gguf_name(name), quantize(rows, kind), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def gguf_name(name: str) -> str:
@@ -100,15 +104,14 @@ def gguf_name(name: str) -> str:
     return f"blk.{layer}.{_LAYER_NAMES[module]}.{part}"
 
 
-def _in_ggml_order(
-    name: str, parameter: torch.Tensor, heads: int, kv_heads: int
-) -> NDArray[np.float32]:
+def _in_ggml_order(name: str, parameter: torch.Tensor, config: Any) -> NDArray[np.float32]:
     """[outputs, inputs] fp32; queries' and keys' rows interleaved head by head.
 
     transformers rotates dimension i with i + half, llama.cpp 2i with 2i + 1.
     """
     rows: NDArray[np.float32] = parameter.detach().float().cpu().numpy()
-    count = {"q_proj": heads, "k_proj": kv_heads}.get(name.split(".")[-2])
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    count = heads.get(name.split(".")[-2])
     if count is None:
         return rows
     halves = rows.reshape(count, 2, rows.shape[0] // count // 2, *rows.shape[1:])

@@ -87,6 +87,8 @@ def test_the_configuration_is_what_llama_cpp_asks_for(tiny_llama: CausalLM, tmp_
         "feed_forward_length": 256,
         "attention.head_count": _HEADS,
         "attention.head_count_kv": _KV_HEADS,
+        "attention.key_length": _HEAD_DIM,
+        "attention.value_length": _HEAD_DIM,
         "rope.dimension_count": _HEAD_DIM,
         "rope.freq_base": 10_000.0,
         "attention.layer_norm_rms_epsilon": pytest.approx(1e-6),
@@ -95,7 +97,6 @@ def test_the_configuration_is_what_llama_cpp_asks_for(tiny_llama: CausalLM, tmp_
 
 def test_what_is_no_plain_llama_is_refused(tmp_path: Path) -> None:
     lm = CausalLM.from_pretrained("builtin:tiny-rag")
-    if lm.model.config.model_type == "llama":
-        lm.model.config.model_type = "other"
+    lm.model.config.rope_parameters["rope_type"] = "linear"
     with pytest.raises(OptionError, match="give a file of it: --gguf FILE"):
         write_gguf(lm, tmp_path / "model.gguf", "q8_0")

@@ -14,7 +14,10 @@ import torch
 
 import pcache_integrations.bench
 from pcache_core import CausalLM
+from pcache_integrations.bench.gguf_file import write_gguf
 from pcache_integrations.bench.models import save
+from pcache_integrations.bench.peers import PEERS, LoadOptions
+from pcache_integrations.bench.run import started
 
 _WORKERS = Path(pcache_integrations.bench.__file__).parent / "workers"
 _OPTIONS = {
@@ -80,6 +83,31 @@ def test_transformers_worker_reuses_a_prefix_and_answers_as_the_model(
     assert ask("run", prompt_ids=others["other"], text="", max_tokens=1)["cached_tokens"] == 89
     ask("reset")
     assert ask("run", prompt_ids=others["other"], text="", max_tokens=1)["cached_tokens"] == 0
+
+
+@pytest.mark.parametrize("name", ["langchain", "llama-cpp", "vllm"])
+def test_other_peers_read_the_same_prompt_and_answer_as_the_model(
+    name: str, tiny_llama: CausalLM, tmp_path: Path
+) -> None:
+    spec = PEERS[name]
+    with started({name: sys.executable}) as (peer,):
+        if peer.problem is not None:
+            pytest.skip(f"{spec.label} is not installed here: pip install {spec.install}")
+        if spec.weights == "gguf":
+            write_gguf(tiny_llama, tmp_path / "model.gguf", "f32")
+        else:
+            save(tiny_llama, tmp_path)
+        weights = tmp_path / "model.gguf" if spec.weights == "gguf" else tmp_path
+        peer.load(weights, LoadOptions(1, "float32", "cpu", 512, 2**26))
+        text = " porter nurse kayaking" * 30
+        prompt_ids = tiny_llama.text.bos_ids + tuple(tiny_llama.token_ids(text))
+        for cached in (0, len(prompt_ids) - 1):
+            sample = peer.run(prompt_ids, text, 4)
+            if spec.takes == "ids":
+                assert sample.first_token == greedy(tiny_llama, list(prompt_ids), 1)[0]
+            if spec.keeps_prefix:
+                assert cached - 128 < sample.cached_tokens <= cached  # vLLM counts in blocks
+            assert sample.decode_tokens_per_s
 
 
 def test_a_failure_is_an_answer_and_the_worker_goes_on(ask: Ask, tmp_path: Path) -> None:
