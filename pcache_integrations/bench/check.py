@@ -29,9 +29,11 @@ def mode_of(name: str) -> ReuseMode:
 
 
 def warm_up(engines: Engines, prompts: Round) -> tuple[str, ...]:
-    """Read a prompt in every mode, uncounted; returns what did not run as asked, and why."""
+    """Read a prompt in every mode but `off`; returns what did not run as asked, and why."""
     fallbacks = []
     for name, engine in engines.items():
+        if name == "off":
+            continue  # `check_answers` runs it
         report = engine.prefill(prompts.first, reuse=mode_of(name)).report
         if report.fallback_reason:
             fallbacks.append(f"{name} fell back to {report.reuse}: {report.fallback_reason}")

@@ -12,7 +12,7 @@ from pcache_core import CausalLM, PromptCacheEngine
 from pcache_integrations.bench.figures import Encoding, Spread
 from pcache_integrations.bench.workload import OPENING, Workload
 
-_BATCHES = (1, 2, 4, 8, 16)
+_BATCHES = (1, 4, 16)
 
 
 class EncodingBench:
@@ -28,7 +28,7 @@ class EncodingBench:
         self._forward: list[float] = []
         documents = self._documents()
         engine.encode(documents, anchor=OPENING, progress=False)
-        batches = [batch for batch in _BATCHES if batch <= len(documents)]
+        batches = {min(batch, len(documents)) for batch in _BATCHES}
         speeds = {batch: forward_speed(engine.lm, documents, batch) for batch in batches}
         self._batch = max(speeds, key=lambda batch: speeds[batch])
         engine.forget(documents)
