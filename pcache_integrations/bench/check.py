@@ -11,9 +11,10 @@ from pcache_core.params import ReuseMode, check_reuse
 from pcache_integrations.bench.floor import Floor
 from pcache_integrations.bench.workload import Round
 
-# Relative error, in the L2 norm, between logits of the same ids computed in other portions. A
-# wrong mask or position makes it about 1.
-_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+# Relative error, in the L2 norm, between logits of the same ids computed in other portions. In
+# bfloat16, a random model with 24 layers is 0.04 away from itself in fp32; documents in another
+# order move its logits by 1, another question by 0.2.
+_TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 1e-1}
 
 Engines = Mapping[str, PromptCacheEngine]
 """By the name of the way that they serve, which starts with its mode."""

@@ -30,6 +30,8 @@ _DTYPES = {
 _VOCABULARY = 32_000
 # Not a multiple of any row's length, so that no two rows of a matrix are alike.
 _POOL_NUMBERS = 2**24 + 43
+# Small, so that what comes out depends on the whole prompt and not on its last token alone.
+_EMBEDDING_STD = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,8 +141,8 @@ def random_llama(
 ) -> CausalLM:
     """A random Llama with the built-in tokenizer.
 
-    Matrices are drawn in `dtype`, wide enough that attention is not uniform: with a standard
-    deviation of 1/√inputs, embeddings with 1. Raises: OptionError: unknown size.
+    Matrices are drawn in `dtype` with a standard deviation of 1/√inputs, so that attention is not
+    uniform and a wrong mask or position shows in what comes out. Raises: OptionError: unknown size.
     """
     size = size_of(name)
     config = LlamaConfig(
@@ -179,8 +181,8 @@ def _draw(model: PreTrainedModel, seed: int) -> None:
             count = min(flat.numel() - start, _POOL_NUMBERS - offset)
             flat[start : start + count] = pool[offset : offset + count]
             start, offset = start + count, (offset + count) % _POOL_NUMBERS
-        if "embed" not in name:
-            parameter.mul_(1 / math.sqrt(parameter.shape[1]))
+        is_embedding = "embed" in name
+        parameter.mul_(_EMBEDDING_STD if is_embedding else 1 / math.sqrt(parameter.shape[1]))
 
 
 def save(lm: CausalLM, folder: Path) -> None:

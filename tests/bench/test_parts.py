@@ -15,7 +15,7 @@ from pcache_integrations.bench.figures import Order, Sample
 from pcache_integrations.bench.floor import Floor
 from pcache_integrations.bench.growth import fill, fit_line
 from pcache_integrations.bench.memory import MemoryNeededError, available_nbytes, check_memory
-from pcache_integrations.bench.models import SIZES, parameter_count
+from pcache_integrations.bench.models import SIZES, parameter_count, random_llama
 from pcache_integrations.bench.options import parse_modes, parse_orders, parse_sizes
 from pcache_integrations.bench.summary import rows_of
 from pcache_integrations.bench.ways import FLOOR, ModeWay, Way, floor_ways
@@ -51,15 +51,17 @@ def test_orders_differ_from_the_first_document_on(tiny_llama: CausalLM) -> None:
     assert len(set(starts)) == 4
 
 
-def test_the_floor_and_a_repeated_prefix_are_checked_against_off(tiny_llama: CausalLM) -> None:
-    prompts = workload(tiny_llama).round()
-    engines = {mode: PromptCacheEngine(tiny_llama) for mode in ("off", "exact")}
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_floor_and_a_repeated_prefix_are_checked_against_off(dtype: torch.dtype) -> None:
+    lm = random_llama("llama-tiny", dtype=dtype, device="cpu", context_tokens=512, seed=0)
+    prompts = workload(lm).round()
+    engines = {mode: PromptCacheEngine(lm) for mode in ("off", "exact")}
     warm_up(engines, prompts)
-    floor = Floor(tiny_llama, engines["off"].tokenise(prompts.same))
-    check_answers(engines, floor, prompts)
-    other = Floor(tiny_llama, engines["off"].tokenise(prompts.first))
-    with pytest.raises(WrongAnswerError, match="a forward over keys and values in place"):
-        check_answers(engines, other, prompts)
+    check_answers(engines, Floor(lm, engines["off"].tokenise(prompts.same)), prompts)
+    for wrong in (prompts.first, prompts.new):
+        floor = Floor(lm, engines["off"].tokenise(wrong))
+        with pytest.raises(WrongAnswerError, match="a forward over keys and values in place"):
+            check_answers(engines, floor, prompts)
 
 
 def test_states_that_fill_a_store_are_kept_and_never_used(tiny_llama: CausalLM) -> None:
