@@ -86,8 +86,13 @@ class BenchOptions:
         }
 
     def as_json(self) -> Mapping[str, Any]:
-        """For the report."""
-        return {**asdict(self), "gguf_file": self.gguf_file and self.gguf_file.name}
+        """For the report, without a server's password."""
+        tier = self.tier
+        if "://" in tier:
+            from pcache_core.store.redis_address import without_password
+
+            tier = without_password(tier)
+        return {**asdict(self), "tier": tier, "gguf_file": self.gguf_file and self.gguf_file.name}
 
     @contextmanager
     def store(self, budget_bytes: int) -> Iterator[ModuleStore]:

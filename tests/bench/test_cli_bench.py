@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 
 from bench.conftest import bench
 from pcache_core import OptionError
+from redis_server import Server
 
 _SPREAD = {
     "type": "object",
@@ -128,6 +130,19 @@ def test_the_table_names_ways_orders_and_environment(tmp_path: Path) -> None:
     drawing = file.read_text("utf-8")
     for words in ("fast, new order", "exact, same order", "copy and rotate", "random llama-tiny"):
         assert words in drawing
+
+
+def test_states_may_be_on_a_server(tmp_path: Path) -> None:
+    server = Server(tmp_path)
+    try:
+        address = server.url.replace("://", "://:secret@")
+        tier = ("--tier", address, "--modes", "fast", "--order", "new", "--rounds", "1")
+        figures = json.loads(bench("--no-peers", *tier, "--json"))
+    finally:
+        server.kill()
+    assert rows_by_name(figures, 192)["fast", "new"]["cached_tokens"] >= 202
+    assert figures["stored_bytes_per_token"] is None
+    assert "secret" not in json.dumps(figures)
 
 
 @pytest.mark.parametrize(
