@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from pcache_core.errors import OptionError
+from pcache_integrations.cli_bench import bench
 from pcache_integrations.cli_encode import encode
 from pcache_integrations.cli_errors import EXIT_STATUSES, INTERRUPTED, USER_ERROR, explain
 from pcache_integrations.cli_schema import schema
@@ -32,6 +33,9 @@ app: typer.Typer = typer.Typer(
 app.command(epilog="Example: pcache encode handbook/ faq.jsonl --store ./states")(encode)
 app.add_typer(store_app)
 app.command(epilog="Example: pcache schema prompt.j2 --len question=32")(schema)
+app.command(epilog="Example: pcache bench --random llama-0.5b --cached 1k,4k --plot bench.svg")(
+    bench
+)
 
 
 @app.command(epilog="Example: pcache demo --model Qwen/Qwen2.5-0.5B-Instruct --top-k 6")
