@@ -298,7 +298,10 @@ class PromptCacheEngine:
         return tokenise(prompt, self.lm.text.ids, self.lm.text.bos_ids)
 
     def kv_bytes(self) -> int:
-        """Keys and values that running and recent requests hold, in bytes; shared ones once."""
+        """Keys and values that running requests hold, in bytes; what they share counts once.
+
+        A few slots of finished requests are kept beside these, for prompts that begin alike.
+        """
         return self._reader.nbytes
 
     def stats(self) -> EngineStats:

@@ -117,7 +117,7 @@ class PromptReader:
 
     @property
     def nbytes(self) -> int:
-        """Keys and values that running and recent requests hold, in bytes; shared ones once."""
+        """Keys and values that running requests hold, in bytes; shared ones once."""
         return self._pool.nbytes
 
     def _acquire(self, request: Request, wishes: list[assemble.Wanted], *, lends: bool) -> Lease:

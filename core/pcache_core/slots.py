@@ -132,9 +132,9 @@ class SlotPool:
 
     @property
     def nbytes(self) -> int:
-        """Keys and values of running and recent requests, in bytes; what they share counts once."""
+        """Keys and values of running requests, in bytes; what they share counts once."""
         with self._lock:
-            slots = [lease.slot for lease in (*self._idle, *self._running)]
+            slots = [lease.slot for lease in self._running]
         shared = {id(loan.state): loan.state.nbytes for slot in slots for loan in slot.loans}
         return sum(slot.nbytes for slot in slots) + sum(shared.values())
 

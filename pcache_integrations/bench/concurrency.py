@@ -12,14 +12,6 @@ from pcache_integrations.bench.figures import Concurrency, Spread
 from pcache_integrations.bench.workload import Workload
 
 
-def kv_bytes(engine: PromptCacheEngine) -> int | None:
-    """Bytes of keys and values that running and idle requests hold, shared ones once.
-
-    None as long as the engine does not tell; the table then leaves the column out.
-    """
-    return None
-
-
 class ConcurrencyBench:
     """Asks `requests` prompts, each with the documents in an order of its own, in `fast`."""
 
@@ -35,7 +27,7 @@ class ConcurrencyBench:
         self._requests = requests
         self._params = SamplingParams(max_tokens=answer_tokens)
         self._speeds: dict[int, list[float]] = {1: [], requests: []}
-        self._kv_bytes: int | None = None
+        self._kv_bytes = 0
         self._separate_kv_bytes = 0
         self._tokens_per_second(workload.prompts(requests), requests)
 
@@ -74,9 +66,7 @@ class ConcurrencyBench:
         answered, prompt_tokens = 0, 0
         for chunk in self._engine.stream(prompt, self._params, reuse="fast"):
             answered += len(chunk.token_ids)
-            held = kv_bytes(self._engine)
-            if held is not None:
-                self._kv_bytes = max(held, self._kv_bytes or 0)
+            self._kv_bytes = max(self._kv_bytes, self._engine.kv_bytes())
             if chunk.report is not None:
                 prompt_tokens = chunk.report.prompt_tokens
         return prompt_tokens, answered

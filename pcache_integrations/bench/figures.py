@@ -86,8 +86,8 @@ class Encoding:
 class Concurrency:
     """Requests over the same documents, each in an order of its own, at once and in turn.
 
-    speedup: median of the rounds' ratios. kv_bytes: the most that all requests held at once; None
-    where the engine does not tell. separate_kv_bytes: what as many separate copies take.
+    speedup: median of the rounds' ratios. kv_bytes: the most that all requests held at once, what
+    they share counted once. separate_kv_bytes: what as many separate copies take.
     """
 
     cached_size: int
@@ -95,7 +95,7 @@ class Concurrency:
     alone_tokens_per_s: Spread
     at_once_tokens_per_s: Spread
     speedup: float
-    kv_bytes: int | None
+    kv_bytes: int
     separate_kv_bytes: int
 
 

@@ -125,12 +125,10 @@ def _encoding(found: Encoding) -> str:
 
 
 def _concurrency(found: Concurrency) -> str:
-    memory = ""
-    if found.kv_bytes is not None:
-        memory = (
-            f"; keys and values take {found.kv_bytes / 1e6:,.0f} MB at most, "
-            f"{found.kv_bytes / found.separate_kv_bytes:.0%} of separate copies"
-        )
+    memory = (
+        f"; keys and values take {found.kv_bytes / 1e6:,.0f} MB at most, "
+        f"{found.kv_bytes / found.separate_kv_bytes:.0%} of separate copies"
+    )
     return (
         f"{found.requests} requests in fast over {found.cached_size:,} tokens: "
         f"{_spread(found.alone_tokens_per_s)} tokens/s one after another, "
