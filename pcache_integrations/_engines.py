@@ -63,9 +63,16 @@ def build_store(spec: str, storage_dtype: str = "auto") -> ModuleStore:
     check_store(spec)
     if spec == "memory":
         return MemoryStore()
+    return TieredStore([MemoryStore(policy=CostAware()), lasting_store(spec, storage_dtype)])
+
+
+def lasting_store(spec: str, storage_dtype: str = "auto") -> ModuleStore:
+    """The folder or server that `spec` names, without memory before it.
+
+    Raises: OptionError, DependencyError, StoreError: as `build_store`.
+    """
     dtype = check_storage_dtype(storage_dtype)
-    lasting = _remote_store(spec, dtype) if "://" in spec else DiskStore(spec, storage_dtype=dtype)
-    return TieredStore([MemoryStore(policy=CostAware()), lasting])
+    return _remote_store(spec, dtype) if "://" in spec else DiskStore(spec, storage_dtype=dtype)
 
 
 def _remote_store(url: str, storage_dtype: StorageDtype = "auto") -> ModuleStore:
