@@ -12,6 +12,7 @@ from rich.console import Console
 
 from pcache_core.errors import OptionError, PromptCacheError
 from pcache_integrations.cli_schema import schema
+from pcache_integrations.cli_serve import serve
 from pcache_integrations.cli_store import app as store_app
 
 if TYPE_CHECKING:
@@ -28,6 +29,9 @@ app = typer.Typer(
 )
 app.add_typer(store_app)
 app.command(epilog="Example: pcache schema prompt.j2 --len question=32")(schema)
+app.command(
+    epilog="Example: pcache serve --model Qwen/Qwen2.5-0.5B-Instruct --store ./states --run",
+)(serve)
 
 
 @app.command(epilog="Example: pcache demo --model Qwen/Qwen2.5-0.5B-Instruct --top-k 6")

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pcache_core.errors import PromptCacheError
+from pcache_core.key import KeySpace
 
 VERSION = 1
 LOAD = "prompt_cache"
@@ -74,6 +75,11 @@ class Description:
     saves: bool
     refused: Mapping[str, int]
 
+    @property
+    def key_space(self) -> KeySpace:
+        """Makes the keys that the server knows."""
+        return KeySpace(self.model, self.dtype, self.namespace)
+
     def as_dict(self) -> dict[str, Any]:
         """As in an answer."""
         own = {name: getattr(self, name) for name in self.__slots__}
@@ -93,12 +99,12 @@ class Description:
 
 def fast_salt(namespace: str) -> str:
     """The cache salt of prompts that are filled from states."""
-    return f"prompt-cache/fast/{namespace}"
+    return f"prompt-cache.fast.{namespace}"
 
 
 def exact_salt(namespace: str) -> str:
     """The cache salt of prompts that are computed."""
-    return f"prompt-cache/exact/{namespace}"
+    return f"prompt-cache.exact.{namespace}"
 
 
 def parse_runs(value: object, num_tokens: int) -> tuple[Run, ...]:
