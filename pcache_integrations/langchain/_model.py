@@ -32,7 +32,7 @@ _OF_A_CALL = (
     "reuse", "max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed",
 )  # fmt: skip
 
-_ANSWERS_DEPEND_ON = ("model", "dtype", "repair", "recurring_text", *_OF_A_CALL)
+_ANSWERS_DEPEND_ON = ("model", "dtype", "repair", "recurring_text", "base_url", *_OF_A_CALL)
 
 
 class CachedModel(BaseLanguageModel[Any]):

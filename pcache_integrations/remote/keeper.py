@@ -113,7 +113,8 @@ class Keeper:
     def _keep(self, connector: Description, module: Module, key: str) -> None:
         started = time.perf_counter()
         ids = (*module.anchor_ids, *module.token_ids)
-        run = Run(len(module.anchor_ids), len(ids), key)
+        start = len(module.anchor_ids)
+        run = Run(start, len(ids), key, start)
         try:
             self._server.complete(
                 {

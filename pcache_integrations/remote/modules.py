@@ -105,7 +105,7 @@ class PromptModules:
         runs = []
         if tokens.opening:
             key = space.key((), tokens.anchor_ids, None)
-            runs.append(Run(0, tokens.opening, key.digest))
+            runs.append(Run(0, tokens.opening, key.digest, 0))
         anchors = tuple(dict.fromkeys((tokens.anchor_ids, tokens.bos_ids)))
         for start, choices in self._choices():
             for ids in choices:
@@ -114,7 +114,8 @@ class PromptModules:
                     continue
                 for anchor_ids in anchors:
                     key = space.key(anchor_ids, ids, None)
-                    runs.append(Run(start, start + agreed, key.digest, ids[agreed:]))
+                    behind = len(anchor_ids)
+                    runs.append(Run(start, start + agreed, key.digest, behind, ids[agreed:]))
         return runs
 
     def modules(self) -> list[Module]:

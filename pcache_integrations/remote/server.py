@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import ssl
+import weakref
 from collections.abc import AsyncGenerator, Generator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -60,6 +61,7 @@ class Server:
             transport=httpx.HTTPTransport(retries=address.max_retries, verify=self._verify),
             **self._options,
         )
+        weakref.finalize(self, self._client.close)
 
     def models(self) -> list[dict[str, Any]]:
         """What the server has: `id`, and with vLLM `max_model_len`."""

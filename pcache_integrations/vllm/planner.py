@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pcache_core.key import KeySpace, ModuleKey
@@ -54,7 +54,7 @@ class Save:
     start: int
     key: str
     token_ids: tuple[int, ...]
-    block_ids: tuple[int, ...]
+    block_ids: tuple[int, ...] = ()
 
 
 @dataclass(slots=True)
@@ -65,12 +65,14 @@ class Step:
     saves: list[Save] = field(default_factory=list)
 
 
+_FOREIGN = "the key is not that of these tokens, this model and namespace"
+
+
 class Planner:
     """Decides for each request, from what its client sent and what the store has.
 
-    A request's parameters are never trusted: a state's header is compared with the prompt's own
-    tokens, the model and the namespace before it is used, and a state to be kept must have the
-    very key that its tokens make.
+    A request's parameters are never trusted: a key must be the one that the prompt's own tokens
+    make, with this model and namespace.
     """
 
     def __init__(
@@ -82,7 +84,7 @@ class Planner:
         self._saves = saves
         self._tally = Tally()
         self._plans: dict[str, list[Run]] = {}
-        self._wanted: dict[str, Run] = {}
+        self._wanted: dict[str, Save] = {}
         self._step = Step()
 
     def add(self, request: Any) -> None:
@@ -91,9 +93,12 @@ class Planner:
         if wish is None:
             return
         try:
-            self._wanted[request.request_id] = self._checked_save(request, wish)
+            run = self._checked_save(request, wish)
         except ProtocolError as error:
             self._tally.add("a state that can't be kept was asked for", str(error))
+            return
+        ids = tuple(request.prompt_token_ids[: run.end])
+        self._wanted[request.request_id] = Save(run.start, run.key, ids)
 
     def matched(self, request: Any, computed: int) -> int:
         """How many tokens behind the first `computed` states cover, up to the end of a block."""
@@ -117,10 +122,10 @@ class Planner:
 
     def computed(self, request_id: str, tokens: int, block_ids: Sequence[int]) -> None:
         """Know that a request's first `tokens` will be computed by the end of this step."""
-        run = self._wanted.get(request_id)
-        if run is not None and tokens >= run.end:
+        save = self._wanted.get(request_id)
+        if save is not None and tokens >= len(save.token_ids):
             del self._wanted[request_id]
-            self._step.saves.append(Save(run.start, run.key, run.tail, tuple(block_ids)))
+            self._step.saves.append(replace(save, block_ids=tuple(block_ids)))
 
     def waits_for(self, request_id: str) -> bool:
         """Whether `computed` wants to hear of it."""
@@ -155,8 +160,9 @@ class Planner:
         except ProtocolError as error:
             self._tally.add("states were asked for in a way that is not understood", str(error))
             return []
-        there = self._there(request.prompt_token_ids, [run for run in runs if run.end > computed])
-        return cover(runs, computed, lambda run: run in there)
+        useful = [run for run in runs if run.end > computed]
+        there = self._there(self._keys(useful, request.prompt_token_ids))
+        return cover(useful, computed, lambda run: run in there)
 
     def _checked_runs(self, request: Any, wish: object) -> tuple[Run, ...]:
         runs = parse_runs(wish, request.num_prompt_tokens)
@@ -173,15 +179,23 @@ class Planner:
             raise ProtocolError("this server keeps no states; several workers share a model")
         if request.cache_salt == fast_salt(self._space.namespace) or LOAD in _params(request):
             raise ProtocolError("what was made of states is not kept as one")
-        ids = tuple(request.prompt_token_ids)
-        key = self._space.key(ids[: run.start], ids[run.start : run.end], None)
-        if key.digest != run.key:
-            raise ProtocolError("the key is not that of these tokens, this model and namespace")
-        return Run(run.start, run.end, run.key, ids[: run.end])
+        if run.anchor != run.start or run.tail:
+            raise ProtocolError("a state is encoded right behind its anchor")
+        if run.module_key(request.prompt_token_ids, self._space).digest != run.key:
+            raise ProtocolError(_FOREIGN)
+        return run
 
-    def _there(self, prompt_ids: Sequence[int], runs: Sequence[Run]) -> set[Run]:
+    def _keys(self, runs: Sequence[Run], prompt_ids: Sequence[int]) -> dict[Run, ModuleKey]:
+        """The runs' keys; runs that name another's are left out."""
+        keys = {run: run.module_key(prompt_ids, self._space) for run in runs}
+        foreign = [run for run, key in keys.items() if key.digest != run.key]
+        for run in foreign:
+            del keys[run]
+            self._tally.add("a state was asked for by a wrong key", _FOREIGN)
+        return keys
+
+    def _there(self, keys: Mapping[Run, ModuleKey]) -> set[Run]:
         """The runs whose states the store has; it is asked once, and nothing is read."""
-        keys = {run: self._key(prompt_ids, run) for run in runs}
         offered: set[ModuleKey] = set()
 
         def note(offer: Offer) -> bool:
@@ -190,9 +204,6 @@ class Planner:
 
         open_many(self._store, list(dict.fromkeys(keys.values())), note)
         return {run for run, key in keys.items() if key in offered}
-
-    def _key(self, prompt_ids: Sequence[int], run: Run) -> ModuleKey:
-        return ModuleKey(run.key, (*prompt_ids[run.start : run.end], *run.tail), self._space)
 
 
 def _params(request: Any) -> Mapping[str, Any]:

@@ -3,16 +3,17 @@
 A request for an answer names states that may stand for parts of its prompt, best first; the
 answer's parameters describe the connector. An empty list only asks for that description:
 
-    {"prompt_cache": [[start, end, key], [start, end, key, [more token ids]], …]}
+    {"prompt_cache": [[start, end, key, anchor], [start, end, key, anchor, [more ids]], …]}
 
-`key` names a state in the server's store: the digest of a `ModuleKey`. The state's tokens are
-those of the prompt from `start` to `end`, followed by the fourth item's where there is one: rows
-that the prompt has no use for, such as the separator behind its last document.
+`key` names a state in the server's store: the digest of a `ModuleKey`. It was encoded behind the
+first `anchor` tokens of the prompt. Its tokens are those from `start` to `end`, followed by the
+fifth item's where there is one: rows that the prompt has no use for, such as the separator behind
+its last document. So the server can make every key itself, and uses none that is another's.
 
 A request to keep what the server computes for `start … end` of the prompt, behind all that stands
 before, as the state `key`:
 
-    {"prompt_cache_save": [start, end, key]}
+    {"prompt_cache_save": [start, end, key, start]}
 
 Prompts that are filled from states carry the cache salt that the description names, so that no
 prompt that was promised exact keys and values ever finds theirs in the server's prefix cache.
@@ -26,7 +27,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pcache_core.errors import PromptCacheError
-from pcache_core.key import KeySpace
+from pcache_core.key import KeySpace, ModuleKey
 
 VERSION = 1
 LOAD = "prompt_cache"
@@ -45,17 +46,24 @@ class ProtocolError(PromptCacheError, ValueError):
 class Run:
     """Tokens `start … end` of a prompt and the state that may stand for them.
 
-    tail: tokens of the state behind these, which stay unused.
+    anchor: how many tokens of the prompt, from its first on, the state was encoded behind.
+    tail: tokens of the state behind `end`, which stay unused.
     """
 
     start: int
     end: int
     key: str
+    anchor: int
     tail: tuple[int, ...] = ()
+
+    def module_key(self, prompt_ids: Sequence[int], space: KeySpace) -> ModuleKey:
+        """The key that these tokens make; `key` is its digest, or this is no run of the prompt."""
+        own = (*prompt_ids[self.start : self.end], *self.tail)
+        return space.key(prompt_ids[: self.anchor], own, None)
 
     def as_list(self) -> list[Any]:
         """As in a request."""
-        own: list[Any] = [self.start, self.end, self.key]
+        own: list[Any] = [self.start, self.end, self.key, self.anchor]
         return [*own, list(self.tail)] if self.tail else own
 
 
@@ -116,19 +124,23 @@ def parse_runs(value: object, num_tokens: int) -> tuple[Run, ...]:
 
 def parse_run(item: object, num_tokens: int) -> Run:
     """One run. Raises: ProtocolError."""
-    if not isinstance(item, Sequence) or isinstance(item, str) or len(item) not in (3, 4):
-        raise ProtocolError("a run must be [start, end, key] or [start, end, key, token ids]")
-    start, end, key = item[:3]
-    tail = item[3] if len(item) == 4 else ()
-    if type(start) is not int or type(end) is not int or not 0 <= start < end <= num_tokens:
-        raise ProtocolError(f"a run from {start!r} to {end!r} is not within {num_tokens} tokens")
+    if not isinstance(item, Sequence) or isinstance(item, str) or len(item) not in (4, 5):
+        raise ProtocolError("a run must be [start, end, key, anchor], or have token ids behind")
+    start, end, key, anchor = item[:4]
+    tail = item[4] if len(item) == 5 else ()
+    if any(type(place) is not int for place in (start, end, anchor)) or not (
+        0 <= anchor <= start < end <= num_tokens
+    ):
+        raise ProtocolError(
+            f"a run from {start!r} to {end!r} behind {anchor!r} is not within {num_tokens} tokens"
+        )
     if not isinstance(key, str) or not _DIGEST.fullmatch(key):
         raise ProtocolError("a run's key must be 64 hexadecimal digits")
     if not isinstance(tail, Sequence) or len(tail) > _MOST_TAIL_TOKENS:
         raise ProtocolError(f"a run may go on for at most {_MOST_TAIL_TOKENS} tokens")
     if any(type(token) is not int or token < 0 for token in tail):
         raise ProtocolError("token ids must be integers from 0 up")
-    return Run(start, end, key, tuple(tail))
+    return Run(start, end, key, anchor, tuple(tail))
 
 
 def cover(runs: Sequence[Run], start: int, is_there: Callable[[Run], bool]) -> list[Run]:
