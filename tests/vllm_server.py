@@ -17,7 +17,7 @@ import pytest
 from redis_server import Server
 
 ROOT = Path(__file__).parent.parent
-_UP_S = 280
+_UP_S = 600
 
 
 def interpreter() -> str:

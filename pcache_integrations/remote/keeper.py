@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import OrderedDict
@@ -22,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 _AT_ONCE = 8
 _MOST_KNOWN = 100_000
+# A store may drop what was kept; what is still missing then is asked for again.
+_ASK_AGAIN_S = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +36,7 @@ class Encoded:
 
 
 class Keeper:
-    """Remembers which states a server has been asked for, and asks for each once. Thread-safe."""
+    """Asks a server for states, for each once in ten minutes at most. Thread-safe."""
 
     def __init__(self, server: Server, model: str) -> None:
         self.encoded = Encoded()
@@ -41,7 +44,7 @@ class Keeper:
         self._model = model
         self._threads = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="pcache-keep")
         self._lock = threading.Lock()
-        self._known: OrderedDict[str, None] = OrderedDict()
+        self._known: OrderedDict[str, float] = OrderedDict()
         self._waiting: set[Future[None]] = set()
 
     def learn(self, connector: Description, modules: Sequence[Module], cached: int) -> None:
@@ -61,7 +64,7 @@ class Keeper:
     def encode(
         self, connector: Description, modules: Sequence[Module], texts: int, *, progress: bool
     ) -> EncodeReport:
-        """Have encoded what this process has not asked for yet; returns when all is kept.
+        """Have encoded what this process has not just asked for; returns when all is kept.
 
         Raises: ModelError: the server can't be reached.
         """
@@ -102,9 +105,11 @@ class Keeper:
         wait(jobs)
 
     def _is_new(self, key: str) -> bool:
+        now = time.monotonic()
         with self._lock:
-            is_new = key not in self._known
-            self._known[key] = None
+            is_new = now - self._known.get(key, -math.inf) > _ASK_AGAIN_S
+            if is_new:
+                self._known[key] = now
             self._known.move_to_end(key)
             if len(self._known) > _MOST_KNOWN:
                 self._known.popitem(last=False)

@@ -65,6 +65,14 @@ class Step:
     saves: list[Save] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What covers a prompt behind its first `start` tokens, without a gap."""
+
+    start: int
+    runs: list[Run]
+
+
 _FOREIGN = "the key is not that of these tokens, this model and namespace"
 
 
@@ -83,7 +91,7 @@ class Planner:
         self._block_tokens = block_tokens
         self._saves = saves
         self._tally = Tally()
-        self._plans: dict[str, list[Run]] = {}
+        self._plans: dict[str, _Plan] = {}
         self._wanted: dict[str, Save] = {}
         self._step = Step()
 
@@ -102,22 +110,24 @@ class Planner:
 
     def matched(self, request: Any, computed: int) -> int:
         """How many tokens behind the first `computed` states cover, up to the end of a block."""
-        if request.request_id not in self._plans:
-            self._plans[request.request_id] = self._plan(request, computed)
-        plan = self._plans[request.request_id]
-        reached = max((run.end for run in plan), default=computed)
+        plan = self._plans.get(request.request_id)
+        if plan is None or plan.start != computed:
+            plan = _Plan(computed, self._plan(request, computed))
+            self._plans[request.request_id] = plan
+        reached = max((run.end for run in plan.runs), default=computed)
         # The last token is always computed, for its logits.
         limit: int = min(reached, request.num_prompt_tokens - 1)
         return max(0, limit - limit % self._block_tokens - computed)
 
     def allocated(self, request: Any, block_ids: Sequence[int], computed: int, tokens: int) -> None:
         """Load `tokens` behind the first `computed` in the next step; they have these blocks."""
-        plan = self._plans.pop(request.request_id, [])
-        if not tokens:
+        plan = self._plans.pop(request.request_id, None)
+        if plan is None or not tokens:
             return
+        assert plan.start == computed, "the scheduler asks before it allocates"
         stop = computed + tokens
         blocks = tuple(block_ids[: -(-stop // self._block_tokens)])
-        fillings = tuple(_fillings(plan, request.prompt_token_ids, computed, stop))
+        fillings = tuple(_fillings(plan.runs, request.prompt_token_ids, computed, stop))
         self._step.loads.append(Load(request.request_id, computed, stop, blocks, fillings))
 
     def computed(self, request_id: str, tokens: int, block_ids: Sequence[int]) -> None:

@@ -21,6 +21,8 @@ from pcache_integrations.langchain import ChatPromptCache, PromptCacheLLM
 from pcache_integrations.llama_index import PromptCacheLLM as LlamaIndexLLM
 from vllm_server import Cluster
 
+pytestmark = pytest.mark.timeout(900)  # servers take a minute to start, on a busy machine many
+
 TEMPLATE = PromptTemplate.from_template(
     OPENING.replace("{", "{{") + "{context}\n\nQuestion: {question}\nAnswer:"
 )

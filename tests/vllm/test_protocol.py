@@ -88,6 +88,19 @@ def test_what_the_servers_own_cache_holds_is_not_loaded_again(tmp_path: Path) ->
     assert [(f.start, f.stop, f.first) for f in load.fillings] == [(16, 40, 6), (40, 64, 0)]
 
 
+def test_a_request_that_waits_is_planned_anew_when_the_servers_cache_has_less(
+    tmp_path: Path,
+) -> None:
+    runs = [run(0, 10), run(10, 64, 10)]
+    plan = planner(store_with(tmp_path, *runs))
+    request = Request({LOAD: [one.as_list() for one in runs]})
+    assert plan.matched(request, 32) == 32
+    assert plan.matched(request, 0) == 64
+    plan.allocated(request, [1, 2, 3, 4], 0, 64)
+    (load,) = plan.take_step().loads
+    assert [(f.start, f.stop) for f in load.fillings] == [(0, 10), (10, 64)]
+
+
 def test_the_last_token_is_always_computed(tmp_path: Path) -> None:
     runs = [run(0, 96)]
     plan = planner(store_with(tmp_path, *runs))

@@ -34,6 +34,8 @@ from pcache_integrations.remote import Address, RemoteEngine
 from pcache_integrations.vllm.protocol import LOAD, SAVE, Run, exact_salt, fast_salt
 from vllm_server import Cluster, VllmServer
 
+pytestmark = pytest.mark.timeout(900)  # servers take a minute to start, on a busy machine many
+
 PARAMS = SamplingParams(max_tokens=12, logprobs=5)
 RANDOM_DOCUMENTS = [
     "The harbour at Stonn was dug by hand, and took eleven years of work to finish.",
