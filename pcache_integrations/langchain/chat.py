@@ -36,6 +36,7 @@ class ChatPromptCache(CachedModel, BaseChatModel):
 
     Key init args:
         model: `builtin:tiny-rag`, a path or a hub id.
+        base_url: of a vLLM server that runs the model (`pcache serve`), instead of this process.
         reuse: `off`, `exact`, `fast`, `balanced` or `high`.
         store: `memory`, a folder, or the URL of a server or an object store.
         max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, seed, stop: how answers

@@ -36,7 +36,8 @@ class PromptCacheLLM(CachedModel, BaseLLM):
     their attention states are reused in whatever order they come.
 
     Setup:
-        `pip install pcache-integrations`. No server and no key: the model runs in this process.
+        `pip install pcache-integrations`. No server and no key: the model runs in this process,
+        or, with `base_url`, on a vLLM server that `pcache serve` starts.
 
     Key init args, completion:
         model: `builtin:tiny-rag`, a path or a hub id. max_tokens: most tokens of an answer.

@@ -75,7 +75,8 @@ class PromptCacheLLM(AutoMap, CachedLLM):
     >>> type(llm.structured_predict(Person, question, fact=fact)).__name__
     'Person'
 
-    `engine=` shares an engine instead of building one.
+    `engine=` shares an engine instead of building one; `base_url=` names a vLLM server that runs
+    the model, started by `pcache serve`.
 
     Raises: OptionError: an unknown option, a value out of range, or both `engine` and an option
         that it has settled.

@@ -11,8 +11,11 @@ from typing import Any
 import pytest
 
 from pcache_core import CausalLM, ContextLengthError, Prompt, SamplingParams, Segment
+from pcache_core.errors import OptionError
 from pcache_core.key import KeySpace
 from pcache_core.plan import tokenise
+from pcache_integrations.langchain import PromptCacheLLM as LangChainLLM
+from pcache_integrations.llama_index import PromptCacheLLM as LlamaIndexLLM
 from pcache_integrations.remote import Address, RemoteEngine
 from pcache_integrations.remote.modules import PromptModules, join_separators
 
@@ -89,6 +92,15 @@ def test_a_server_without_the_connector_gets_plain_prompts(plain: _PlainServer) 
     assert not {"cache_salt", "kv_transfer_params"} & set(asked)
     report = engine.encode(FACTS, progress=False)
     assert (report.kept, "no prompt cache connector" in str(report.reason)) == (0, True)
+
+
+def test_a_shared_engine_brings_its_server(plain: _PlainServer) -> None:
+    engine = RemoteEngine(Address(f"http://127.0.0.1:{plain.server_port}"), "builtin:tiny-rag")
+    for model in (LangChainLLM(engine=engine), LlamaIndexLLM(engine=engine)):
+        assert model.engine is engine
+        assert (model.model, model.base_url) == ("builtin:tiny-rag", engine.address.base_url)
+    with pytest.raises(OptionError, match="brings its own base_url"):
+        LangChainLLM(engine=engine, base_url="http://localhost:1")
 
 
 def test_an_answer_never_asks_for_more_than_the_context_holds(plain: _PlainServer) -> None:
