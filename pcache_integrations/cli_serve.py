@@ -35,8 +35,7 @@ def serve(  # noqa: PLR0913 (each is an option of the command)
 ) -> None:
     """Print the command that starts vLLM with the prompt cache connector; with --run, run it.
 
-    The model is loaded once for it: the connector has to know its fingerprint and how its states
-    turn when they move, both of which are found by trying.
+    The model is loaded for it, as the connector has to know its fingerprint and how states turn.
     """
     command = [
         python,

@@ -8,12 +8,16 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
+from pcache_core import Generation
+from pcache_integrations.remote import Address, RemoteEngine
 from redis_server import Server
 
 ROOT = Path(__file__).parent.parent
@@ -123,3 +127,24 @@ class Cluster:
     second: VllmServer
     random: VllmServer
     random_store: Path
+
+
+def client(server: VllmServer, **options: Any) -> RemoteEngine:
+    return RemoteEngine(Address(server.url), server.name, **{"reuse": "fast", **options})
+
+
+def post(server: VllmServer, ids: Sequence[int], **fields: Any) -> dict[str, Any]:
+    body = {"model": server.name, "prompt": list(ids), "max_tokens": 4, "temperature": 0, **fields}
+    response = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
+    response.raise_for_status()
+    answer: dict[str, Any] = response.json()
+    return answer
+
+
+def first_distance(a: Generation, b: Generation) -> float:
+    """How far the first token's log probabilities are apart, over those that both report."""
+    ours = {record.token_id: record.logprob for record in a.logprobs[0].top}
+    theirs = {record.token_id: record.logprob for record in b.logprobs[0].top}
+    common = ours.keys() & theirs.keys()
+    assert len(common) >= 3
+    return max(abs(ours[token] - theirs[token]) for token in common)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 from collections.abc import AsyncGenerator, Generator, Sequence
 from contextlib import aclosing, closing
@@ -11,9 +10,8 @@ from functools import cached_property
 from typing import Any
 
 from pcache_core.chat import Message, render_chat
-from pcache_core.errors import ModelError, OptionError, PromptError
+from pcache_core.errors import OptionError, PromptError
 from pcache_core.forget import ForgetReport
-from pcache_core.lm import ServedModel
 from pcache_core.params import (
     DEFAULT_REUSE,
     RepairPolicy,
@@ -31,6 +29,7 @@ from pcache_core.tool_chat import render_tool_chat
 from pcache_core.tools import Tool, ToolFormat, tool_format
 from pcache_core.totals import EngineStats, Reports
 from pcache_integrations.remote.keeper import Keeper
+from pcache_integrations.remote.link import Link, served_model
 from pcache_integrations.remote.modules import (
     USUAL_SEPARATOR,
     Joined,
@@ -40,9 +39,8 @@ from pcache_integrations.remote.modules import (
 )
 from pcache_integrations.remote.request import Answer, RemoteRequest
 from pcache_integrations.remote.server import Address, Server
-from pcache_integrations.vllm.protocol import LOAD, Description
+from pcache_integrations.vllm.protocol import Description
 
-_NO_CONNECTOR = "the server has no prompt cache connector; start it with `pcache serve`"
 _AS_THEY_ARE = "a vLLM server uses states as they are, and repairs nothing"
 
 
@@ -75,19 +73,15 @@ class RemoteEngine:
         self.min_module_tokens = min_module_tokens
         self.repair: RepairPolicy | None = None
         self._server = Server(address)
-        self.lm = ServedModel.from_pretrained(model, self._context_length(model))
+        self.lm = served_model(self._server, model)
+        self._link = Link(self._server, self.lm, namespace)
         self._keeper = Keeper(self._server, model)
         self.reports = Reports(lambda report: None)
-        self._lock = threading.Lock()
-        self._asked: tuple[Description | None] | None = None
 
     @property
     def connector(self) -> Description | None:
         """The server's connector; None if it has none. It is asked once."""
-        with self._lock:
-            if self._asked is None:
-                self._asked = (self._ask(),)
-            return self._asked[0]
+        return self._link.connector
 
     @property
     def fingerprint(self) -> str:
@@ -185,7 +179,7 @@ class RemoteEngine:
         """
         if isinstance(texts, str):
             raise PromptError("encode takes a list of texts, got one str; put it in a list")
-        connector = self._usable_connector()
+        connector = self._link.usable()
         if isinstance(connector, str):
             return EncodeReport(len(texts), 0, 0, 0, 0, 0, 0.0, connector)
         lm, least = self.lm, self.min_module_tokens
@@ -230,7 +224,7 @@ class RemoteEngine:
         last = answer.last()
         assert last.report is not None
         self.reports.append(last.report)
-        connector = self._usable_connector()
+        connector = self._link.usable()
         if not isinstance(connector, str):
             self._keeper.learn(connector, answer.request.modules, answer.cached_tokens)
         return last
@@ -252,7 +246,7 @@ class RemoteEngine:
             raise PromptError("the prompt has no tokens; give at least one character of text")
         if mode == "off":
             return RemoteRequest(tokens, params, mode, None, None)
-        connector = self._usable_connector()
+        connector = self._link.usable()
         if isinstance(connector, str):
             return RemoteRequest(tokens, params, "exact", connector, None)
         if mode == "exact":
@@ -272,41 +266,6 @@ class RemoteEngine:
     def _joined(self, prompt: Prompt) -> tuple[Joined, TokenisedPrompt]:
         joined = join_separators(prompt, self.lm.text.holds_special)
         return joined, tokenise(joined.prompt, self.lm.text.ids, self.lm.text.bos_ids)
-
-    def _usable_connector(self) -> Description | str:
-        """The server's connector, or why there is none for this engine."""
-        connector = self.connector
-        if connector is None:
-            return _NO_CONNECTOR
-        if connector.namespace != self.namespace:
-            return (
-                f"the server's states are of namespace {connector.namespace!r}, this engine's is "
-                f"{self.namespace!r}"
-            )
-        return connector
-
-    def _ask(self) -> Description | None:
-        """A prompt of one token, whose answer describes the connector."""
-        first = self.lm.text.bos_ids or tuple(self.lm.token_ids("a")[:1])
-        body = {"model": self.lm.name, "prompt": list(first), "max_tokens": 1, "temperature": 0}
-        try:
-            answer = self._server.complete({**body, "kv_transfer_params": {LOAD: []}})
-        except PromptError:  # it takes no such parameters
-            return None
-        return Description.parse(answer.get("kv_transfer_params"))
-
-    def _context_length(self, model: str) -> int | None:
-        """Of the server's model. Raises: ModelError: the server has none of that name."""
-        models = self._server.models()
-        found = next((each for each in models if each.get("id") == model), None)
-        if found is None:
-            names = ", ".join(str(each.get("id")) for each in models) or "none"
-            raise ModelError(
-                f"{self.address.base_url} has no model {model!r}, but {names}; start it with "
-                f"--served-model-name {model}, or name one of these"
-            )
-        length = found.get("max_model_len")
-        return length if isinstance(length, int) else None
 
 
 def _ms_since(started: float) -> float:

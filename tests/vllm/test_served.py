@@ -9,43 +9,29 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import redis as redis_client
 
 from pcache_core import (
     CausalLM,
-    DiskStore,
     Generation,
     Prompt,
     PromptCacheEngine,
     SamplingParams,
-    Segment,
 )
 from pcache_core.evaluation.data import Item, WorldOptions, tiny_world
 from pcache_core.evaluation.prompts import make_prompt
 from pcache_core.evaluation.world.questions import OPENING, SEPARATOR
 from pcache_core.key import KeySpace
 from pcache_core.store.redis import RedisStore
-from pcache_integrations.remote import Address, RemoteEngine
 from pcache_integrations.vllm.protocol import LOAD, SAVE, Run, exact_salt, fast_salt
-from vllm_server import Cluster, VllmServer
+from vllm_server import Cluster, VllmServer, client, first_distance, post
 
 pytestmark = pytest.mark.timeout(900)  # servers take a minute to start, on a busy machine many
 
 PARAMS = SamplingParams(max_tokens=12, logprobs=5)
-RANDOM_DOCUMENTS = [
-    "The harbour at Stonn was dug by hand, and took eleven years of work to finish.",
-    "Ellis Varr keeps the toll bridge; she counts the carts, and never sells a ticket twice.",
-    "A fire in the north granary was put out with milk because the well had run dry.",
-]
-
-
-def client(server: VllmServer, **options: Any) -> RemoteEngine:
-    return RemoteEngine(Address(server.url), server.name, **{"reuse": "fast", **options})
 
 
 def questions(seed: int, count: int = 1, documents: int = 8) -> tuple[Item, ...]:
@@ -71,15 +57,6 @@ def document_tokens(answer: Generation) -> int:
     return sum(s.num_tokens for s in answer.report.segments if s.kind == "document")
 
 
-def first_distance(a: Generation, b: Generation) -> float:
-    """How far the first token's log probabilities are apart, over those that both report."""
-    ours = {record.token_id: record.logprob for record in a.logprobs[0].top}
-    theirs = {record.token_id: record.logprob for record in b.logprobs[0].top}
-    common = ours.keys() & theirs.keys()
-    assert len(common) >= 3
-    return max(abs(ours[token] - theirs[token]) for token in common)
-
-
 def agree_up_to_a_tie(a: dict[str, Any], b: dict[str, Any]) -> bool:
     """Whether two answers part only where two tokens were as likely, to the last digits.
 
@@ -91,14 +68,6 @@ def agree_up_to_a_tie(a: dict[str, Any], b: dict[str, Any]) -> bool:
         return True
     first, second = sorted(a["logprobs"]["top_logprobs"][parted].values())[-2:]
     return abs(first - second) < 0.02
-
-
-def post(server: VllmServer, ids: Sequence[int], **fields: Any) -> dict[str, Any]:
-    body = {"model": server.name, "prompt": list(ids), "max_tokens": 4, "temperature": 0, **fields}
-    response = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
-    response.raise_for_status()
-    answer: dict[str, Any] = response.json()
-    return answer
 
 
 def test_answers_of_a_corpus_encoded_once_are_our_engines_on_both_replicas(
@@ -161,54 +130,6 @@ def test_documents_seen_for_the_first_time_are_encoded_behind_the_answer(cluster
     assert then.text == first.text
 
 
-def test_states_of_transformers_and_of_vllm_are_interchangeable(
-    cluster: Cluster, tmp_path: Path
-) -> None:
-    lm = CausalLM.from_pretrained(cluster.random.name)
-    own, served = DiskStore(tmp_path), DiskStore(cluster.random_store)
-    texts = [text + "\n\n" for text in RANDOM_DOCUMENTS]
-    PromptCacheEngine(lm, store=own).encode(texts, progress=False)
-    report = client(cluster.random).encode(RANDOM_DOCUMENTS, progress=False)
-    assert report.kept == 3
-    space = KeySpace(lm.fingerprint, str(lm.dtype), "default")
-    for text in texts:
-        key = space.key(lm.text.bos_ids, lm.text.ids(Segment(text, "document")), None)
-        ours, theirs = own.get(key), served.get(key)
-        assert ours is not None
-        assert theirs is not None
-        theirs.state.check(lm.stacks, lm.dtype)
-        assert theirs.state.position == ours.state.position
-        for mine, other in zip(ours.state.layers(), theirs.state.layers(), strict=True):
-            for a, b in zip(mine, other, strict=True):
-                error = (a.float() - b.float()).norm() / a.float().norm()
-                assert error < 2e-2  # bfloat16 has 8 bits: 4e-3 a rounding, three layers of them
-                unmatched = (a.float() - b.float().roll(1, dims=1)).norm() / a.float().norm()
-                assert unmatched > 0.5
-
-
-def test_a_random_model_in_bfloat16_answers_as_our_engine_does_in_fast(cluster: Cluster) -> None:
-    lm = CausalLM.from_pretrained(cluster.random.name)
-    local = PromptCacheEngine(lm, reuse="fast", admission="always")
-    engine = client(cluster.random)
-    opening = Segment("Read the documents, then go on.\n\n", "literal")
-
-    def asked(order: Sequence[int]) -> Prompt:
-        texts = [RANDOM_DOCUMENTS[index] + "\n\n" for index in order]
-        documents = [Segment(text, "document") for text in texts]
-        return Prompt([opening, *documents, Segment("What did the keeper say of it?", "text")])
-
-    one_token = SamplingParams(max_tokens=1, logprobs=10)
-    engine.generate(asked([0, 1, 2]), one_token)
-    engine.flush()
-    remote = engine.generate(asked([2, 0, 1]), one_token)
-    here = local.generate(asked([2, 0, 1]), one_token)
-    off = local.generate(asked([2, 0, 1]), one_token, reuse="off")
-    assert remote.report.cached_tokens > 100
-
-    assert first_distance(remote, here) < 0.2
-    assert first_distance(remote, here) < first_distance(remote, off)
-
-
 @pytest.mark.parametrize("harm", ["missing", "damaged"])
 def test_a_state_that_is_gone_in_mid_prompt_is_computed(
     cluster: Cluster, tiny: CausalLM, harm: str
@@ -268,15 +189,16 @@ def test_states_fill_no_prompt_that_others_would_take_for_exact(
 ) -> None:
     (item,) = questions(seed=8)
     encode(tiny, cluster, [item])
-    ids = client(cluster.first).tokenise(prompt(item)).token_ids
-    space = KeySpace(tiny.fingerprint, str(tiny.dtype), "default")
-    bos = Run(0, 1, space.key((), ids[:1], None).digest, 0)
-    opening = client(cluster.first).tokenise(prompt(item)).opening
-    run = Run(0, opening, space.key((), ids[:opening], None).digest, 0)
-    params = {LOAD: [bos.as_list(), run.as_list()]}
-    for salt in ({}, {"cache_salt": exact_salt("default")}):
-        answer = post(cluster.first, ids, kv_transfer_params=params, **salt)
-        assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+    request = client(cluster.first)._request(prompt(item), PARAMS, None, None)
+    params = {LOAD: [run.as_list() for run in request.runs]}
+
+    def cached_tokens(**fields: str) -> int:
+        answer = post(cluster.first, request.tokens.token_ids, kv_transfer_params=params, **fields)
+        return int(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
+
+    assert cached_tokens() == 0
+    assert cached_tokens(cache_salt=exact_salt("default")) == 0
+    assert cached_tokens(cache_salt=fast_salt("default")) > 100
 
 
 def test_preempted_requests_resume_with_the_same_answers(cluster: Cluster, tiny: CausalLM) -> None:
