@@ -15,6 +15,10 @@ from pcache_core.params import RepairPolicy, check_repair, check_reuse
 from pcache_core.store import CostAware, LastingStore, ModuleStore
 from pcache_core.store.packing import check_storage_dtype
 from pcache_core.store.record import StorageDtype
+from pcache_integrations.remote import Address, RemoteEngine
+
+Engine = PromptCacheEngine | RemoteEngine
+"""What answers prompts: a model in this process, or on a server."""
 
 _loaded: WeakValueDictionary[tuple[str, str, str], CausalLM] = WeakValueDictionary()
 _loading = threading.Lock()
@@ -97,13 +101,40 @@ ENGINE_OPTIONS = ("model", "store", "dtype", "device", "namespace", "repair", "s
 """Options of a language model that decide which engine it gets."""
 
 
-def describe_engine(engine: PromptCacheEngine, options: Mapping[str, Any]) -> dict[str, Any]:
+SERVER_OPTIONS = ("base_url", "api_key", "timeout", "max_retries")
+"""Options that say which server answers, and how it is asked."""
+
+
+def server_address(
+    base_url: str | None, api_key: str | None, timeout: float | None, max_retries: int | None
+) -> Address | None:
+    """The server that the options name; None for a model in this process.
+
+    Without `base_url` the others have no effect: code written for any model passes them.
+
+    Raises: OptionError: no address, or a value out of range.
+    """
+    if base_url is None:
+        return None
+    given = {"timeout_s": timeout, "max_retries": max_retries}
+    chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    return Address(base_url, api_key, **chosen)
+
+
+def describe_engine(engine: Engine, options: Mapping[str, Any]) -> dict[str, Any]:
     """What an existing engine runs on, as options. Raises: OptionError: `options` say it too."""
-    twice = [name for name in ENGINE_OPTIONS if name in options]
+    twice = [name for name in (*ENGINE_OPTIONS, "base_url") if name in options]
     if twice:
         raise OptionError(
             f"engine= brings its own {', '.join(twice)}; leave {'them' if twice[1:] else 'it'} out"
         )
+    if isinstance(engine, RemoteEngine):
+        return {
+            "model": engine.lm.name,
+            "base_url": engine.address.base_url,
+            "namespace": engine.namespace,
+            "reuse": engine.reuse,
+        }
     return {
         "model": engine.lm.name,
         "dtype": str(engine.lm.dtype).removeprefix("torch."),
@@ -132,40 +163,66 @@ class EngineOptions:
     repair: RepairPolicy | None
     reuse: str = field(compare=False)
     storage_dtype: str = "auto"
+    server: Address | None = None
 
     def __post_init__(self) -> None:
         check_reuse(self.reuse)
         check_repair(self.repair)
         check_store(self.store, self.storage_dtype)
+        if self.server is not None:
+            self._check_served()
+
+    def _check_served(self) -> None:
+        """Raises: OptionError: an option that is the server's to settle."""
+        usual = {"store": "memory", "dtype": "auto", "device": "auto", "storage_dtype": "auto"}
+        for name, value in usual.items():
+            if getattr(self, name) != value:
+                raise OptionError(
+                    f"{name}={getattr(self, name)!r} is settled where the server is started "
+                    "(`pcache serve`); leave it out beside base_url"
+                )
+        if self.repair is not None:
+            raise OptionError("repair= has no effect on a server; leave it out beside base_url")
 
 
-_built: WeakValueDictionary[EngineOptions, PromptCacheEngine] = WeakValueDictionary()
+_built: WeakValueDictionary[EngineOptions, Engine] = WeakValueDictionary()
 
 
-def build_engine(options: EngineOptions) -> PromptCacheEngine:
+def build_engine(options: EngineOptions) -> Engine:
     """Build an engine, or share the one that was built of equal options. Thread-safe.
 
     It goes, with its weights and the states in memory, when no language model uses it any more.
 
-    Raises: ModelError: the model can't be loaded. StoreError: the folder can't be made.
+    Raises: ModelError: the model can't be loaded, or its server not be reached. StoreError: the
+        folder can't be made.
     """
     with _building:
         engine = _built.get(options)
         if engine is None:
-            engine = _built[options] = PromptCacheEngine(
-                load_lm(options.model, options.dtype, options.device),
-                store=build_store(options.store, options.storage_dtype),
-                reuse=check_reuse(options.reuse),
-                namespace=options.namespace,
-                repair=options.repair,
-            )
+            engine = _built[options] = _remote(options) if options.server else _local(options)
         return engine
+
+
+def _local(options: EngineOptions) -> PromptCacheEngine:
+    return PromptCacheEngine(
+        load_lm(options.model, options.dtype, options.device),
+        store=build_store(options.store, options.storage_dtype),
+        reuse=check_reuse(options.reuse),
+        namespace=options.namespace,
+        repair=options.repair,
+    )
+
+
+def _remote(options: EngineOptions) -> RemoteEngine:
+    assert options.server is not None
+    reuse = check_reuse(options.reuse)
+    return RemoteEngine(options.server, options.model, reuse=reuse, namespace=options.namespace)
 
 
 class EngineHandle:
     """An engine that is built when it is first needed. Thread-safe."""
 
-    def __init__(self, options: EngineOptions, engine: PromptCacheEngine | None = None) -> None:
+    def __init__(self, options: EngineOptions, engine: Engine | None = None) -> None:
         self.options = options
         self._engine = engine
         self._lock = threading.Lock()
@@ -175,7 +232,7 @@ class EngineHandle:
         """Whether `get` returns at once."""
         return self._engine is not None
 
-    def get(self) -> PromptCacheEngine:
+    def get(self) -> Engine:
         """The engine, always the same. Raises: ModelError: the model can't be loaded."""
         with self._lock:
             if self._engine is None:

@@ -15,6 +15,7 @@ from pcache_integrations.cli_bench import bench
 from pcache_integrations.cli_encode import encode
 from pcache_integrations.cli_errors import EXIT_STATUSES, INTERRUPTED, USER_ERROR, explain
 from pcache_integrations.cli_schema import schema
+from pcache_integrations.cli_serve import serve
 from pcache_integrations.cli_store import app as store_app
 
 if TYPE_CHECKING:
@@ -36,6 +37,9 @@ app.command(epilog="Example: pcache schema prompt.j2 --len question=32")(schema)
 app.command(epilog="Example: pcache bench --random llama-0.5b --cached 1k,4k --plot bench.svg")(
     bench
 )
+app.command(
+    epilog="Example: pcache serve --model Qwen/Qwen2.5-0.5B-Instruct --store ./states --run",
+)(serve)
 
 
 @app.command(epilog="Example: pcache demo --model Qwen/Qwen2.5-0.5B-Instruct --top-k 6")

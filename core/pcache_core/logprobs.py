@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
@@ -29,11 +29,15 @@ class TokenScorer:
             return ()
         logprobs = torch.log_softmax(logits, dim=-1)
         values, ids = logprobs.topk(min(self._count, logprobs.shape[-1]))
-        top = tuple(
-            TokenLogprob(number, self._text(number), value)
-            for number, value in zip(ids.tolist(), values.tolist(), strict=True)
-        )
-        return (TokenLogprob(token_id, self._add(token_id), float(logprobs[token_id]), top),)
+        likeliest = zip(ids.tolist(), values.tolist(), strict=True)
+        return (self.record(token_id, float(logprobs[token_id]), likeliest),)
+
+    def record(
+        self, token_id: int, logprob: float, likeliest: Iterable[tuple[int, float]]
+    ) -> TokenLogprob:
+        """The next token, with what is known of it already. likeliest: ids, log probabilities."""
+        top = tuple(TokenLogprob(number, self._text(number), value) for number, value in likeliest)
+        return TokenLogprob(token_id, self._add(token_id), logprob, top)
 
     def _add(self, token_id: int) -> str:
         text = self._text(token_id)

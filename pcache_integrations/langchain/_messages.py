@@ -16,8 +16,9 @@ from langchain_core.messages import (
     ToolMessage,
 )
 
-from pcache_core import Message, Prompt, PromptCacheEngine, Segment, Tool, ToolCall
+from pcache_core import Message, Prompt, Segment, Tool, ToolCall
 from pcache_core.errors import ChatTemplateError, PromptError
+from pcache_integrations._engines import Engine
 from pcache_integrations.langchain._content import content_segments
 from pcache_integrations.langchain._provenance import PROVENANCE
 
@@ -31,7 +32,7 @@ _ROLES = (
 
 
 def chat_prompt(
-    engine: PromptCacheEngine,
+    engine: Engine,
     messages: Sequence[BaseMessage],
     tools: Sequence[Tool] = (),
     *,

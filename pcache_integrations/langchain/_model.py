@@ -9,34 +9,34 @@ from typing import Any
 from langchain_core.documents import Document
 from langchain_core.language_models.base import BaseLanguageModel, LangSmithParams
 from langchain_core.prompts import BasePromptTemplate
-from pydantic import Field, ValidationError
+from pydantic import Field, SecretStr, ValidationError
 
-from pcache_core import EncodeReport, PromptCacheEngine, Segment
+from pcache_core import EncodeReport, Segment
 from pcache_core.errors import OptionError
 from pcache_core.params import DEFAULT_REUSE, RepairPolicy, ReuseMode, SamplingParams
 from pcache_core.prompt import SegmentKind
 from pcache_integrations._engines import (
     ENGINE_OPTIONS,
+    Engine,
     EngineHandle,
     EngineOptions,
     describe_engine,
+    server_address,
 )
 from pcache_integrations._options import call_options, check_names
 from pcache_integrations.langchain import _schema
 from pcache_integrations.langchain._provenance import PROVENANCE, document_name
 from pcache_integrations.langchain._watching import watch_chains
 
-# Code written for any model passes these; here is no server to apply them to.
-_OF_HOSTED_MODELS = ("api_key", "base_url", "max_retries", "timeout")
 _OF_A_CALL = (
     "reuse", "max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed",
 )  # fmt: skip
 
-_ANSWERS_DEPEND_ON = ("model", "dtype", "repair", "recurring_text", *_OF_A_CALL)
+_ANSWERS_DEPEND_ON = ("model", "dtype", "repair", "recurring_text", "base_url", *_OF_A_CALL)
 
 
 class CachedModel(BaseLanguageModel[Any]):
-    """Options and engine of a LangChain model that runs on a `PromptCacheEngine`.
+    """Options and engine of a LangChain model.
 
     model: a built-in model, a path or a hub id.
     reuse: a reuse mode.
@@ -48,9 +48,12 @@ class CachedModel(BaseLanguageModel[Any]):
         `float32`, `bfloat16`, `float16`, `int8`, which is a quarter of `float32`.
     recurring_text: whether text that LangChain knows nothing of is looked for, too: blocks that
         come back are modules from their second sight on, and so is what the caller's f-strings say.
+    base_url: of a vLLM server that runs the model (`pcache serve`), instead of this process; with
+        it the store, the dtype and the device are the server's.
+    api_key, timeout, max_retries: how it is asked, `timeout` in seconds; without `base_url` they
+        have no effect.
     engine_handle: how copies of this object share its engine.
-    The others are those of `SamplingParams`. What only hosted models need (`api_key`, `base_url`,
-    `max_retries`, `timeout`) is accepted and has no effect.
+    The others are those of `SamplingParams`.
 
     Raises: OptionError: an unknown option, or a value out of range.
     """
@@ -72,24 +75,31 @@ class CachedModel(BaseLanguageModel[Any]):
     seed: int | None = None
     stop: list[str] | None = None
     recurring_text: bool = True
+    base_url: str | None = None
+    api_key: SecretStr | None = None
+    timeout: float | None = None
+    max_retries: int | None = None
     engine_handle: EngineHandle | None = Field(default=None, exclude=True, repr=False)
 
-    def __init__(self, *, engine: PromptCacheEngine | None = None, **options: Any) -> None:
+    def __init__(self, *, engine: Engine | None = None, **options: Any) -> None:
         """Check the options; the model is loaded when it is first needed.
 
         engine: an engine to share, instead of one made from `model`, `store`, `dtype`, `device`,
             `namespace` and `repair`.
         """
         place = type(self).__name__
-        check_names(options, (*type(self).model_fields, *_OF_HOSTED_MODELS), place)
+        check_names(options, type(self).model_fields, place)
         if engine is not None:
             options = {**describe_engine(engine, options), **options}
         try:
             super().__init__(**options)
         except ValidationError as error:
             raise OptionError(f"{place}: {error}") from error
+        key = None if self.api_key is None else self.api_key.get_secret_value()
         wanted = EngineOptions(
-            **{name: getattr(self, name) for name in ENGINE_OPTIONS}, reuse=self.reuse
+            **{name: getattr(self, name) for name in ENGINE_OPTIONS},
+            reuse=self.reuse,
+            server=server_address(self.base_url, key, self.timeout, self.max_retries),
         )
         if engine is not None or self.engine_handle is None or self.engine_handle.options != wanted:
             self.engine_handle = EngineHandle(wanted, engine)
@@ -97,12 +107,12 @@ class CachedModel(BaseLanguageModel[Any]):
         watch_chains()
 
     @property
-    def engine(self) -> PromptCacheEngine:
+    def engine(self) -> Engine:
         """The engine. Raises: ModelError: the model can't be loaded."""
         assert self.engine_handle is not None
         return self.engine_handle.get()
 
-    async def _aengine(self) -> PromptCacheEngine:
+    async def _aengine(self) -> Engine:
         """The engine; loading it does not block the event loop."""
         return await asyncio.to_thread(lambda: self.engine)
 

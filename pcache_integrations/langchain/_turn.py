@@ -14,7 +14,6 @@ from pcache_core import (
     Generation,
     Grammar,
     Prompt,
-    PromptCacheEngine,
     Report,
     SamplingParams,
     Tool,
@@ -24,6 +23,7 @@ from pcache_core import (
 from pcache_core.errors import OptionError
 from pcache_core.params import ReuseMode
 from pcache_core.results import FinishReason
+from pcache_integrations._engines import Engine
 from pcache_integrations.langchain._messages import chat_prompt
 from pcache_integrations.langchain._results import chat_logprobs, generation_info, usage_metadata
 from pcache_integrations.langchain._structured import format_schema
@@ -173,7 +173,7 @@ class TurnPieces:
 
 
 def make_turn(  # noqa: PLR0913 (each is a part of one call)
-    engine: PromptCacheEngine,
+    engine: Engine,
     messages: Sequence[BaseMessage],
     options: TurnOptions,
     params: SamplingParams,

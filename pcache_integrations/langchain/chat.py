@@ -15,7 +15,7 @@ from langchain_core.outputs import ChatGenerationChunk, ChatResult
 from langchain_core.runnables import Runnable
 from langchain_core.tools import BaseTool
 
-from pcache_core import PromptCacheEngine
+from pcache_integrations._engines import Engine
 from pcache_integrations._options import check_names
 from pcache_integrations.langchain._model import CachedModel
 from pcache_integrations.langchain._structured import Method, structured
@@ -36,6 +36,7 @@ class ChatPromptCache(CachedModel, BaseChatModel):
 
     Key init args:
         model: `builtin:tiny-rag`, a path or a hub id.
+        base_url: of a vLLM server that runs the model (`pcache serve`), instead of this process.
         reuse: `off`, `exact`, `fast`, `balanced` or `high`.
         store: `memory`, a folder, or the URL of a server or an object store.
         max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, seed, stop: how answers
@@ -92,7 +93,7 @@ class ChatPromptCache(CachedModel, BaseChatModel):
 
     streaming: bool = False
 
-    def __init__(self, *, engine: PromptCacheEngine | None = None, **options: Any) -> None:
+    def __init__(self, *, engine: Engine | None = None, **options: Any) -> None:
         """Take the options; for type checkers, which would leave `engine` out."""
         super().__init__(engine=engine, **options)
 

@@ -14,8 +14,9 @@ from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 from langchain_core.prompt_values import PromptValue, StringPromptValue
 from langchain_core.runnables import Runnable, RunnableConfig
 
-from pcache_core import Chunk, Prompt, PromptCacheEngine
+from pcache_core import Chunk, Prompt
 from pcache_core import Generation as Answer
+from pcache_integrations._engines import Engine
 from pcache_integrations.langchain._model import CachedModel
 from pcache_integrations.langchain._provenance import PROVENANCE, harmless
 from pcache_integrations.langchain._results import (
@@ -35,7 +36,8 @@ class PromptCacheLLM(CachedModel, BaseLLM):
     their attention states are reused in whatever order they come.
 
     Setup:
-        `pip install pcache-integrations`. No server and no key: the model runs in this process.
+        `pip install pcache-integrations`. No server and no key: the model runs in this process,
+        or, with `base_url`, on a vLLM server that `pcache serve` starts.
 
     Key init args, completion:
         model: `builtin:tiny-rag`, a path or a hub id.
@@ -89,7 +91,7 @@ class PromptCacheLLM(CachedModel, BaseLLM):
         ```
     """  # noqa: E501 (the chain is the one of LangChain's tutorials, in a line)
 
-    def __init__(self, *, engine: PromptCacheEngine | None = None, **options: Any) -> None:
+    def __init__(self, *, engine: Engine | None = None, **options: Any) -> None:
         """Take the options; for type checkers, which would leave `engine` out."""
         super().__init__(engine=engine, **options)
 

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pcache_core import Grammar, Prompt, PromptCacheEngine, SamplingParams, Tool, ToolFormat
+from pcache_core import Grammar, Prompt, SamplingParams, Tool, ToolFormat
 from pcache_core.errors import OptionError
 from pcache_core.params import ReuseMode
+from pcache_integrations._engines import Engine
 from pcache_integrations._options import call_options
 from pcache_integrations.llama_index._formats import schema_of
 from pcache_integrations.llama_index._responses import ChatAnswer, CompletionAnswer
@@ -16,7 +17,7 @@ from pcache_integrations.llama_index._tools import ToolChoice, as_choice, as_cor
 
 _MOST_CALLS = 8
 _PLACE = "a call of PromptCacheLLM"
-# Code written for any LLM passes these; here is no server to apply them to.
+# Code written for any LLM passes these; a call changes nothing about the server, if there is one.
 _OF_HOSTED_MODELS = ("extra_headers", "extra_query", "timeout", "max_retries", "user")
 
 
@@ -125,7 +126,7 @@ class CallOptions:
             params = replace(self.unstopped, grammar=Grammar.json(self.schema))
         return Call(prompt, params, self.reuse)
 
-    def call_with_tools(self, prompt: Prompt, engine: PromptCacheEngine) -> Call:
+    def call_with_tools(self, prompt: Prompt, engine: Engine) -> Call:
         """The call of a chat; `prompt` tells of the tools.
 
         Raises: OptionError: a choice that names no tool, a tool that can't be called.

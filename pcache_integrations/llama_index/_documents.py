@@ -10,8 +10,9 @@ from llama_index.core.indices.base import BaseIndex
 from llama_index.core.schema import BaseNode, NodeWithScore
 from llama_index.core.storage.docstore.types import BaseDocumentStore
 
-from pcache_core import EncodeReport, Prompt, PromptCacheEngine
+from pcache_core import EncodeReport, Prompt
 from pcache_core.errors import OptionError
+from pcache_integrations._engines import Engine
 from pcache_integrations.llama_index._capture import Capture
 from pcache_integrations.llama_index._known import Owner, Sweep, known_texts
 from pcache_integrations.llama_index._sources import live_nodes, nodes_of, owner_of, shown_texts
@@ -39,7 +40,7 @@ class PruneReport:
 
 
 def encode_documents(
-    engine: PromptCacheEngine, capture: Capture, documents: object, *, progress: bool
+    engine: Engine, capture: Capture, documents: object, *, progress: bool
 ) -> EncodeReport:
     """Encode nodes, documents, texts, or all nodes of an index; see `cache_documents`."""
     known = known_texts(engine)
@@ -53,7 +54,7 @@ def encode_documents(
     return engine.encode([text for text in texts if text], progress=progress)
 
 
-def note_documents(engine: PromptCacheEngine, capture: Capture, prompt: Prompt) -> Prompt:
+def note_documents(engine: Engine, capture: Capture, prompt: Prompt) -> Prompt:
     """Remember whose texts are in a prompt, which may leave states of them; return the prompt."""
     known = known_texts(engine)
     for segment in prompt.segments:
@@ -64,14 +65,14 @@ def note_documents(engine: PromptCacheEngine, capture: Capture, prompt: Prompt) 
     return prompt
 
 
-def release(engine: PromptCacheEngine, capture: Capture, document_id: str) -> PruneReport:
+def release(engine: Engine, capture: Capture, document_id: str) -> PruneReport:
     """Drop the states of what only this document holds; see `release_doc`."""
     if not isinstance(document_id, str) or not document_id:
         raise OptionError(f"ref_doc_id must be a document's id, got {document_id!r}")
     return _apply(engine, capture, known_texts(engine).without_document(document_id))
 
 
-def prune(engine: PromptCacheEngine, capture: Capture, sources: Sequence[object]) -> PruneReport:
+def prune(engine: Engine, capture: Capture, sources: Sequence[object]) -> PruneReport:
     """Drop the states of nodes that are in none of the sources; see `PromptCacheLLM.prune`."""
     known = known_texts(engine)
     owners: defaultdict[str, set[Owner]] = defaultdict(set)
@@ -90,7 +91,7 @@ def prune(engine: PromptCacheEngine, capture: Capture, sources: Sequence[object]
     return _apply(engine, capture, known.with_owners(still_own))
 
 
-def _apply(engine: PromptCacheEngine, capture: Capture, sweep: Sweep) -> PruneReport:
+def _apply(engine: Engine, capture: Capture, sweep: Sweep) -> PruneReport:
     """Drop the states first: if the store can't, nothing is forgotten and it can be tried again."""
     forgotten = engine.forget(sweep.dropped)
     capture.forget(sweep.dropped)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
-from pcache_core import PromptCacheEngine
+from pcache_integrations._engines import Engine
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,11 +93,11 @@ def _sweep(owners: dict[str, frozenset[Owner]]) -> Sweep:
     return Sweep(kept, frozenset(owners) - frozenset(kept))
 
 
-_by_engine: WeakKeyDictionary[PromptCacheEngine, KnownTexts] = WeakKeyDictionary()
+_by_engine: WeakKeyDictionary[Engine, KnownTexts] = WeakKeyDictionary()
 _lock = threading.Lock()
 
 
-def known_texts(engine: PromptCacheEngine) -> KnownTexts:
+def known_texts(engine: Engine) -> KnownTexts:
     """What is known of an engine's texts, for all language model objects that share it."""
     with _lock:
         return _by_engine.setdefault(engine, KnownTexts())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cached_property
 
 from pcache_core import CausalLM, ChatTemplateError
+from pcache_core.lm import ServedModel
 from pcache_integrations._engines import EngineHandle
 
 
@@ -37,12 +38,12 @@ class LazyEngine(EngineHandle):
         return tuple(token.content for token in tokens if token.special)
 
 
-def has_chat_template(lm: CausalLM) -> bool:
+def has_chat_template(lm: CausalLM | ServedModel) -> bool:
     """Whether the model brings a chat template."""
     return bool(lm.tokenizer.chat_template)
 
 
-def _marks_roles(lm: CausalLM) -> bool:
+def _marks_roles(lm: CausalLM | ServedModel) -> bool:
     if not has_chat_template(lm):
         return False
     try:
@@ -55,7 +56,7 @@ def _marks_roles(lm: CausalLM) -> bool:
     return user != assistant
 
 
-def _takes_system(lm: CausalLM) -> bool:
+def _takes_system(lm: CausalLM | ServedModel) -> bool:
     if not has_chat_template(lm):
         return True
     chat = [{"role": role, "content": "Hello"} for role in ("system", "user")]

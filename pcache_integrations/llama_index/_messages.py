@@ -8,9 +8,10 @@ from dataclasses import replace
 from llama_index.core.base.llms.generic_utils import messages_to_prompt as joined_with_roles
 from llama_index.core.base.llms.types import ChatMessage, MessageRole, TextBlock
 
-from pcache_core import Message, Prompt, PromptCacheEngine, Segment, Tool
+from pcache_core import Message, Prompt, Segment, Tool
 from pcache_core.chat import render_chat
 from pcache_core.errors import ChatTemplateError
+from pcache_integrations._engines import Engine
 from pcache_integrations.llama_index._blocks import joined, pieces_of
 from pcache_integrations.llama_index._lazy import LazyEngine, has_chat_template
 from pcache_integrations.llama_index._tools import answered_call, calls_of
@@ -65,9 +66,7 @@ def as_turns(
     return turns
 
 
-def render_with_template(
-    engine: PromptCacheEngine, turns: Sequence[Message], tools: Sequence[Tool]
-) -> Prompt:
+def render_with_template(engine: Engine, turns: Sequence[Message], tools: Sequence[Tool]) -> Prompt:
     """Render by the model's own template.
 
     Templates that insist on alternating roles, or know no system message, get neighbours of the

@@ -6,21 +6,23 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from llama_index.core.base.llms.types import LLMMetadata, MessageRole
-from llama_index.core.bridge.pydantic import Field, PrivateAttr, ValidationError
+from llama_index.core.bridge.pydantic import Field, PrivateAttr, SecretStr, ValidationError
 from llama_index.core.constants import DEFAULT_CONTEXT_WINDOW
 from llama_index.core.llms.function_calling import FunctionCallingLLM
 from llama_index.core.prompts import BasePromptTemplate
 from llama_index.core.schema import BaseNode, NodeWithScore
 from llama_index.core.utils import set_global_tokenizer
 
-from pcache_core import EncodeReport, PromptCacheEngine
+from pcache_core import EncodeReport
 from pcache_core.errors import OptionError
 from pcache_core.params import DEFAULT_REUSE, RepairPolicy
 from pcache_integrations._engines import (
     ENGINE_OPTIONS,
+    Engine,
     EngineHandle,
     EngineOptions,
     describe_engine,
+    server_address,
 )
 from pcache_integrations._options import check_names
 from pcache_integrations.llama_index import _schema
@@ -44,7 +46,7 @@ _OF_A_CALL = (
 
 
 class CachedLLM(FunctionCallingLLM):
-    """Options and engine of an LLM that runs on a `PromptCacheEngine`.
+    """Options and engine of an LLM.
 
     The descriptions of the fields say what they are for.
 
@@ -74,6 +76,12 @@ class CachedLLM(FunctionCallingLLM):
     dtype: str = Field(default="auto", description="The model's number format.")
     device: str = Field(default="auto", description="Where the model runs.")
     namespace: str = Field(default="default", description="States are shared only inside of it.")
+    base_url: str | None = Field(
+        default=None, description="Of a vLLM server that runs the model, see `pcache serve`."
+    )
+    api_key: SecretStr | None = Field(default=None, description="Of that server.", exclude=True)
+    timeout: float | None = Field(default=None, description="Seconds to wait for that server.")
+    max_retries: int | None = Field(default=None, description="Of connections to that server.")
     context_window: int | None = Field(
         default=None, description="Tokens of prompt and answer; by default the model's.", gt=0
     )
@@ -95,7 +103,7 @@ class CachedLLM(FunctionCallingLLM):
     _lazy: LazyEngine = PrivateAttr()
 
     def __init__(
-        self, model: str | None = None, *, engine: PromptCacheEngine | None = None, **options: Any
+        self, model: str | None = None, *, engine: Engine | None = None, **options: Any
     ) -> None:
         check_names(options, type(self).model_fields, "PromptCacheLLM")
         if model is not None:
@@ -107,7 +115,9 @@ class CachedLLM(FunctionCallingLLM):
         except ValidationError as error:
             raise OptionError(f"PromptCacheLLM: {error}") from error
         wanted = {name: getattr(self, name) for name in ENGINE_OPTIONS}
-        self._lazy = LazyEngine(EngineOptions(**wanted, reuse=self.reuse), engine)
+        key = None if self.api_key is None else self.api_key.get_secret_value()
+        server = server_address(self.base_url, key, self.timeout, self.max_retries)
+        self._lazy = LazyEngine(EngineOptions(**wanted, reuse=self.reuse, server=server), engine)
         # A pickle brings the renderer of the object that it was made from.
         if isinstance(options.get("messages_to_prompt"), ChatTemplate | None):
             renderer: Any = ChatTemplate(self._lazy)
@@ -128,7 +138,7 @@ class CachedLLM(FunctionCallingLLM):
         return "PromptCacheLLM"
 
     @property
-    def engine(self) -> PromptCacheEngine:
+    def engine(self) -> Engine:
         """The engine behind this LLM. The first use loads the model."""
         return self._lazy.get()
 

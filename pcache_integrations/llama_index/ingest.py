@@ -15,13 +15,14 @@ from llama_index.core.settings import Settings
 
 from pcache_core import PromptCacheEngine, Segment, TieredStore
 from pcache_core.errors import BudgetError, ContextLengthError, OptionError
-from pcache_integrations._engines import ENGINE_OPTIONS, EngineHandle, EngineOptions
+from pcache_integrations._engines import ENGINE_OPTIONS, Engine, EngineHandle, EngineOptions
 from pcache_integrations._options import check_names
 from pcache_integrations.llama_index._capture import CAPTURE, node_text
 from pcache_integrations.llama_index._documents import encode_documents
 from pcache_integrations.llama_index._known import known_texts
 from pcache_integrations.llama_index._runs import watch_runs
 from pcache_integrations.llama_index.llm import PromptCacheLLM
+from pcache_integrations.remote import RemoteEngine
 
 _logger = logging.getLogger(__name__)
 # A forked worker has another: torch's threads do not survive a fork, so it must not run a model.
@@ -98,9 +99,10 @@ class PromptCachePrecompute(TransformComponent):
                 "memory is not shared" if self.store == "memory" else "it was forked",
             )
         else:
-            store = self._encode(nodes).store
-            if isinstance(store, TieredStore):
-                store.flush()  # Worker processes are killed when they have handed in their nodes.
+            engine = self._encode(nodes)
+            if isinstance(engine, PromptCacheEngine) and isinstance(engine.store, TieredStore):
+                # Worker processes are killed when they have handed in their nodes.
+                engine.store.flush()
         return nodes
 
     async def acall(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
@@ -122,14 +124,17 @@ class PromptCachePrecompute(TransformComponent):
         Loads the model for its fingerprint.
         """
         if self.fingerprint is None:
-            self.fingerprint = self._handle.get().lm.fingerprint
+            engine = self._handle.get()
+            self.fingerprint = (
+                engine.fingerprint if isinstance(engine, RemoteEngine) else engine.lm.fingerprint
+            )
         return super().to_dict(**kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A pickle holds how to build the engine, not its weights and states."""
         return _unpickled, (self._handle, self.progress, self.to_dict()["fingerprint"])
 
-    def _encode(self, nodes: Sequence[BaseNode]) -> PromptCacheEngine:
+    def _encode(self, nodes: Sequence[BaseNode]) -> Engine:
         engine = self._handle.get()
         try:
             encode_documents(engine, CAPTURE, nodes, progress=self.progress)
@@ -182,16 +187,17 @@ def _unpickled(handle: EngineHandle, progress: bool, fingerprint: str) -> Prompt
     return copy
 
 
-def _count_tokens(engine: PromptCacheEngine, text: str) -> int:
+def _count_tokens(engine: Engine, text: str) -> int:
     return len(engine.lm.text.ids(Segment(text, "document")))
 
 
-def _most_tokens(engine: PromptCacheEngine) -> int:
+def _most_tokens(engine: Engine) -> int:
     """Tokens of the longest text that can have a state which is of use and can be kept."""
-    limit, budget = engine.lm.context_length, engine.stats().budget_bytes
+    limit = engine.lm.context_length
     limits = [sys.maxsize]
     if limit is not None:
         limits.append(limit - len(engine.lm.text.bos_ids) - 1)
-    if budget is not None:
+    budget = engine.stats().budget_bytes
+    if isinstance(engine, PromptCacheEngine) and budget is not None:
         limits.append(budget // engine.lm.bytes_per_token)
     return min(limits)

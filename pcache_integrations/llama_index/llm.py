@@ -21,8 +21,9 @@ from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_ca
 from llama_index.core.llms.llm import ToolSelection, default_completion_to_prompt
 from llama_index.core.tools import BaseTool
 
-from pcache_core import Chunk, Prompt, PromptCacheEngine, Tool
+from pcache_core import Chunk, Prompt, Tool
 from pcache_core.errors import AnswerError
+from pcache_integrations._engines import Engine
 from pcache_integrations.llama_index._automap import AutoMap
 from pcache_integrations.llama_index._calls import Call, CallOptions
 from pcache_integrations.llama_index._capture import CAPTURE
@@ -74,14 +75,15 @@ class PromptCacheLLM(AutoMap, CachedLLM):
     >>> type(llm.structured_predict(Person, question, fact=fact)).__name__
     'Person'
 
-    `engine=` shares an engine instead of building one.
+    `engine=` shares an engine instead of building one; `base_url=` names a vLLM server that runs
+    the model, started by `pcache serve`.
 
     Raises: OptionError: an unknown option, a value out of range, or both `engine` and an option
         that it has settled.
     """
 
     def __init__(
-        self, model: str | None = None, *, engine: PromptCacheEngine | None = None, **options: Any
+        self, model: str | None = None, *, engine: Engine | None = None, **options: Any
     ) -> None:
         """Take the options; for type checkers, which would leave `engine` out."""
         CachedLLM.__init__(self, model, engine=engine, **options)

@@ -63,7 +63,7 @@ class TestOptions:
         assert isinstance(caught.value, ValueError)
 
     def test_options_of_hosted_models_have_nothing_to_apply_to(self) -> None:
-        PromptCacheLLM(api_key="x", timeout=3, max_retries=2, base_url="http://x")
+        PromptCacheLLM(api_key="x", timeout=3, max_retries=2, base_url=None)
 
     def test_construction_does_not_load_the_model(self) -> None:
         started = time.perf_counter()

@@ -5,5 +5,16 @@ from pcache_core.lm.causal_lm import CausalLM
 from pcache_core.lm.probe import Support, SupportKind
 from pcache_core.lm.relocation import place
 from pcache_core.lm.sampling import Sampler
+from pcache_core.lm.served import ServedModel
 
-__all__ = ["Batch", "CausalLM", "RowRange", "Sampler", "Span", "Support", "SupportKind", "place"]
+__all__ = [
+    "Batch",
+    "CausalLM",
+    "RowRange",
+    "Sampler",
+    "ServedModel",
+    "Span",
+    "Support",
+    "SupportKind",
+    "place",
+]

@@ -9,11 +9,11 @@ import torch
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
-    DummyLayer,
     LinearAttentionCacheLayerMixin,
 )
 
 from pcache_core.lm.ragged import RaggedBatch
+from pcache_core.lm.shared_layer import DummyLayer
 
 
 class _SlotLayer(CacheLayerMixin):

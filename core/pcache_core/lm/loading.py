@@ -37,7 +37,7 @@ def load(name: str, dtype: str, device: str) -> tuple[PreTrainedModel, PreTraine
     torch_device = _device(device)
     if not Path(source).is_dir():
         _check_hub(name)
-    tokenizer = _load_tokenizer(name, source)
+    tokenizer = load_tokenizer(name, source)
     try:
         with _bar_on_terminals_only():
             model = AutoModelForCausalLM.from_pretrained(source, dtype=torch_dtype)
@@ -114,7 +114,8 @@ def _check_hub(name: str) -> None:
         ) from error
 
 
-def _load_tokenizer(name: str, source: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, source: str) -> PreTrainedTokenizerBase:
+    """A model's tokenizer, from where its name was resolved to. Raises: ModelError."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except Exception as error:

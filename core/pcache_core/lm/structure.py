@@ -6,12 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedModel
-from transformers.cache_utils import (
-    DummyLayer,
-    DynamicCache,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-)
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from pcache_core.lm.shared_layer import DummyLayer
 
 # Compared by exact type: subclasses (indexed layers) keep more than keys and values per token.
 _PER_TOKEN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)

@@ -1,0 +1,156 @@
+"""Has a server encode what it lacks: short requests whose keys and values it keeps as states."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+
+from tqdm import tqdm
+
+from pcache_core.errors import PromptCacheError
+from pcache_core.report import EncodeReport
+from pcache_integrations.remote.modules import Module
+from pcache_integrations.remote.server import Server
+from pcache_integrations.vllm.protocol import SAVE, Description, Run, exact_salt
+
+logger = logging.getLogger(__name__)
+
+_AT_ONCE = 8
+_MOST_KNOWN = 100_000
+# A store may drop what was kept; what is still missing then is asked for again.
+_ASK_AGAIN_S = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """How much a server was asked to encode."""
+
+    tokens: int = 0
+    elapsed_ms: float = 0.0
+
+
+class Keeper:
+    """Asks a server for states, for each once in ten minutes at most. Thread-safe."""
+
+    def __init__(self, server: Server, model: str) -> None:
+        self.encoded = Encoded()
+        self._server = server
+        self._model = model
+        self._threads = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="pcache-keep")
+        self._lock = threading.Lock()
+        self._known: OrderedDict[str, float] = OrderedDict()
+        self._waiting: set[Future[None]] = set()
+
+    def learn(self, connector: Description, modules: Sequence[Module], cached: int) -> None:
+        """Have encoded, in the background, what lay behind the first `cached` tokens.
+
+        What an answer did take from states is remembered. The last of it may end inside a block,
+        and then is asked for once in vain.
+        """
+        for module in modules:
+            key = _digest(connector, module)
+            if self._is_new(key) and module.used > cached and connector.saves:
+                job = self._threads.submit(self._keep_quietly, connector, module, key)
+                with self._lock:
+                    self._waiting.add(job)
+                job.add_done_callback(self._done)
+
+    def encode(
+        self, connector: Description, modules: Sequence[Module], texts: int, *, progress: bool
+    ) -> EncodeReport:
+        """Have encoded what this process has not just asked for; returns when all is kept.
+
+        Raises: ModelError: the server can't be reached.
+        """
+        started = time.perf_counter()
+        reason = (
+            None
+            if connector.saves
+            else "several workers share the server's model; encode "
+            "documents with the engine, into the store that they read"
+        )
+        keyed = [(_digest(connector, module), module) for module in modules]
+        new = {key: module for key, module in keyed if connector.saves and self._is_new(key)}
+        total = sum(len(module.token_ids) for module in new.values())
+        jobs = [
+            self._threads.submit(self._keep, connector, module, key) for key, module in new.items()
+        ]
+        disable = None if progress else True  # None: only on a terminal
+        with tqdm(total=len(jobs), desc="encoding", unit="text", disable=disable) as bar:
+            for job in jobs:
+                job.result()
+                bar.update()
+        kept = 0 if reason else len(new)
+        return EncodeReport(
+            texts=texts,
+            encoded=kept,
+            kept=kept,
+            already_stored=0 if reason else len(modules) - len(new),
+            too_short=texts - len(modules),
+            tokens=total,
+            seconds=time.perf_counter() - started,
+            reason=reason,
+        )
+
+    def flush(self) -> None:
+        """Wait for what runs in the background."""
+        with self._lock:
+            jobs = list(self._waiting)
+        wait(jobs)
+
+    def _is_new(self, key: str) -> bool:
+        now = time.monotonic()
+        with self._lock:
+            is_new = now - self._known.get(key, -math.inf) > _ASK_AGAIN_S
+            if is_new:
+                self._known[key] = now
+            self._known.move_to_end(key)
+            if len(self._known) > _MOST_KNOWN:
+                self._known.popitem(last=False)
+            return is_new
+
+    def _keep(self, connector: Description, module: Module, key: str) -> None:
+        started = time.perf_counter()
+        ids = (*module.anchor_ids, *module.token_ids)
+        start = len(module.anchor_ids)
+        run = Run(start, len(ids), key, start)
+        try:
+            self._server.complete(
+                {
+                    "model": self._model,
+                    "prompt": list(ids),
+                    "max_tokens": 1,
+                    "temperature": 0,
+                    "cache_salt": exact_salt(connector.namespace),
+                    "kv_transfer_params": {SAVE: run.as_list()},
+                }
+            )
+        except PromptCacheError:
+            with self._lock:
+                self._known.pop(key, None)
+            raise
+        elapsed_ms = (time.perf_counter() - started) * 1000
+        with self._lock:
+            done = self.encoded
+            tokens = done.tokens + len(module.token_ids)
+            self.encoded = Encoded(tokens, done.elapsed_ms + elapsed_ms)
+
+    def _keep_quietly(self, connector: Description, module: Module, key: str) -> None:
+        try:
+            self._keep(connector, module, key)
+        except PromptCacheError as error:
+            logger.warning("a document was not encoded for later: %s", error)
+
+    def _done(self, job: Future[None]) -> None:
+        with self._lock:
+            self._waiting.discard(job)
+
+
+def _digest(connector: Description, module: Module) -> str:
+    return connector.key_space.key(module.anchor_ids, module.token_ids, None).digest

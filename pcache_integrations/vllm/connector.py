@@ -1,0 +1,161 @@
+"""The KV connector that vLLM loads: `kv_connector_module_path` names this module.
+
+Nothing of vLLM is patched. The scheduler asks how much of a prompt states cover, the workers fill
+the blocks before the forward that needs them. Blocks that can't be filled are reported, and vLLM
+computes them (`kv_load_failure_policy: recompute`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+)
+from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+from vllm.model_executor.models.utils import extract_layer_index
+
+from pcache_core.errors import OptionError
+from pcache_core.key import KeySpace
+from pcache_core.store import ModuleStore
+from pcache_integrations._engines import check_store, lasting_store
+from pcache_integrations.vllm.model_card import ModelCard
+from pcache_integrations.vllm.paged import PagedLayer
+from pcache_integrations.vllm.planner import Planner, Step
+from pcache_integrations.vllm.worker import Share, StateWorker
+
+
+@dataclass
+class StepMetadata(KVConnectorMetadata):  # type: ignore[misc]
+    """What a step's workers are told."""
+
+    step: Step = field(default_factory=Step)
+
+
+class PromptCacheConnector(KVConnectorBase_V1):  # type: ignore[misc]
+    """Fills the leading part of prompts from the states of a store.
+
+    `kv_connector_extra_config`: `store`, `namespace` and `model_card`, as `pcache serve` writes
+    them. Raises: OptionError, ModelError: they are missing, or of another model.
+    """
+
+    def __init__(
+        self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: Any
+    ) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        _check_config(vllm_config)
+        extra = self._kv_transfer_config.kv_connector_extra_config
+        self._card = ModelCard.from_dict(extra.get("model_card") or {})
+        self._space = KeySpace(
+            self._card.model,
+            f"torch.{self._card.dtype}",
+            extra.get("namespace", "default"),
+            model_name=self._card.name,
+        )
+        self._store = _store(extra.get("store"))
+        self._block_tokens = vllm_config.cache_config.block_size
+        self._computed: dict[str, int] = {}
+        self._failed_blocks: set[int] = set()
+        if role == KVConnectorRole.SCHEDULER:
+            saves = vllm_config.parallel_config.world_size == 1
+            self._planner = Planner(self._store, self._space, self._block_tokens, saves=saves)
+
+    # The scheduler's side.
+
+    def on_new_request(self, request: Any) -> None:
+        """A request comes in."""
+        self._planner.add(request)
+
+    def get_num_new_matched_tokens(
+        self, request: Any, num_computed_tokens: int
+    ) -> tuple[int | None, bool]:
+        """How much of the prompt states cover; they are loaded within the step."""
+        self._computed[request.request_id] = num_computed_tokens
+        return self._planner.matched(request, num_computed_tokens), False
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        """A request has its blocks and runs in the step that is being made."""
+        computed = self._computed.pop(request.request_id, 0)
+        (block_ids,) = blocks.get_block_ids()
+        self._planner.allocated(request, block_ids, computed, num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: Any) -> StepMetadata:
+        """What the workers do in this step."""
+        scheduled = scheduler_output.num_scheduled_tokens
+        cached = scheduler_output.scheduled_cached_reqs
+        before = {
+            new.req_id: new.num_computed_tokens for new in scheduler_output.scheduled_new_reqs
+        }
+        before |= zip(cached.req_ids, cached.num_computed_tokens, strict=True)
+        for request_id in filter(self._planner.waits_for, before):
+            assert self._kv_cache_manager is not None
+            (block_ids,) = self._kv_cache_manager.get_block_ids(request_id)
+            tokens = before[request_id] + scheduled[request_id]
+            self._planner.computed(request_id, tokens, block_ids)
+        return StepMetadata(self._planner.take_step())
+
+    def request_finished(
+        self, request: Any, block_ids: list[int]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """The answer's parameters."""
+        self._computed.pop(request.request_id, None)
+        return False, self._planner.finished(request)
+
+    # The worker's side.
+
+    def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
+        """Take over this worker's layers."""
+        modules = self._vllm_config.compilation_config.static_forward_context
+        layers = {
+            extract_layer_index(name): PagedLayer(name, modules[name], self._block_tokens)
+            for name in kv_caches
+        }
+        size = self._vllm_config.parallel_config.tensor_parallel_size
+        share = Share(layers, get_tensor_model_parallel_rank(), size)
+        share.check(self._card)
+        self._worker = StateWorker(self._store, self._card, self._space, share, self._block_tokens)
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        """Fill blocks, before the forward that reads them."""
+        for load in self._get_connector_metadata().step.loads:
+            self._failed_blocks |= self._worker.load(load)
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Nothing: `start_load_kv` returns when all is there."""
+
+    def save_kv_layer(
+        self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any
+    ) -> None:
+        """Nothing: blocks are read when the forward is done."""
+
+    def wait_for_save(self) -> None:
+        """Keep what the forward has computed, where that was asked for."""
+        for save in self._get_connector_metadata().step.saves:
+            self._worker.save(save)
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        """Blocks that vLLM has to compute after all."""
+        failed, self._failed_blocks = self._failed_blocks, set()
+        return failed
+
+
+def _check_config(vllm_config: VllmConfig) -> None:
+    """Raises: OptionError: vLLM would answer wrongly, or not at all, where a state is damaged."""
+    if vllm_config.kv_transfer_config.kv_load_failure_policy != "recompute":
+        raise OptionError(
+            "kv_load_failure_policy must be 'recompute', so that a state that is gone is computed"
+        )
+
+
+def _store(spec: object) -> ModuleStore:
+    if not isinstance(spec, str) or spec == "memory":
+        raise OptionError(
+            f"kv_connector_extra_config: store={spec!r} must name a folder or a server that "
+            "whoever encodes documents writes to"
+        )
+    check_store(spec)
+    return lasting_store(spec)
