@@ -129,7 +129,8 @@ class RemoteEngine:
         """The answer piece by piece. The last chunk has `finish_reason` and `report`.
 
         Raises: ContextLengthError, PromptError, OptionError: before the server is asked.
-            ModelError: it can't be reached, or fails.
+            ModelError: it can't be reached, or fails. DeadlineExceededError: `params.timeout_s` has
+            passed.
         """
         started = time.perf_counter()
         request = self._request(prompt, params or SamplingParams(), reuse, repair)
@@ -159,7 +160,9 @@ class RemoteEngine:
             self._request, prompt, params or SamplingParams(), reuse, repair
         )
         answer = Answer(request, self.lm)
-        async with aclosing(self._server.astream(request.body(self.lm))) as events:
+        async with aclosing(
+            self._server.astream(request.body(self.lm), request.params.timeout_s)
+        ) as events:
             async for event in events:
                 chunk = answer.chunk(event, _ms_since(started))
                 if chunk is not None:
@@ -213,7 +216,7 @@ class RemoteEngine:
         self, request: RemoteRequest, body: dict[str, Any], started: float
     ) -> Generator[Chunk, None, None]:
         answer = Answer(request, self.lm)
-        with closing(self._server.stream(body)) as events:
+        with closing(self._server.stream(body, answer.request.params.timeout_s)) as events:
             for event in events:
                 chunk = answer.chunk(event, _ms_since(started))
                 if chunk is not None:

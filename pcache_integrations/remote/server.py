@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import ssl
+import time
 import weakref
 from collections.abc import AsyncGenerator, Generator, Mapping
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from typing import Any
 
 import httpx
 
+from pcache_core.deadline import too_late
 from pcache_core.errors import ModelError, OptionError, PromptError
 
 _CONNECT_S = 10.0
@@ -72,36 +74,53 @@ class Server:
         """One completion, whole."""
         return self._checked(self._send("POST", "/v1/completions", body))
 
-    def stream(self, body: Mapping[str, Any]) -> Generator[dict[str, Any], None, None]:
-        """The events of a completion; closing the generator ends it on the server."""
+    def stream(
+        self, body: Mapping[str, Any], timeout_s: float | None = None
+    ) -> Generator[dict[str, Any], None, None]:
+        """The events of a completion; closing the generator ends it on the server.
+
+        timeout_s: for all of them. Raises: DeadlineExceededError: it has passed.
+        """
+        ends = _Ends(timeout_s)
+        timeout = self._timeout(timeout_s)
         try:
-            with self._client.stream("POST", "/v1/completions", json=body) as response:
+            with self._client.stream(
+                "POST", "/v1/completions", json=body, timeout=timeout
+            ) as response:
                 if response.is_error:
                     response.read()
                     self._checked(response)
                 for line in response.iter_lines():
+                    ends.check()
                     event = self._event(line)
                     if event is not None:
                         yield event
         except httpx.HTTPError as error:
+            ends.check()
             raise self._unreachable(error) from error
 
-    async def astream(self, body: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
+    async def astream(
+        self, body: Mapping[str, Any], timeout_s: float | None = None
+    ) -> AsyncGenerator[dict[str, Any], None]:
         """`stream` in an event loop; a connection of its own, as loops can't share them."""
+        ends = _Ends(timeout_s)
+        timeout = self._timeout(timeout_s)
         transport = httpx.AsyncHTTPTransport(retries=self.address.max_retries, verify=self._verify)
         try:
             async with (
                 httpx.AsyncClient(transport=transport, **self._options) as client,
-                client.stream("POST", "/v1/completions", json=body) as response,
+                client.stream("POST", "/v1/completions", json=body, timeout=timeout) as response,
             ):
                 if response.is_error:
                     await response.aread()
                     self._checked(response)
                 async for line in response.aiter_lines():
+                    ends.check()
                     event = self._event(line)
                     if event is not None:
                         yield event
         except httpx.HTTPError as error:
+            ends.check()
             raise self._unreachable(error) from error
 
     def _send(self, method: str, path: str, body: Mapping[str, Any] | None) -> httpx.Response:
@@ -116,8 +135,13 @@ class Server:
         return {
             "base_url": self.address.base_url,
             "headers": {"Authorization": f"Bearer {key}"} if key else {},
-            "timeout": httpx.Timeout(self.address.timeout_s, connect=_CONNECT_S),
+            "timeout": self._timeout(None),
         }
+
+    def _timeout(self, timeout_s: float | None) -> httpx.Timeout:
+        each = self.address.timeout_s
+        each = each if timeout_s is None else min(each, timeout_s)
+        return httpx.Timeout(each, connect=min(each, _CONNECT_S))
 
     @cached_property
     def _verify(self) -> ssl.SSLContext | bool:
@@ -156,6 +180,19 @@ class Server:
             f"{self.address.base_url} gives no answer ({type(error).__name__}: {error}); start "
             "the server, for example with `pcache serve --run`, or correct base_url"
         )
+
+
+class _Ends:
+    """When all of an answer has to be there."""
+
+    def __init__(self, timeout_s: float | None) -> None:
+        self._timeout_s = timeout_s
+        self._at = None if timeout_s is None else time.monotonic() + timeout_s
+
+    def check(self) -> None:
+        """Raises: DeadlineExceededError: the time has passed."""
+        if self._at is not None and time.monotonic() >= self._at:
+            raise too_late(self._timeout_s)
 
 
 def _message(content: Mapping[str, Any]) -> str:

@@ -51,6 +51,7 @@ from pcache_integrations.llama_index import (
     PromptCachePrecompute,
     PromptCacheSynthesizer,
 )
+from pcache_integrations.remote import RemoteEngine
 from pcache_templates import (
     FormatTemplate,
     JinjaTemplate,
@@ -126,7 +127,7 @@ def look_up(store: ModuleStore, engine: PromptCacheEngine) -> Hit | None:
 
 def langchain(documents: list[Document], vectors: InMemoryVectorStore) -> str:
     llm = LangChainLLM(model="builtin:tiny-rag", reuse="balanced", store="memory", max_tokens=8)
-    assert_type(llm.engine, PromptCacheEngine)
+    assert_type(llm.engine, PromptCacheEngine | RemoteEngine)
     assert_type(llm.cache_documents(documents), EncodeReport)
     template = LangChainTemplate.from_template("From {context}: {question}")
     assert_type(llm.schema_for(template, lengths={"question": 8}), str)
@@ -138,7 +139,7 @@ def langchain(documents: list[Document], vectors: InMemoryVectorStore) -> str:
 
 def llama_index(nodes: list[TextNode]) -> str:
     llm = LlamaIndexLLM(model="builtin:tiny-rag", reuse="fast", store="./states")
-    assert_type(llm.engine, PromptCacheEngine)
+    assert_type(llm.engine, PromptCacheEngine | RemoteEngine)
     assert_type(llm.cache_documents(nodes, progress=False), EncodeReport)
     PromptCachePrecompute(llm=llm)
     PromptCacheSynthesizer(llm)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from pcache_core import CausalLM, ContextLengthError, Prompt, SamplingParams, Segment
-from pcache_core.errors import OptionError
+from pcache_core.errors import DeadlineExceededError, OptionError
 from pcache_core.key import KeySpace
 from pcache_core.plan import tokenise
 from pcache_integrations.langchain import PromptCacheLLM as LangChainLLM
@@ -32,6 +33,7 @@ class _PlainServer(ThreadingHTTPServer):
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
+        self.waits_s = 0.0
         self.bodies: list[dict[str, Any]] = []
 
 
@@ -44,6 +46,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.bodies.append(body)
+        time.sleep(self.server.waits_s)
         choice = {"index": 0, "text": "word", "finish_reason": "stop", "token_ids": [5]}
         usage = {"prompt_tokens": len(body["prompt"]), "completion_tokens": 1}
         if not body.get("stream"):
@@ -101,6 +104,18 @@ def test_a_shared_engine_brings_its_server(plain: _PlainServer) -> None:
         assert (model.model, model.base_url) == ("builtin:tiny-rag", engine.address.base_url)
     with pytest.raises(OptionError, match="brings its own base_url"):
         LangChainLLM(engine=engine, base_url="http://localhost:1")
+
+
+async def test_an_answer_that_takes_too_long_is_given_up(plain: _PlainServer) -> None:
+    engine = RemoteEngine(Address(f"http://127.0.0.1:{plain.server_port}"), "builtin:tiny-rag")
+    prompt, in_time = Prompt.from_text("Who?"), SamplingParams(max_tokens=4, timeout_s=5.0)
+    assert engine.generate(prompt, in_time).text == "word"
+    plain.waits_s = 1.0
+    late = SamplingParams(max_tokens=4, timeout_s=0.2)
+    with pytest.raises(DeadlineExceededError, match=r"timeout_s=0\.2"):
+        engine.generate(prompt, late)
+    with pytest.raises(DeadlineExceededError, match=r"timeout_s=0\.2"):
+        await engine.agenerate(prompt, late)
 
 
 def test_an_answer_never_asks_for_more_than_the_context_holds(plain: _PlainServer) -> None:
