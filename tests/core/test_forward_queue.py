@@ -299,7 +299,7 @@ def test_beside_running_answers_a_prompt_is_read_in_parts_of_limited_time(lm: Ca
         return [torch.zeros(1) for _ in batches]
 
     queue = ForwardQueue(compute, joins)
-    queue.run(whole(lm, ids(1, 200)))
+    queue.run(whole(lm, ids(1, 400)))
     running = whole(lm, ids(1, 4))
     threads = Threads()
     threads.start(lambda: _steps(queue, running.slot, 4))

@@ -28,6 +28,8 @@ _TOKENS_PER_FORWARD = 2048
 _PAUSE_S = 0.25
 _MOST_BESIDE_STEPS = 512
 _LEAST_SHARE = 64
+# Fewer tokens than this say nothing of the speed: reading the weights takes most of their time.
+_FEWEST_TIMED = 256
 _MOST_BATCHES = 256
 # How long a forward waits for those of the last one to come back with their next token.
 _PATIENCE = 0.5  # of the last forward's time
@@ -242,7 +244,7 @@ class ForwardQueue:
             return
         ended = time.perf_counter()
         tokens = sum(batch.num_tokens for _, batch in parts)
-        if tokens >= _LEAST_SHARE:
+        if tokens >= _FEWEST_TIMED:
             self._tokens_per_s = tokens / max(ended - started, 1e-9)
         finished = set()
         for (job, batch), logits in zip(parts, found, strict=True):
