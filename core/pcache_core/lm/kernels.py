@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 
 _FEWEST_ROWS = 64
-_MOST_SCORES = 2**21
+_MOST_SCORES = 2**21  # of a head
+_SCORES_AT_ONCE = 2**20
 
 
 class Scratch:
@@ -28,8 +29,8 @@ class Scratch:
         """Two uninitialised tensors of `shape`, one of `dtype` and one of fp32."""
         count = shape[0] * shape[1] * shape[2]
         if self._exact.numel() < count or self._rounded.dtype != dtype:
-            self._rounded = torch.empty(max(count, _MOST_SCORES), dtype=dtype)
-            self._exact = torch.empty(max(count, _MOST_SCORES))
+            self._rounded = torch.empty(max(count, _SCORES_AT_ONCE), dtype=dtype)
+            self._exact = torch.empty(max(count, _SCORES_AT_ONCE))
         return self._rounded[:count].view(shape), self._exact[:count].view(shape)
 
 
@@ -69,19 +70,32 @@ def attend_by_matmul(
     kv_heads, rows = key.shape[1], key.shape[2]
     queries = fold(query, kv_heads)[0]  # [kv heads, group * tokens, dim]
     output = queries.new_empty(*queries.shape[:2], value.shape[-1])
-    at_once = max(1, _MOST_SCORES // (queries.shape[1] * rows))
+    at_once = max(1, _SCORES_AT_ONCE // (queries.shape[1] * rows))
     for start in range(0, kv_heads, at_once):
         heads = slice(start, start + at_once)
-        own, keys = queries[heads], key[0, heads].transpose(1, 2)
+        own, keys = queries[heads], key[0, heads]
         rounded, exact = scratch.scores((len(own), own.shape[1], rows), query.dtype)
-        torch.baddbmm(rounded, own, keys, beta=0, alpha=scale, out=rounded)
+        _add_products(rounded, own, keys, beta=0, scale=scale)
         exact.copy_(rounded)
-        exact += torch.baddbmm(rounded, own, keys, beta=-1, alpha=scale, out=rounded)
+        _add_products(rounded, own, keys, beta=-1, scale=scale)
+        exact += rounded
         if bias is not None:
             exact += bias
         weights = rounded.copy_(torch.softmax(exact, dim=-1, out=exact))
         torch.bmm(weights, value[0, heads], out=output[heads])
     return output.reshape(*query.shape[:3], value.shape[-1])
+
+
+def _add_products(
+    scores: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor, *, beta: float, scale: float
+) -> None:
+    """Make scores `beta` times themselves and the scaled products, one head at a time.
+
+    A batched product would copy the keys, whose heads don't follow each other in a slot.
+    """
+    for head in range(len(keys)):
+        out = scores[head]
+        torch.addmm(out, queries[head], keys[head].t(), beta=beta, alpha=scale, out=out)
 
 
 def attend(
