@@ -84,8 +84,6 @@ def _options(model: str, dtype: str, store: str, namespace: str) -> list[str]:
         *("--model", resolve(model)),
         *("--served-model-name", model),
         *("--dtype", card.dtype),
-        # Small blocks: reuse ends at a block's end. Every backend has kernels for this size.
-        *("--block-size", "32"),
         "--disable-hybrid-kv-cache-manager",
         "--enable-prompt-tokens-details",
         *("--structured-outputs-config", json.dumps({"backend": "guidance"})),

@@ -84,7 +84,7 @@ def _show(stock: list[Report], states: list[Report]) -> None:
     for report in states:
         documents = sum(s.num_tokens for s in report.segments if s.kind == "document")
         assert report.cached_tokens >= 0.9 * documents, report
-    print(f"\n{'':14}{'prompt':>8}{'cached':>8}{'TTFT p50':>12}{'each, ms'}")
+    print(f"\n{'':14}{'prompt':>8}{'cached':>8}{'TTFT p50':>12}  each, ms")
     for name, reports in (("stock vLLM", stock), ("module states", states)):
         times = [report.ttft_ms for report in reports]
         cached = median(report.cached_tokens for report in reports)

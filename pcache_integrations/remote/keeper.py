@@ -48,11 +48,7 @@ class Keeper:
         self._waiting: set[Future[None]] = set()
 
     def learn(self, connector: Description, modules: Sequence[Module], cached: int) -> None:
-        """Have encoded, in the background, what lay behind the first `cached` tokens.
-
-        What an answer did take from states is remembered. The last of it may end inside a block,
-        and then is asked for once in vain.
-        """
+        """Have encoded, in the background, what lay behind the first `cached` tokens."""
         for module in modules:
             key = _digest(connector, module)
             if self._is_new(key) and module.used > cached and connector.saves:

@@ -109,7 +109,7 @@ class Planner:
         self._wanted[request.request_id] = Save(run.start, run.key, ids)
 
     def matched(self, request: Any, computed: int) -> int:
-        """How many tokens behind the first `computed` states cover, up to the end of a block."""
+        """How many tokens behind the first `computed` states cover."""
         plan = self._plans.get(request.request_id)
         if plan is None or plan.start != computed:
             plan = _Plan(computed, self._plan(request, computed))
@@ -117,7 +117,7 @@ class Planner:
         reached = max((run.end for run in plan.runs), default=computed)
         # The last token is always computed, for its logits.
         limit: int = min(reached, request.num_prompt_tokens - 1)
-        return max(0, limit - limit % self._block_tokens - computed)
+        return max(0, limit - computed)
 
     def allocated(self, request: Any, block_ids: Sequence[int], computed: int, tokens: int) -> None:
         """Load `tokens` behind the first `computed` in the next step; they have these blocks."""
@@ -157,9 +157,7 @@ class Planner:
     def describe(self) -> Description:
         """What clients have to know."""
         space, counts = self._space, self._tally.counts
-        return Description(
-            space.model, space.dtype, space.namespace, self._block_tokens, self._saves, counts
-        )
+        return Description(space.model, space.dtype, space.namespace, self._saves, counts)
 
     def _plan(self, request: Any, computed: int) -> list[Run]:
         wish = _params(request).get(LOAD)

@@ -71,15 +71,13 @@ class Run:
 class Description:
     """A server's connector.
 
-    model, dtype, namespace: of the keys it knows. block_tokens: reuse ends at a multiple of it.
-    saves: whether it keeps states on request. refused: how often it did not do what a request
-    asked for, by reason.
+    model, dtype, namespace: of the keys it knows. saves: whether it keeps states on request.
+    refused: how often it did not do what a request asked for, by reason.
     """
 
     model: str
     dtype: str
     namespace: str
-    block_tokens: int
     saves: bool
     refused: Mapping[str, int]
 

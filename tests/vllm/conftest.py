@@ -16,7 +16,9 @@ from redis_server import Server
 from tiny_models import excite, tiny_tokenizer
 from vllm_server import Cluster, VllmServer, interpreter
 
-FEW_BLOCKS = ("--num-gpu-blocks-override", "49", "--max-model-len", "1024")
+FEW_BLOCKS = (
+    *("--block-size", "32", "--num-gpu-blocks-override", "49", "--max-model-len", "1024"),
+)
 
 
 @pytest.fixture(scope="session")

@@ -66,16 +66,16 @@ def planner(store: DiskStore, *, saves: bool = True) -> Planner:
     return Planner(store, SPACE, 16, saves=saves)
 
 
-def test_a_prompt_is_covered_up_to_the_first_gap_and_to_the_end_of_a_block(tmp_path: Path) -> None:
+def test_a_prompt_is_covered_up_to_the_first_gap(tmp_path: Path) -> None:
     runs = [run(0, 10), run(10, 40, 10), run(40, 59, 10), run(60, 90, 10)]
     plan = planner(store_with(tmp_path, *runs))
     request = Request({LOAD: [one.as_list() for one in runs]})
-    assert plan.matched(request, 0) == 48  # 59 tokens are covered, blocks hold 16
-    plan.allocated(request, [7, 8, 9, 10], 0, 48)
+    assert plan.matched(request, 0) == 59
+    plan.allocated(request, [7, 8, 9, 10, 11], 0, 59)
     (load,) = plan.take_step().loads
-    assert load.block_ids == (7, 8, 9)
+    assert load.block_ids == (7, 8, 9, 10)  # of 16 tokens
     filled = [(f.start, f.stop, f.first) for f in load.fillings]
-    assert filled == [(0, 10, 0), (10, 40, 0), (40, 48, 0)]
+    assert filled == [(0, 10, 0), (10, 40, 0), (40, 59, 0)]
 
 
 def test_what_the_servers_own_cache_holds_is_not_loaded_again(tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_the_last_token_is_always_computed(tmp_path: Path) -> None:
     runs = [run(0, 96)]
     plan = planner(store_with(tmp_path, *runs))
     request = Request({LOAD: [runs[0].as_list()]}, prompt_token_ids=PROMPT[:96])
-    assert plan.matched(request, 0) == 80
+    assert plan.matched(request, 0) == 95
 
 
 def test_rows_that_the_prompt_has_no_use_for_are_left_out(tmp_path: Path) -> None:

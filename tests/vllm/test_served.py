@@ -95,10 +95,10 @@ def test_documents_in_a_new_order_are_cached_where_stock_vllm_has_none(
     engine.generate(prompt(item), PARAMS, reuse="exact")
     fast = engine.generate(prompt(item, seed=1), PARAMS)
     stock = engine.generate(prompt(item, seed=1), PARAMS, reuse="exact")
-    assert fast.report.cached_tokens >= 0.9 * document_tokens(fast)
+    assert fast.report.cached_tokens >= 0.95 * document_tokens(fast)
     assert stock.report.cached_tokens == 0
     sources = [s.source for s in fast.report.segments if s.kind == "document"]
-    assert sources.count("remote") >= 23
+    assert sources == ["remote"] * 24
 
 
 def test_exact_answers_after_reused_ones_are_those_of_a_prompt_nobody_saw(
@@ -123,10 +123,11 @@ def test_documents_seen_for_the_first_time_are_encoded_behind_the_answer(cluster
     (item,) = questions(seed=4)
     engine = client(cluster.first)
     first = engine.generate(prompt(item), PARAMS)
+    opening = engine.tokenise(prompt(item)).opening
     engine.flush()
     then = client(cluster.second).generate(prompt(item, seed=1), PARAMS)
-    assert first.report.cached_tokens == 0
-    assert then.report.cached_tokens >= 0.8 * document_tokens(then)
+    assert first.report.cached_tokens in (0, opening)  # others may have had the same opening
+    assert then.report.cached_tokens >= 0.95 * document_tokens(then)
     assert then.text == first.text
 
 
