@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -56,6 +56,13 @@ def encode(  # noqa: PLR0913 (each is an option of the command)
         Path | None,
         typer.Option(help="A template file whose text before the first variable is that opening."),
     ] = None,
+    separator: Annotated[
+        str,
+        typer.Option(
+            help="What stands behind each document in prompts, encoded together with it: for a "
+            "server of `pcache serve`, which needs it, $'\\n\\n'."
+        ),
+    ] = "",
     field: Annotated[
         str | None, typer.Option(help="Where objects in .jsonl files have the text.")
     ] = None,
@@ -76,7 +83,7 @@ def encode(  # noqa: PLR0913 (each is an option of the command)
     What the store has already is not computed again: an interrupted run goes on.
     """
     opening = _opening(anchor, template)
-    texts = read_texts(sources, field)
+    texts = [replace(each, text=each.text + separator) for each in read_texts(sources, field)]
     lasting = lasting_store(store, storage_dtype)
     lasting.check()
     engine = PromptCacheEngine(load_lm(model, dtype, device), store=lasting, namespace=namespace)

@@ -184,6 +184,18 @@ def test_documents_are_encoded_behind_a_known_opening(texts: Path, tmp_path: Pat
     assert asked["encoded_tokens"] == 0
 
 
+def test_a_separator_is_encoded_with_the_document_before_it(texts: Path, tmp_path: Path) -> None:
+    encode(texts, "--store", tmp_path, "--separator", "\n\n")
+    engine = PromptCacheEngine(
+        CausalLM.from_pretrained("builtin:tiny-rag"), DiskStore(tmp_path), admission="always"
+    )
+    question = Segment("Question: Who?\nAnswer:")
+    for behind, source in (("\n\n", "disk"), ("\n", "encoded")):
+        document = Segment(DOCUMENTS[0] + behind, "document")
+        report = engine.prefill(Prompt([document, question]), reuse="fast").report
+        assert report.segments[0].source == source
+
+
 def test_options_that_make_other_states_are_part_of_their_keys(
     texts: Path, states: Path, tmp_path: Path
 ) -> None:

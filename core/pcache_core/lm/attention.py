@@ -157,7 +157,8 @@ def _attend_plain(
         return kernels.attend_causal(query, key, value, kind.scale)
     bias = batch.bias(span, kind.window, query.shape[1] // key.shape[1], query.dtype)
     if by_matmul:
-        return kernels.attend_by_matmul(query, key, value, bias, kind.scale, kind.scratch)
+        seen = batch.seen_by_all(span, kind.window)
+        return kernels.attend_by_matmul(query, key, value, bias, kind.scale, kind.scratch, seen)
     return kernels.attend(query, key, value, bias, kind.scale)
 
 

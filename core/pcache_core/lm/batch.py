@@ -66,6 +66,7 @@ class Batch:
 
     __slots__ = (
         "_biases",
+        "_first_rows",
         "_last_rows",
         "_uncut",
         "attention",
@@ -101,6 +102,7 @@ class Batch:
         self.attention = torch.zeros(self.num_rows if watched else 0, device=device)
         self.end = max(positions) + 1
         self.places: tuple[int, ...] = ()
+        self._first_rows = {span: rows[span.start] for span in self.spans}
         self._last_rows = {span: rows[span.stop - 1] for span in self.spans}
         self._biases: dict[tuple[Span, int | None, int, torch.dtype], torch.Tensor] = {}
         slot.positions.index_copy_(0, self.rows, self.positions)
@@ -185,6 +187,13 @@ class Batch:
                 return bias
             self._biases[name] = bias
         return self._biases[name]
+
+    def seen_by_all(self, span: Span, window: int | None) -> int:
+        """How many of the visible rows, from the first on, every token of the span sees."""
+        if window is not None and self.end > window:
+            return 0
+        before = sum(stop - start for start, stop in span.visible[:-1])
+        return before + self._first_rows[span] - span.visible[-1][0]
 
     def is_plain_causal(self, span: Span, window: int | None) -> bool:
         """Whether the span's tokens are exactly the rows it sees, and no window hides any."""

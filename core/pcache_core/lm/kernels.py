@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 _FEWEST_ROWS = 64
-_MOST_SCORES = 2**21  # of a head
+_SCORES_OF_A_HEAD = range(2**15, 2**21)
 _SCORES_AT_ONCE = 2**20
 
 
@@ -25,16 +25,15 @@ class Scratch:
         self._rounded = torch.empty(0)
         self._exact = torch.empty(0)
 
-    def scores(self, shape: tuple[int, int, int], dtype: torch.dtype) -> _Scores:
+    def scores(
+        self, shape: tuple[int, int], dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Two uninitialised tensors of `shape`, one of `dtype` and one of fp32."""
-        count = shape[0] * shape[1] * shape[2]
+        count = shape[0] * shape[1]
         if self._exact.numel() < count or self._rounded.dtype != dtype:
             self._rounded = torch.empty(max(count, _SCORES_AT_ONCE), dtype=dtype)
             self._exact = torch.empty(max(count, _SCORES_AT_ONCE))
         return self._rounded[:count].view(shape), self._exact[:count].view(shape)
-
-
-_Scores = tuple[torch.Tensor, torch.Tensor]
 
 
 def fold(query: torch.Tensor, kv_heads: int) -> torch.Tensor:
@@ -50,19 +49,22 @@ def prefers_matmul(query: torch.Tensor, key: torch.Tensor) -> bool:
         query.dtype == torch.bfloat16
         and query.device.type == "cpu"
         and rows >= _FEWEST_ROWS
-        and rows * key.shape[2] <= _MOST_SCORES
+        and rows * key.shape[2] in _SCORES_OF_A_HEAD
     )
 
 
-def attend_by_matmul(
+def attend_by_matmul(  # noqa: PLR0913 (what attention is made of)
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     bias: torch.Tensor | None,
     scale: float,
     scratch: Scratch,
+    seen: int = 0,
 ) -> torch.Tensor:
     """Attention over rows that `bias` [group * tokens, rows] hides or not: [1, heads, tokens, dim].
+
+    seen: how many rows at the beginning no query has hidden.
 
     Scores are rounded to the dtype by the first product; the second one gives what the rounding
     took, so that the softmax sees them as exact as a flash kernel does.
@@ -70,32 +72,22 @@ def attend_by_matmul(
     kv_heads, rows = key.shape[1], key.shape[2]
     queries = fold(query, kv_heads)[0]  # [kv heads, group * tokens, dim]
     output = queries.new_empty(*queries.shape[:2], value.shape[-1])
-    at_once = max(1, _SCORES_AT_ONCE // (queries.shape[1] * rows))
-    for start in range(0, kv_heads, at_once):
-        heads = slice(start, start + at_once)
-        own, keys = queries[heads], key[0, heads]
-        rounded, exact = scratch.scores((len(own), own.shape[1], rows), query.dtype)
-        _add_products(rounded, own, keys, beta=0, scale=scale)
-        exact.copy_(rounded)
-        _add_products(rounded, own, keys, beta=-1, scale=scale)
-        exact += rounded
-        if bias is not None:
-            exact += bias
-        weights = rounded.copy_(torch.softmax(exact, dim=-1, out=exact))
-        torch.bmm(weights, value[0, heads], out=output[heads])
+    at_once = max(1, _SCORES_AT_ONCE // rows)
+    for head in range(kv_heads):
+        keys = key[0, head].t()  # a product over all heads would copy them
+        for start in range(0, queries.shape[1], at_once):
+            part = slice(start, start + at_once)
+            own = queries[head, part]
+            rounded, exact = scratch.scores((len(own), rows), query.dtype)
+            torch.addmm(rounded, own, keys, beta=0, alpha=scale, out=rounded)
+            exact.copy_(rounded)
+            torch.addmm(rounded, own, keys, beta=-1, alpha=scale, out=rounded)
+            exact += rounded
+            if bias is not None:
+                exact[:, seen:] += bias[part, seen:]
+            weights = rounded.copy_(torch.softmax(exact, dim=-1, out=exact))
+            torch.mm(weights, value[0, head], out=output[head, part])
     return output.reshape(*query.shape[:3], value.shape[-1])
-
-
-def _add_products(
-    scores: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor, *, beta: float, scale: float
-) -> None:
-    """Make scores `beta` times themselves and the scaled products, one head at a time.
-
-    A batched product would copy the keys, whose heads don't follow each other in a slot.
-    """
-    for head in range(len(keys)):
-        out = scores[head]
-        torch.addmm(out, queries[head], keys[head].t(), beta=beta, alpha=scale, out=out)
 
 
 def attend(
