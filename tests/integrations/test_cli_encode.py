@@ -186,13 +186,13 @@ def test_documents_are_encoded_behind_a_known_opening(texts: Path, tmp_path: Pat
 
 def test_a_separator_is_encoded_with_the_document_before_it(texts: Path, tmp_path: Path) -> None:
     encode(texts, "--store", tmp_path, "--separator", "\n\n")
-    engine = PromptCacheEngine(
-        CausalLM.from_pretrained("builtin:tiny-rag"), DiskStore(tmp_path), admission="always"
-    )
+    lm = CausalLM.from_pretrained("builtin:tiny-rag")
     question = Segment("Question: Who?\nAnswer:")
     for behind, source in (("\n\n", "disk"), ("\n", "encoded")):
-        document = Segment(DOCUMENTS[0] + behind, "document")
-        report = engine.prefill(Prompt([document, question]), reuse="fast").report
+        engine = PromptCacheEngine(lm, DiskStore(tmp_path), "fast", admission="always")
+        report = engine.prefill(
+            Prompt([Segment(DOCUMENTS[0] + behind, "document"), question])
+        ).report
         assert report.segments[0].source == source
 
 
