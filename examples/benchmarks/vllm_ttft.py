@@ -27,17 +27,16 @@ from statistics import median
 
 import httpx
 import torch
-from transformers import PreTrainedTokenizerFast
-from transformers.utils import logging
-from ttft import OPENING, random_llama, words
 
 from pcache_core import Prompt, Report, SamplingParams, Segment
-from pcache_core.lm.loading import resolve
+from pcache_integrations.bench.models import parameter_count, random_llama, save
+from pcache_integrations.bench.workload import OPENING, Words
 from pcache_integrations.remote import Address, RemoteEngine
 
 ROOT = Path(__file__).parent.parent.parent
 _ONE_TOKEN = SamplingParams(max_tokens=1)
 _UP_S = 600
+_CONTEXT_TOKENS = 8192
 
 
 def main() -> None:
@@ -49,24 +48,27 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     args = parser.parse_args()
-    logging.disable_progress_bar()
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(Path(resolve("builtin:tiny-rag")))
-        lm = random_llama(getattr(torch, args.dtype))
-        parameters = sum(parameter.numel() for parameter in lm.parameters())
-        for part in (lm, tokenizer):
-            part.save_pretrained(folder / "model")
-        del lm
+        lm = random_llama(
+            "llama-0.5b",
+            dtype=getattr(torch, args.dtype),
+            device="cpu",
+            context_tokens=_CONTEXT_TOKENS,
+            seed=0,
+        )
+        save(lm, folder / "model")
         print(
-            f"{parameters / 1e9:.2f}B parameters, {args.dtype}, {os.cpu_count()} cores, "
+            f"{parameter_count(lm) / 1e9:.2f}B parameters, {args.dtype}, {os.cpu_count()} cores, "
             f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
         )
         rng = random.Random(0)
-        documents = [words(tokenizer, rng, args.document_tokens) for _ in range(args.documents)]
+        words = Words(lm, rng)
+        del lm
+        documents = [words.text(args.document_tokens) for _ in range(args.documents)]
         orders = [rng.sample(documents, len(documents)) for _ in range(args.rounds + 1)]
-        questions = [words(tokenizer, rng, args.question_tokens) for _ in orders]
+        questions = [words.text(args.question_tokens) for _ in orders]
         prompts = [_prompt(order, text) for order, text in zip(orders, questions, strict=True)]
         command = _command(args.python, folder)
         with _server(command, folder) as engine:
