@@ -133,14 +133,14 @@ class ForwardQueue:
                 self._turn()
             job.wake.wait()
         finally:
-            self._leave(job, leads)
+            self._leave(job, leads=leads)
         return job.result()
 
     def _expects_others(self, job: _Job) -> bool:
         """Whether the last forward's other batches will be back in a moment."""
         return bool(self._expected - {job.owner}) and time.perf_counter() < self._patience_ends
 
-    def _leave(self, own: _Job, leads: bool) -> None:  # noqa: FBT001 (internal)
+    def _leave(self, own: _Job, *, leads: bool) -> None:
         """Let the others go on; also when an interrupt ended the waiting."""
         with self._arrived:
             self._waiting = [job for job in self._waiting if job is not own]
