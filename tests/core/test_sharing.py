@@ -24,7 +24,7 @@ from pcache_core import (
     SamplingParams,
     Segment,
 )
-from pcache_core.lm import Batch
+from pcache_core.lm import Batch, Span
 from pcache_core.lm.kernels import Scratch, attend, attend_by_matmul, attend_with_lse, merge
 from pcache_core.params import RepairPolicy
 from pcache_core.slots import REPAIRED
@@ -278,3 +278,44 @@ def test_kernels_are_as_exact_as_the_flash_kernel(
         merge(outputs, lses)[None],
     ):
         assert error(found, right) < allowed
+
+
+@pytest.mark.parametrize("window", [None, 12])
+def test_rows_that_a_kernel_takes_as_seen_by_all_are_hidden_from_nobody(
+    tiny_lm: Callable[..., CausalLM], window: int | None
+) -> None:
+    slot = tiny_lm("llama", seed=3).new_slot(400)
+    behind_anchor = Span(0, 20, ((0, 7), (90, 110)))
+    batches = [
+        Batch.of_rows(slot, [5] * 40, range(60, 100), range(60, 100)),
+        Batch.of_rows(slot, [5] * 4, [3, 4, 50, 51], [3, 4, 50, 51]),
+        Batch.of_rows(slot, [5] * 300, range(40, 340), range(40, 340)),
+        Batch(slot, [5] * 20, range(90, 110), range(7, 27), [behind_anchor]),
+    ]
+    for batch in batches:
+        for span in batch.spans:
+            bias = batch.bias(span, window, 1, torch.float32)
+            assert bias is not None
+            seen = batch.seen_by_all(span, window)
+            assert bool((bias[:, :seen] == 0).all())
+            if window is None:
+                # The first token itself is the last row that all of the span see.
+                assert bool((bias[:, seen + 1] < 0).any())
+
+
+def test_a_kernel_that_is_told_what_all_see_gives_the_same(
+    tiny_lm: Callable[..., CausalLM],
+) -> None:
+    torch.manual_seed(0)
+    lm = tiny_lm("llama", seed=3)
+    batch = Batch.of_rows(lm.new_slot(700), [5] * 40, range(600, 640), range(600, 640))
+    (span,) = batch.spans
+    query = (3 * torch.randn(1, 6, 40, 24)).bfloat16()
+    key, value = (torch.randn(1, 2, 640, 24).bfloat16() for _ in range(2))
+    bias = batch.bias(span, None, 3, torch.bfloat16)
+    assert bias is not None
+    seen = batch.seen_by_all(span, None)
+    assert seen == 600
+    right = softmax_attention(query, key, value, bias, 0.31)
+    found = attend_by_matmul(query, key, value, bias, 0.31, Scratch(), seen)
+    assert error(found, right) < 1.5 * error(attend(query, key, value, bias, 0.31), right)
