@@ -17,10 +17,11 @@ from pcache_core.errors import (
     StoreError,
     TemplateError,
 )
-from pcache_core.forget import ForgetReport
 from pcache_core.grammar import Grammar
 from pcache_core.lm import CausalLM
-from pcache_core.params import RepairPolicy, ReuseMode, SamplingParams
+from pcache_core.params import ReuseMode, SamplingParams
+from pcache_core.preamble import Preamble
+from pcache_core.precompute import ForgetReport
 from pcache_core.prompt import Prompt, Segment
 from pcache_core.report import EncodeReport, Report, SegmentReport
 from pcache_core.results import Chunk, Generation, Prefill, TokenLogprob
@@ -47,12 +48,12 @@ __all__ = [
     "ModuleStore",
     "OptionError",
     "PMLError",
+    "Preamble",
     "Prefill",
     "Prompt",
     "PromptCacheEngine",
     "PromptCacheError",
     "PromptError",
-    "RepairPolicy",
     "Report",
     "ReuseMode",
     "SamplingParams",

@@ -3,40 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 from pcache_core.kv import KVState, Slot
-from pcache_core.lm import Batch, CausalLM, RowRange, Span, place
-from pcache_core.passage import Passage
+from pcache_core.lm import Batch, CausalLM, Span, place
+from pcache_core.states import Module, RowRange
 
 # Activations of more tokens than this fall out of a CPU's cache; a GPU wants more work at once.
 _TOKENS_ON_CPU = 1024
 _TOKENS_ON_GPU = 8192
 
 
-@dataclass(frozen=True, slots=True)
-class Module:
-    """A passage to encode behind the anchor, its first token at `position`."""
-
-    passage: Passage
-    position: int
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens to run through the model, those included that only stand in for others."""
-        return len(self.passage.token_ids)
-
-
 def encode_modules(
-    lm: CausalLM, anchor: KVState | None, modules: Sequence[Module]
+    lm: CausalLM, preamble: Sequence[KVState], modules: Sequence[Module]
 ) -> Iterator[tuple[Module, KVState]]:
-    """Encode modules, each seeing the anchor and itself; yields as batches finish.
+    """Encode modules, each seeing its preamble and itself; yields as batches finish.
 
-    Modules of similar length share a forward, laid end to end without padding. The anchor's rows
-    are attended to and dropped (anchored encoding).
+    preamble: the states of its parts, one after the other from position 0 on; every module's
+        `preamble_ids` are its tokens. Its rows are attended to and dropped.
+
+    Modules of similar length share a forward, laid end to end without padding.
     """
     for batch in _batches(lm, modules):
-        yield from zip(batch, _encode_batch(lm, anchor, batch), strict=True)
+        yield from zip(batch, _encode_batch(lm, preamble, batch), strict=True)
 
 
 def _batches(lm: CausalLM, modules: Sequence[Module]) -> Iterator[list[Module]]:
@@ -54,25 +42,26 @@ def _batches(lm: CausalLM, modules: Sequence[Module]) -> Iterator[list[Module]]:
         yield batch
 
 
-def _encode_batch(lm: CausalLM, anchor: KVState | None, modules: Sequence[Module]) -> list[KVState]:
-    """One forward: the slot holds the anchor, then the modules one after another."""
-    anchor_rows = anchor.num_tokens if anchor else 0
-    slot = lm.new_slot(anchor_rows + sum(module.num_tokens for module in modules))
-    if anchor:
-        place(slot, 0, anchor, (None,) * len(lm.layers))
+def _encode_batch(
+    lm: CausalLM, preamble: Sequence[KVState], modules: Sequence[Module]
+) -> list[KVState]:
+    """One forward: the buffers hold the preamble, then the modules one after another."""
+    before = sum(part.num_tokens for part in preamble)
+    slot = lm.new_slot(before + sum(module.num_tokens for module in modules))
+    for part in preamble:
+        place(slot, part.position, part, (None,) * len(lm.layers))
     input_ids: list[int] = []
     positions: list[int] = []
     spans = []
     for module in modules:
         start, stop = len(input_ids), len(input_ids) + module.num_tokens
-        own = (anchor_rows + start, anchor_rows + stop)
-        spans.append(Span(start, stop, _visible(anchor_rows, own)))
+        spans.append(Span(start, stop, _visible(before, (before + start, before + stop))))
         input_ids.extend(module.passage.token_ids)
         positions.extend(module.passage.positions(module.position))
-    rows = range(anchor_rows, anchor_rows + len(input_ids))
+    rows = range(before, before + len(input_ids))
     lm.forward(Batch(slot, input_ids, rows, positions, spans))
     return [
-        _state(slot, anchor_rows + span.start, module)
+        _state(slot, before + span.start, module)
         for span, module in zip(spans, modules, strict=True)
     ]
 
@@ -85,8 +74,10 @@ def _state(slot: Slot, start: int, module: Module) -> KVState:
     return slot.state_of(rows, passage.kept_ids, first)
 
 
-def _visible(anchor_rows: int, own: RowRange) -> tuple[RowRange, ...]:
-    """The anchor's rows and the module's own, as few ranges as possible."""
-    if anchor_rows == 0:
+def _visible(preamble_tokens: int, own: RowRange) -> tuple[RowRange, ...]:
+    """The module's preamble and its own rows, as few ranges as possible."""
+    if preamble_tokens == 0:
         return (own,)
-    return ((0, own[1]),) if own[0] == anchor_rows else ((0, anchor_rows), own)
+    if own[0] == preamble_tokens:
+        return ((0, own[1]),)
+    return ((0, preamble_tokens), own)

@@ -1,8 +1,8 @@
 """The engine: prompts in, answers out, with every reusable part of the prompt reused.
 
-A request runs through `stream`: `PromptReader.read` brings the prompt's keys and values into a
-slot (found, encoded or computed), `decode_loop` continues from its logits. Everything else here is
-bookkeeping.
+A request is `stream`, then `_answer`: its sequence begins with the longest known prefix, states
+fill the rows of modules, the rest is computed in one forward (and what is repaired in a second
+one), and decoding goes on from the logits. Everything else here is bookkeeping.
 """
 
 from __future__ import annotations
@@ -14,13 +14,10 @@ from contextlib import aclosing
 from dataclasses import replace
 from functools import cached_property, partial
 
-from pcache_core.admission import Admission, AdmissionName, check_admission
-from pcache_core.background import BackgroundStreams
+import torch
+
 from pcache_core.chat import Message, render_chat
-from pcache_core.deadline import in_turn
 from pcache_core.errors import BudgetError, OptionError
-from pcache_core.forget import ForgetReport, forget
-from pcache_core.gate import Gate
 from pcache_core.generate import AnswerText, decode_loop
 from pcache_core.library import ModuleLibrary
 from pcache_core.lm import CausalLM
@@ -28,28 +25,33 @@ from pcache_core.logprobs import TokenScorer
 from pcache_core.params import (
     DEFAULT_REUSE,
     REPAIR,
-    RepairPolicy,
     ReuseMode,
     SamplingParams,
     check_repair,
     check_reuse,
 )
-from pcache_core.plan import TokenisedPrompt, tokenise
+from pcache_core.plan import plan_prefill, plan_states
 from pcache_core.pml import Positions, PromptTree, Schema
-from pcache_core.precompute import precompute, precompute_units
+from pcache_core.preamble import Preamble
+from pcache_core.precompute import ForgetReport, forget, precompute, precompute_units
+from pcache_core.prefill import append_token, prefill
+from pcache_core.prefix_cache import PrefixCache
 from pcache_core.prompt import Prompt
-from pcache_core.reading import PromptReader
-from pcache_core.report import EncodeReport
+from pcache_core.report import EncodeReport, Report
 from pcache_core.request import Request, check_request
 from pcache_core.results import Chunk, Generation, Prefill
+from pcache_core.scheduler import Scheduler
 from pcache_core.schemas import SchemaShelf
+from pcache_core.sequence import KVSequence
 from pcache_core.store import MemoryStore, ModuleStore
+from pcache_core.tokens import TokenisedPrompt, tokenise
 from pcache_core.tool_chat import render_tool_chat
 from pcache_core.tools import Tool, ToolFormat, tool_format
 from pcache_core.totals import EngineStats, Reports
 
 _MAX_RUNNING = 16
 _MAX_WAITING = 65_536
+_PREFIX_BUDGET_BYTES = 2**30
 
 
 class PromptCacheEngine:
@@ -57,14 +59,17 @@ class PromptCacheEngine:
 
     store: where states are kept; a `MemoryStore` of the default budget if not given.
     reuse: the mode of requests that don't name one: `off` reuses nothing, `exact` the longest
-        prefix that is still in a slot, `fast` also the state of every module, in any order;
-        `balanced` and `high` compute a small and a larger share of these tokens again.
-    repair: what `balanced` and `high` compute again, instead of their own choice.
+        prefix that an earlier request left, `fast` also the state of every module, in any order;
+        `balanced` computes the few of these tokens again that the question attends to most, `high`
+        a share of them.
     namespace: part of every key; engines of different namespaces never share a state.
+    preamble: what modules are encoded after; None for the model's own. See `Preamble`.
+    repair: how much `balanced` and `high` compute again, instead of their own choice: an `int`
+        counts tokens, a `float` is a share of the reused ones. Where that is half of them or more,
+        all are computed.
     min_module_tokens: shorter documents are computed in line.
-    admission: which stored states are loaded. `measured`: those that take no longer to load than
-        to compute, as far as this process has seen; `always`: all of them, so that what is reused
-        never depends on the machine's speed. See `pcache_core.admission`.
+    prefix_budget_bytes: how much keys and values of finished requests may take, which later
+        prompts that begin alike go on from; the last one's are kept whatever their size.
     max_running, max_waiting: requests that work at the same time, and how many more may wait for
         that; one beyond is refused with an OverloadedError.
     reports: of the last 256 requests.
@@ -80,10 +85,11 @@ class PromptCacheEngine:
         store: ModuleStore | None = None,
         reuse: ReuseMode = DEFAULT_REUSE,
         namespace: str = "default",
+        preamble: Preamble | None = None,
+        repair: float | None = None,
         *,
         min_module_tokens: int = 8,
-        repair: RepairPolicy | None = None,
-        admission: AdmissionName | Admission = "measured",
+        prefix_budget_bytes: int = _PREFIX_BUDGET_BYTES,
         max_running: int = _MAX_RUNNING,
         max_waiting: int = _MAX_WAITING,
     ) -> None:
@@ -96,55 +102,65 @@ class PromptCacheEngine:
             ("min_module_tokens", min_module_tokens, 1),
             ("max_running", max_running, 1),
             ("max_waiting", max_waiting, 0),
+            ("prefix_budget_bytes", prefix_budget_bytes, 0),
         ):
-            if not isinstance(value, int) or value < least:
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise OptionError(f"{name}={value!r} must be an integer, {least} or more")
         if store is not None and not isinstance(store, ModuleStore):
             raise OptionError(
                 f"store must be a ModuleStore such as MemoryStore(), got {type(store).__name__}"
             )
+        if preamble is not None and not isinstance(preamble, Preamble):
+            raise OptionError(
+                f"preamble must be a Preamble, got {type(preamble).__name__}; "
+                "for example Preamble(company=[...]), or Preamble.none()"
+            )
         self.lm = lm
         self.store: ModuleStore = MemoryStore() if store is None else store
         self.reuse = check_reuse(reuse)
-        self.repair: RepairPolicy | None = check_repair(repair)
+        self.repair: float | None = check_repair(repair)
         self.namespace = namespace
         self.min_module_tokens = min_module_tokens
         self._check_budget()
-        self._library = ModuleLibrary(lm, self.store, namespace, check_admission(admission))
-        self.reports: Reports = Reports(self._library.learn)
+        self._library = ModuleLibrary(lm, self.store, namespace, preamble)
+        self._prefix_cache = PrefixCache(lm, prefix_budget_bytes)
+        self._scheduler = Scheduler(lm, max_running, max_waiting)
         self._schemas = SchemaShelf(lm)
-        self._reader = PromptReader(self._library, min_module_tokens)
-        self._gate = Gate(max_running, max_waiting)
-        self._background = BackgroundStreams(self._gate, lm.cancelled_by)
+        self.reports: Reports = Reports()
+
+    @property
+    def preamble(self) -> Preamble:
+        """What modules are encoded after."""
+        return self._library.preambles.preamble
+
+    def preamble_for(self, text: str) -> tuple[int, ...]:
+        """Return the ids that a module of this text is encoded after.
+
+        The first module of a prompt is encoded after the first of them, which are the opening.
+        """
+        return self._library.preambles.ids_for(text)
 
     def encode(
         self,
         texts: Sequence[str],
-        anchor: str | None = None,
         progress: bool = True,  # noqa: FBT001, FBT002 (the published signature)
     ) -> EncodeReport:
         """Precompute the states of documents, many in one forward.
 
-        anchor: the template's constant opening if it is known; the default, the beginning-of-
-            sequence token alone, fits every template.
+        These are the very states that a prompt of these documents makes by itself: one of each for
+        prompts that it comes first in, and one for all others.
+
         Raises: PromptError: `texts` is one string or holds something else. ContextLengthError: a
             text is longer than the context. BudgetError: a state is larger than the store's
             budget. All before any work.
         """
-        return precompute(
-            self._library,
-            texts,
-            anchor=anchor or "",
-            min_module_tokens=self.min_module_tokens,
-            progress=progress,
-        )
+        return precompute(self._library, texts, self.min_module_tokens, progress=progress)
 
     def forget(self, texts: Iterable[str]) -> ForgetReport:
-        """Drop the states of documents, whatever they were encoded behind.
+        """Drop the states of documents.
 
-        Found are those that this process has used or made, and in a folder everyone's. On a server,
-        those that other processes encoded behind an opening of theirs are not, nor are states of
-        a document's beginning. What recent requests computed goes with newer requests.
+        Found are those in memory and in folders, whoever made them, and on a server those of this
+        engine's preamble. What recent requests computed goes with newer requests.
 
         Raises: PromptError: `texts` is one string. StoreError: a folder can't be read.
         """
@@ -154,7 +170,7 @@ class PromptCacheEngine:
         self,
         prompt: Prompt,
         reuse: ReuseMode | None = None,
-        repair: RepairPolicy | None = None,
+        repair: float | None = None,
     ) -> Prefill:
         """Read a prompt and return the logits of the token after it.
 
@@ -162,23 +178,23 @@ class PromptCacheEngine:
         """
         started = time.perf_counter()
         request = self._check(prompt, SamplingParams(max_tokens=1), reuse, repair)
-        place = self._gate.queue(started)
-        try:
-            place.start(self.lm.check_cancelled)
-            reading = self._reader.read(request)
-            reading.close()
-        finally:
-            place.leave()
-        reading.report.ttft_ms = _ms_since(started)
-        self.reports.append(reading.report)
-        return Prefill(reading.logits, reading.report)
+
+        def read(asked_at: float) -> Generator[Prefill, None, None]:
+            with self._prefix_cache.sequence(request) as sequence:
+                logits, report = self._read(request, sequence)
+            report.ttft_ms = _ms_since(asked_at)
+            yield Prefill(logits, report)
+
+        (found,) = self._scheduler.run(read, asked_at=started, timeout_s=None)
+        self.reports.append(found.report)
+        return found
 
     def generate(
         self,
         prompt: Prompt,
         params: SamplingParams | None = None,
         reuse: ReuseMode | None = None,
-        repair: RepairPolicy | None = None,
+        repair: float | None = None,
     ) -> Generation:
         """The whole answer at once; arguments and errors as for `stream`."""
         return Generation.of(list(self.stream(prompt, params, reuse, repair)))
@@ -188,7 +204,7 @@ class PromptCacheEngine:
         prompt: Prompt,
         params: SamplingParams | None = None,
         reuse: ReuseMode | None = None,
-        repair: RepairPolicy | None = None,
+        repair: float | None = None,
     ) -> Generator[Chunk, None, None]:
         """The answer piece by piece. The last chunk has `finish_reason` and `report`.
 
@@ -208,7 +224,7 @@ class PromptCacheEngine:
         prompt: Prompt,
         params: SamplingParams | None = None,
         reuse: ReuseMode | None = None,
-        repair: RepairPolicy | None = None,
+        repair: float | None = None,
     ) -> Generation:
         """`generate` without blocking the event loop."""
         chunks = self.astream(prompt, params, reuse, repair)
@@ -219,10 +235,10 @@ class PromptCacheEngine:
         prompt: Prompt,
         params: SamplingParams | None = None,
         reuse: ReuseMode | None = None,
-        repair: RepairPolicy | None = None,
+        repair: float | None = None,
     ) -> AsyncGenerator[Chunk, None]:
         """`stream` without blocking the event loop; one that is given up frees its slot."""
-        chunks = self._background.read(
+        chunks = self._scheduler.run_in_thread(
             lambda: self.stream(prompt, params, reuse, repair),
             timeout_s=params.timeout_s if isinstance(params, SamplingParams) else None,
         )
@@ -289,7 +305,7 @@ class PromptCacheEngine:
         return precompute_units(
             self._library,
             map(self.tokenise, self._schemas.every_module(name)),
-            min_module_tokens=self.min_module_tokens,
+            self.min_module_tokens,
             progress=progress,
         )
 
@@ -300,9 +316,9 @@ class PromptCacheEngine:
     def kv_bytes(self) -> int:
         """Keys and values that running requests hold, in bytes; what they share counts once.
 
-        A few slots of finished requests are kept beside these, for prompts that begin alike.
+        Those of finished requests are kept beside these, see `prefix_budget_bytes`.
         """
-        return self._reader.nbytes
+        return self._prefix_cache.nbytes
 
     def stats(self) -> EngineStats:
         """What the store holds, its hits and misses by tier, and tokens saved and computed."""
@@ -314,7 +330,7 @@ class PromptCacheEngine:
         prompt: Prompt,
         params: SamplingParams,
         reuse: ReuseMode | None,
-        repair: RepairPolicy | None,
+        repair: float | None,
     ) -> Request:
         mode = self.reuse if reuse is None else check_reuse(reuse)
         if check_repair(repair) is not None and mode not in REPAIR:
@@ -324,41 +340,55 @@ class PromptCacheEngine:
                     "use reuse='balanced', or leave one of them out"
                 )
             mode = "balanced"
-        return check_request(self.lm, prompt, params, mode, repair or self.repair)
+        budget = self.repair if repair is None else repair
+        request = check_request(self.lm, prompt, params, mode, budget)
+        if request.reuse in ("off", "exact"):
+            return request
+        states = plan_states(request.tokens, self._library, self.min_module_tokens)
+        return replace(request, states=states)
 
     def _in_turn(self, request: Request, check_s: float) -> Generator[Chunk, None, None]:
-        """Begins when the first chunk is asked for."""
-        asked_at = time.perf_counter() - check_s
-        run = partial(self._run, request)
-        yield from in_turn(self._gate, self.lm, request.params.timeout_s, asked_at, run)
+        """Begin when the first chunk is asked for."""
+        yield from self._scheduler.run(
+            partial(self._answer, request),
+            asked_at=time.perf_counter() - check_s,
+            timeout_s=request.params.timeout_s,
+        )
 
-    def _run(self, request: Request, asked_at: float) -> Generator[Chunk, None, None]:
-        reading = self._reader.read(request)
-        try:
-            count = 0
-            for chunk in decode_loop(
-                request.tokens.token_ids,
-                reading.logits,
-                step=reading.step,
-                choose=self.lm.sampler(request.params),
-                text=AnswerText(self.lm.text.decode, request.params.stop),
-                end_ids=self._end_ids(request.params),
-                max_tokens=request.params.max_tokens,
-                score=TokenScorer(self.lm.text.decode, request.params.logprobs),
-            ):
-                if count == 0:
-                    reading.report.ttft_ms = _ms_since(asked_at)
-                count += len(chunk.token_ids)
-                if chunk.finish_reason is not None:
-                    reading.report.generated_tokens = count
-                    self.reports.append(reading.report)
-                    chunk = replace(chunk, report=reading.report)
-                yield chunk
-        finally:
-            reading.close()
+    def _answer(self, request: Request, asked_at: float) -> Generator[Chunk, None, None]:
+        with self._prefix_cache.sequence(request) as sequence:
+            logits, report = self._read(request, sequence)
+            report.ttft_ms = _ms_since(asked_at)
+            yield from self._decode(request, sequence, logits, report)
 
-    def _end_ids(self, params: SamplingParams) -> frozenset[int]:
-        return self.lm.end_ids | self.lm.stop_ids(params.stop) | set(params.stop_token_ids)
+    def _read(self, request: Request, sequence: KVSequence) -> tuple[torch.Tensor, Report]:
+        """Bring the prompt's keys and values into the sequence; return logits [vocab] and report."""
+        plan = plan_prefill(request, sequence)
+        loaded = self._library.load(plan.states, sequence, len(request.tokens.token_ids))
+        return prefill(self.lm, plan, loaded, sequence)
+
+    def _decode(
+        self, request: Request, sequence: KVSequence, logits: torch.Tensor, report: Report
+    ) -> Generator[Chunk, None, None]:
+        """Generate from the logits on; the last chunk has the report."""
+        params = request.params
+        count = 0
+        for chunk in decode_loop(
+            request.tokens.token_ids,
+            logits,
+            step=partial(append_token, self.lm, sequence),
+            choose=self.lm.sampler(params),
+            text=AnswerText(self.lm.text.decode, params.stop),
+            end_ids=self.lm.end_ids | self.lm.stop_ids(params.stop) | set(params.stop_token_ids),
+            max_tokens=params.max_tokens,
+            score=TokenScorer(self.lm.text.decode, params.logprobs),
+        ):
+            count += len(chunk.token_ids)
+            if chunk.finish_reason is not None:
+                report.generated_tokens = count
+                self.reports.append(report)
+                chunk = replace(chunk, report=report)
+            yield chunk
 
     def _check_budget(self) -> None:
         budget = self.store.stats().budget_bytes

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from pcache_core.errors import OptionError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _NAMESPACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -53,12 +53,12 @@ class KeySpace:
 
     def key(
         self,
-        anchor_ids: Sequence[int],
+        preamble_ids: Sequence[int],
         token_ids: Sequence[int],
         position: int | None,
         shape: Sequence[Sequence[int]] = (),
     ) -> ModuleKey:
-        """Key of `token_ids` encoded behind `anchor_ids`.
+        """Key of `token_ids` encoded after `preamble_ids`.
 
         position: of the first token, for models that can't relocate; None where it does not matter.
         shape: how the tokens were encoded other than one after the other, see `Passage.shape`.
@@ -68,13 +68,13 @@ class KeySpace:
             self.model.encode(),
             self.dtype.encode(),
             self.namespace.encode(),
-            pack_ids(anchor_ids),
+            pack_ids(preamble_ids),
             pack_ids(token_ids),
             b"any" if position is None else str(position).encode(),
             *(pack_ids(part) for part in shape),
         )
         return ModuleKey(
-            digest(fields), tuple(token_ids), self, anchor_ids=tuple(anchor_ids), position=position
+            digest(fields), tuple(token_ids), self, preamble_ids=tuple(preamble_ids), position=position
         )
 
 
@@ -82,15 +82,15 @@ class KeySpace:
 class ModuleKey:
     """Names a state in a store.
 
-    digest: 64 hex digits over format version, model, dtype, namespace, anchor, tokens, where the
+    digest: 64 hex digits over format version, model, dtype, namespace, preamble, tokens, where the
         model can't relocate the position, and gaps if the tokens were encoded with any.
     token_ids: compared with the stored ones on every hit.
-    space, anchor_ids, position: what the digest was made of, for stores that note it beside the
+    space, preamble_ids, position: what the digest was made of, for stores that note it beside the
         state; None and empty where the key was not made by a `KeySpace`.
     """
 
     digest: str
     token_ids: tuple[int, ...]
     space: KeySpace | None = field(default=None, compare=False, repr=False)
-    anchor_ids: tuple[int, ...] = field(default=(), compare=False, repr=False)
+    preamble_ids: tuple[int, ...] = field(default=(), compare=False, repr=False)
     position: int | None = field(default=None, compare=False, repr=False)

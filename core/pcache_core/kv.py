@@ -85,7 +85,7 @@ class Rows(Protocol):
 
     @property
     def token_ids(self) -> tuple[int, ...]:
-        """Of the module, without its anchor."""
+        """Of the module, without its preamble."""
 
     @property
     def position(self) -> int:
@@ -120,7 +120,7 @@ class KVState:
     """Keys and values of a module's tokens, every layer; treated as immutable.
 
     keys, values: one tensor for each of `stacks`, [layers, heads, tokens, head_dim].
-    token_ids: the module's tokens, without its anchor.
+    token_ids: the module's tokens, without its preamble.
     position: of the first token when it was encoded. The others followed without a gap, unless
         the state is of a passage with gaps, which is then in its key.
     """

@@ -5,37 +5,30 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+from weakref import WeakValueDictionary
 
-from pcache_core.admission import Admission, Declined
-from pcache_core.encode import Module, encode_modules
+from pcache_core.encode import encode_modules
 from pcache_core.errors import StateMismatchError
 from pcache_core.key import KeySpace, ModuleKey
-from pcache_core.kv import KVState, Rows
-from pcache_core.ledger import Ledger
-from pcache_core.lm import CausalLM
+from pcache_core.kv import KVState, Loan, Rows
+from pcache_core.lm import CausalLM, place
 from pcache_core.passage import Passage
-from pcache_core.report import Report, Source
-from pcache_core.store import ModuleStore, Offer, Opened, open_many
-from pcache_core.store.search import find_in_folders
+from pcache_core.preamble import Preamble, PreambleIds
+from pcache_core.report import Source
+from pcache_core.sequence import KVSequence
+from pcache_core.states import Module, PlannedState
+from pcache_core.store import ModuleStore, Opened, open_many
+from pcache_core.store.search import find_stored
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Found:
-    """A state, where it came from, and the digest that names it.
-
-    opened: how a store has it that was not read yet; None for a state in memory. opening_ms: what
-        that took so far.
-    """
-
-    state: Rows
-    source: Source
-    digest: str
-    opened: Opened | None = None
-    opening_ms: float = 0.0
+_FEWEST_LENT_TOKENS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,25 +39,34 @@ class Encoded:
     elapsed_ms: float = 0.0
 
 
-class ModuleLibrary:
-    """States of one model in one namespace.
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """Where the states of a prompt came from, by digest, and what that took.
 
-    A state is looked up behind the prompt's own anchor first, then behind the beginning-of-sequence
-    token alone, so that what was encoded before any template was known is found as well.
-
-    admission: decides which states are loaded and which are computed although they are there.
+    load_ms: finding, reading and encoding. assemble_ms: copying and moving into place.
+    shared_tokens: whose keys and values stay on loan, and nobody has a copy of.
     """
 
+    sources: Mapping[str, Source]
+    load_ms: float
+    assemble_ms: float
+    shared_tokens: int
+
+
+class ModuleLibrary:
+    """States of one model in one namespace, each encoded after the preamble of its text."""
+
     def __init__(
-        self, lm: CausalLM, store: ModuleStore, namespace: str, admission: Admission
+        self, lm: CausalLM, store: ModuleStore, namespace: str, preamble: Preamble | None
     ) -> None:
         self.lm = lm
+        self.preambles = PreambleIds(lm.text, lm.context_length, preamble)
         self.encoded = Encoded()
         self._store = store
-        self._ledger = Ledger()
-        self._admission = admission
         self._lock = threading.Lock()
         self._encoding: dict[ModuleKey, threading.Event] = {}
+        self._made: WeakValueDictionary[str, KVState] = WeakValueDictionary()
+        self._preamble_states: dict[tuple[tuple[int, ...], ...], KVState] = {}
         self._keys = KeySpace(
             lm.fingerprint, str(lm.dtype), namespace, model_name=lm.name, decode=lm.text.decode
         )
@@ -83,142 +85,71 @@ class ModuleLibrary:
     def _is_fixed(self) -> bool:
         return self.lm.support.kind == "fixed-positions"
 
-    def key(self, anchor_ids: Sequence[int], passage: Passage, position: int) -> ModuleKey:
-        """The key of a passage that is to stand at `position`."""
-        fixed = position if self._is_fixed else None
-        return self._keys.key(anchor_ids, passage.kept_ids, fixed, passage.shape)
+    def module(
+        self, passage: Passage, text: str, position: int, *, is_first: bool
+    ) -> Module | None:
+        """Say what the state of a passage is encoded after, and where.
 
-    def encoding_position(self, anchor_tokens: int, position: int) -> int:
-        """Where to encode what is to stand at `position`: there if it can't move later."""
-        return position if self._is_fixed else anchor_tokens
+        text: of the passage, which chooses the preamble's language. position: where the passage is
+            to stand, for models whose states can't move.
+        is_first: whether it is the first module of its prompt, which has no company.
+        Returns: None where the passage does not fit after its preamble.
+        """
+        preamble_ids = self.preambles.opening if is_first else self.preambles.ids_for(text)
+        if self._is_fixed:
+            module = Module(passage, preamble_ids[:position], position)
+        else:
+            module = Module(passage, preamble_ids, len(preamble_ids))
+        limit, end = self.lm.context_length, module.end
+        fits = (limit is None or end <= limit) and not self.lm.support.is_beyond_stable(end)
+        return module if fits else None
 
-    def can_encode(self, anchor_tokens: int, passage: Passage, position: int) -> bool:
-        """Whether a passage with its gaps lies within the positions that the model knows."""
-        if not passage.offsets:
-            return True
-        end = self.encoding_position(anchor_tokens, position) + passage.extent
-        limit = self.lm.context_length
-        return (limit is None or end <= limit) and not self.lm.support.is_beyond_stable(end)
+    def modules(self, passage: Passage, text: str, position: int) -> list[Module]:
+        """All states of a passage that a prompt may want: as its first module, and as a later one.
+
+        Arguments as for `module`.
+        """
+        both = (self.module(passage, text, position, is_first=first) for first in (True, False))
+        return list(dict.fromkeys(module for module in both if module is not None))
+
+    def key(self, module: Module) -> ModuleKey:
+        """Name the state of a module."""
+        passage = module.passage
+        fixed = module.position if self._is_fixed else None
+        return self._keys.key(module.preamble_ids, passage.kept_ids, fixed, passage.shape)
 
     def contains(self, key: ModuleKey) -> bool:
         """Whether the store has it."""
         return self._store.contains(key)
 
-    def find_all(self, wishes: Sequence[Sequence[ModuleKey]]) -> list[Found | Declined | None]:
-        """For each wish the state of the first of its keys that is there; none is read yet.
+    def load(self, states: Sequence[PlannedState], sequence: KVSequence, rows: int) -> Loaded:
+        """Bring states into a sequence that is to hold `rows` rows; encode those that are missing.
 
-        The store is asked once for the first key of all wishes, then once for the second key of
-        those that are still open. Declined: it is there, and computing it takes less.
+        A state that is not in memory is read right into its rows, or into memory where it stays on
+        loan: damage shows then, and what is damaged is encoded with the missing.
         """
-        found: list[Found | Declined | None] = [None] * len(wishes)
-        for choice in range(max(map(len, wishes), default=0)):
-            asked = {
-                index: keys[choice]
-                for index, keys in enumerate(wishes)
-                if found[index] is None and choice < len(keys)
-            }
-            answers = self._open(list(dict.fromkeys(asked.values())))
-            for index, key in asked.items():
-                found[index] = answers.get(key)
-        return found
-
-    def read(self, found: Found, use: Callable[[Rows], None]) -> bool:
-        """Let `use` read a state, once and whole; False if it was damaged, and is dropped."""
-        if found.opened is None:
-            use(found.state)
-            return True
         started = time.perf_counter()
-        error = None
-        try:
-            use(found.state)
-        except StateMismatchError as mismatch:
-            error = mismatch
-        reading_ms = _ms_since(started)
-        found.opened.settle(reading_ms, error)
-        if error is None:
-            opened = found.opened
-            self._admission.loaded(opened.tier, opened.nbytes, found.opening_ms + reading_ms)
-        return error is None
-
-    def whole(self, found: Found) -> Found | None:
-        """The same with its state in memory; None if it was damaged, and is dropped."""
-        states: list[KVState] = []
-        if not self.read(found, lambda rows: states.append(rows.whole())):
-            return None
-        return Found(states[0], found.source, found.digest)
-
-    def _open(self, keys: Sequence[ModuleKey]) -> dict[ModuleKey, Found | Declined]:
-        if not keys:
-            return {}
-        answers: dict[ModuleKey, Found | Declined] = {}
-
-        def admits(offer: Offer) -> bool:
-            declined = self._admission.declines(offer)
-            if declined is not None:
-                answers[offer.key] = declined
-            return declined is None
-
+        found = self._open(list(dict.fromkeys(planned.key for planned in states)))
+        sources: dict[str, Source] = {}
+        in_memory: dict[str, KVState] = {}
+        for planned in states:
+            stored = found.get(planned.key)
+            if stored is None:
+                continue
+            sources[planned.key.digest] = stored.tier
+            if not self._read(planned, stored, sequence, in_memory):
+                del found[planned.key]
+        missing = {s.key: s.module for s in states if s.key not in found}
+        for key, state in self.encode(missing):
+            in_memory[key.digest] = state
+            sources[key.digest] = "encoded"
+        load_ms = _ms_since(started)
         started = time.perf_counter()
-        pairs = list(zip(keys, open_many(self._store, keys, admits), strict=True))
-        elapsed_ms = _ms_since(started)
-        to_read = sum(each.nbytes for _, each in pairs if each and each.tier != "memory")
-        for key, opened in pairs:
-            if opened is not None and self._fits(key, opened):
-                share_ms = elapsed_ms * opened.nbytes / max(to_read, 1)
-                answers[key] = _found(key, opened, share_ms)
-        return answers
+        shared_tokens = self._place_all(states, in_memory, sequence, rows)
+        return Loaded(sources, load_ms, _ms_since(started), shared_tokens)
 
-    def _fits(self, key: ModuleKey, opened: Opened) -> bool:
-        """Whether it is what was asked for; if not, the store drops it."""
-        try:
-            opened.rows.check(self.lm.stacks, self.lm.dtype)
-            _check_identity(opened.rows, key)
-        except StateMismatchError as error:
-            logger.warning("dropped a stored state: %s", error)
-            opened.settle(0.0, error)
-            return False
-        self._ledger.note(key)
-        return True
-
-    def _find(self, key: ModuleKey) -> Found | None:
-        """A state, read; also one that computing would take less time for."""
-        (opened,) = open_many(self._store, [key], lambda offer: True)
-        if opened is None or not self._fits(key, opened):
-            return None
-        return self.whole(_found(key, opened, 0.0))
-
-    def drop(self, texts: Collection[tuple[int, ...]]) -> int:
-        """Delete every state of these token sequences that can be known; returns how many.
-
-        Those that this process met, those behind the beginning-of-sequence token, and those in
-        folders, whoever wrote them.
-        Raises: StoreError: a folder can't be read.
-        """
-        keys = set(find_in_folders(self._store, self._keys, texts))
-        keys |= {key for ids in texts for key in self._ledger.take(ids)}
-        keys |= {self.key(self.lm.text.bos_ids, Passage(ids), 0) for ids in texts}
-        present = [key for key in keys if self._store.contains(key)]
-        for key in present:
-            self._store.delete(key)
-        return len(present)
-
-    def anchor(self, anchor_ids: Sequence[int]) -> Found | None:
-        """The state of an anchor, encoded if it is new; None for an empty one."""
-        if not anchor_ids:
-            return None
-        passage = Passage(tuple(anchor_ids))
-        key = self.key((), passage, 0)
-        found = self._find(key)
-        if found is None:
-            ((_, found),) = self.encode(None, {key: Module(passage, 0)})
-        return found
-
-    def encode(
-        self,
-        anchor: Found | None,
-        modules: Mapping[ModuleKey, Module],
-    ) -> Iterator[tuple[ModuleKey, Found]]:
-        """Encode modules behind the anchor and put them in the store; yields as they are made.
+    def encode(self, modules: Mapping[ModuleKey, Module]) -> Iterator[tuple[ModuleKey, KVState]]:
+        """Encode modules and put their states in the store; yield them as they are made.
 
         What another thread is encoding is waited for instead. A state that the store can't keep is
         still returned.
@@ -232,11 +163,11 @@ class ModuleLibrary:
         try:
             for key in claimed:
                 # Another request may have encoded it since it was looked up.
-                found = self._find(key) if key in self._ledger else None
-                if found is not None:
+                state = self._made.get(key.digest)
+                if state is not None and self._store.contains(key):
                     del own[key]
-                    yield key, found
-            yield from self._encode(anchor, own)
+                    yield key, state
+            yield from self._encode(own)
         finally:
             with self._lock:
                 for key in claimed:
@@ -244,55 +175,184 @@ class ModuleLibrary:
             done.set()
         for key, encoded in others.items():
             encoded.wait()
-            found = self._find(key)
-            if found is None:
-                yield from self.encode(anchor, {key: modules[key]})
+            state = self._made.get(key.digest) or self._find(key)
+            if state is None:
+                yield from self.encode({key: modules[key]})
             else:
-                yield key, found
+                yield key, state
+
+    def drop(self, texts: Mapping[tuple[int, ...], str]) -> int:
+        """Delete every state of these texts that can be known; return how many.
+
+        texts: by their token ids. Known are those in memory and in folders, whoever made them, and
+        elsewhere those after this library's own preambles.
+        Raises: StoreError: a folder can't be read.
+        """
+        keys = set(find_stored(self._store, self._keys, texts))
+        for token_ids, text in texts.items():
+            keys |= {self.key(module) for module in self.modules(Passage(token_ids), text, 0)}
+        present = [key for key in keys if self._store.contains(key)]
+        for key in present:
+            self._store.delete(key)
+        return len(present)
+
+    def _open(self, keys: Sequence[ModuleKey]) -> dict[ModuleKey, Opened]:
+        """Look states up together; those that are not what was asked for, the store drops."""
+        pairs = zip(keys, open_many(self._store, keys), strict=True)
+        return {key: stored for key, stored in pairs if stored and self._fits(key, stored)}
+
+    def _fits(self, key: ModuleKey, stored: Opened) -> bool:
+        try:
+            stored.rows.check(self.lm.stacks, self.lm.dtype)
+            _check_identity(stored.rows, key)
+        except StateMismatchError as error:
+            logger.warning("dropped a stored state: %s", error)
+            stored.settle(0.0, error)
+            return False
+        return True
+
+    def _read(
+        self,
+        planned: PlannedState,
+        stored: Opened,
+        sequence: KVSequence,
+        in_memory: dict[str, KVState],
+    ) -> bool:
+        """Read a state into its rows, or into memory if it is or may stay there.
+
+        Returns: whether it was whole; the store drops what is damaged.
+        """
+        digest = planned.key.digest
+        if stored.tier == "memory" or sequence.lender is not None:
+            state = in_memory.get(digest) or (sequence.lender and sequence.lender.find(digest))
+            if state:  # another of the prompt's documents, or another request, has it
+                stored.settle(0.0, None)
+            else:
+                state = _use(stored, lambda rows: rows.whole())
+            if state:
+                in_memory[digest] = state
+            return state is not None
+        return _use(stored, partial(self._place, planned, sequence)) is not None
+
+    def _find(self, key: ModuleKey) -> KVState | None:
+        stored = self._open([key]).get(key)
+        return None if stored is None else _use(stored, lambda rows: rows.whole())
+
+    def _place_all(
+        self,
+        states: Sequence[PlannedState],
+        in_memory: Mapping[str, KVState],
+        sequence: KVSequence,
+        rows: int,
+    ) -> int:
+        """Lend or copy the states that are in memory; return how many tokens are on loan."""
+        copied = []
+        for planned in sorted(states, key=lambda planned: planned.start):
+            state = in_memory.get(planned.key.digest)
+            if state is None:
+                continue  # it was read into its rows
+            if sequence.lender is not None and _may_stay(planned, state, sequence):
+                state = sequence.lender.one(planned.key.digest, state)
+                sequence.slot.loans.append(Loan(state, planned.start, planned.position))
+            else:
+                copied.append((planned, state))
+        sequence.reserve(rows)
+        for planned, state in copied:
+            self._place(planned, sequence, state)
+        return sum(loan.state.num_tokens for loan in sequence.slot.loans)
+
+    def _place(self, planned: PlannedState, sequence: KVSequence, state: Rows) -> bool:
+        """Copy a state into its rows, moved to their positions.
+
+        Raises: StateMismatchError: it was damaged where it is kept.
+        """
+        rotations = self.lm.support.rotations or (None,) * len(self.lm.layers)
+        for part, row, position in _parts(planned, state):
+            place(sequence.slot, sequence.slot.index(row), part, rotations, position)
+        return True
 
     def _encode(
-        self, anchor: Found | None, modules: Mapping[ModuleKey, Module]
-    ) -> Iterator[tuple[ModuleKey, Found]]:
-        keys = {module: key for key, module in modules.items()}
-        state = anchor.state.whole() if anchor else None
-        elapsed_ms, tokens = 0.0, 0
-        started = time.perf_counter()
-        for module, encoded in encode_modules(self.lm, state, list(keys)):
-            if encoded.keys[0].device.type != "cpu":
-                encoded.keys[0].flatten()[-1].item()  # wait until it is computed
-            elapsed_ms += _ms_since(started)
-            tokens += module.num_tokens
-            yield keys[module], self._keep(keys[module], encoded)
+        self, modules: Mapping[ModuleKey, Module]
+    ) -> Iterator[tuple[ModuleKey, KVState]]:
+        """Encode modules, those after the same preamble together."""
+        by_preamble: dict[tuple[int, ...], dict[Module, ModuleKey]] = {}
+        for key, module in modules.items():
+            by_preamble.setdefault(module.preamble_ids, {})[module] = key
+        for preamble_ids, keys in by_preamble.items():
+            preamble = self._preamble(preamble_ids)
             started = time.perf_counter()
-        self._admission.computed(tokens, elapsed_ms)
+            for module, state in encode_modules(self.lm, preamble, list(keys)):
+                if state.keys[0].device.type != "cpu":
+                    state.keys[0].flatten()[-1].item()  # wait until it is computed
+                self._count(module.num_tokens, _ms_since(started))
+                key = keys[module]
+                self._made[key.digest] = state
+                if not self._store.put(key, state):
+                    logger.info("a state of %d bytes does not fit the store", state.nbytes)
+                yield key, state
+                started = time.perf_counter()
+
+    def _preamble(self, token_ids: tuple[int, ...]) -> list[KVState]:
+        """Keys and values of a preamble's opening and of its company, computed once a process."""
+        if not token_ids:
+            return []
+        opening_ids = self.preambles.opening
+        opening = self._preamble_part((), opening_ids).part(0, len(token_ids), 0)
+        if len(token_ids) <= len(opening_ids):
+            return [opening]
+        return [opening, self._preamble_part(opening_ids, token_ids[len(opening_ids) :])]
+
+    def _preamble_part(self, before: tuple[int, ...], token_ids: tuple[int, ...]) -> KVState:
+        state = self._preamble_states.get((before, token_ids))
+        if state is None:
+            module = Module(Passage(token_ids), before, len(before))
+            ((_, state),) = encode_modules(self.lm, self._preamble(before), [module])
+            self._preamble_states[before, token_ids] = state
+        return state
+
+    def _count(self, tokens: int, elapsed_ms: float) -> None:
         with self._lock:
             done = self.encoded
             self.encoded = Encoded(done.tokens + tokens, done.elapsed_ms + elapsed_ms)
 
-    def learn(self, report: Report) -> None:
-        """Note how fast the model computed a request's tokens."""
-        elapsed_ms = report.prefill_ms
-        if self.lm.device.type != "cpu":
-            # Work was only asked for then; it is certain to be done when a token is there.
-            if not report.generated_tokens:
-                return
-            elapsed_ms = max(elapsed_ms, report.ttft_ms - report.load_ms - report.assemble_ms)
-        repaired = 0 if report.repair_ms else report.repaired_tokens  # else a forward of their own
-        self._admission.computed(report.computed_tokens + repaired, elapsed_ms)
 
-    def _keep(self, key: ModuleKey, state: KVState) -> Found:
-        if self._store.put(key, state):
-            self._ledger.note(key)
-        else:
-            logger.info("a state of %d bytes does not fit the store", state.nbytes)
-        return Found(state, "encoded", key.digest)
+def _use(stored: Opened, use: Callable[[Rows], T]) -> T | None:
+    """Let `use` read a state, once and whole; None if it was damaged, and is dropped."""
+    started = time.perf_counter()
+    result, error = None, None
+    try:
+        result = use(stored.rows)
+    except StateMismatchError as mismatch:
+        error = mismatch
+    stored.settle(_ms_since(started), error)
+    return result
 
 
-def _found(key: ModuleKey, opened: Opened, opening_ms: float) -> Found:
-    if opened.tier == "memory":
-        opened.settle(0.0, None)
-        return Found(opened.rows, "memory", key.digest)
-    return Found(opened.rows, opened.tier, key.digest, opened, opening_ms)
+def _may_stay(planned: PlannedState, state: KVState, sequence: KVSequence) -> bool:
+    """Whether a state is one run of rows, long enough to be worth a product of its own."""
+    return (
+        not planned.is_opening
+        and len(planned.runs) == 1
+        and not planned.module.passage.shape
+        and state.num_tokens >= _FEWEST_LENT_TOKENS
+        and state.keys[0].device == sequence.slot.positions.device
+    )
+
+
+def _parts(planned: PlannedState, rows: Rows) -> Iterator[tuple[Rows, int, int]]:
+    """A state's runs, each of which follows itself without a gap; first row and position of each."""
+    passage = planned.module.passage
+    if len(planned.runs) == 1:
+        yield rows, planned.start, planned.position
+        return
+    state = rows.whole()
+    # Where the tokens stood that are kept, the first of them where the state says.
+    offsets = [passage.positions(0)[index] for index in passage.kept]
+    first = state.position - offsets[0]
+    done = 0
+    for (start, stop), position in zip(planned.runs, planned.positions, strict=True):
+        yield state.part(done, done + stop - start, first + offsets[done]), start, position
+        done += stop - start
 
 
 def _check_identity(state: Rows, key: ModuleKey) -> None:

@@ -17,7 +17,6 @@ _TOKENS = {
     "cached": "cached_tokens",
     "encoded": "encoded_tokens",
     "computed": "computed_tokens",
-    "not_loaded": "not_loaded_tokens",
     "repaired": "repaired_tokens",
     "generated": "generated_tokens",
 }

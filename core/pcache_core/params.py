@@ -17,34 +17,6 @@ MAX_LOGPROBS = 20
 """Most alternatives of a token whose log probabilities can be asked for."""
 
 
-@dataclass(frozen=True, slots=True)
-class RepairPolicy:
-    """Which reused tokens are computed again, with sight of everything before them.
-
-    A document that was encoded apart knows nothing of the documents before it. Repair recomputes
-    the first `head_tokens` of each such document (EPIC, ICML 2025), and then those of their tokens
-    that the question attends to most (ProphetKV, ICML 2026), as many as `query_ratio` of the
-    tokens in the prompt's documents and long template texts.
-
-    max_ratio: limits both together, as a share of the same tokens; in a prompt of many short
-        documents it shortens the heads, not the share that the question chooses.
-
-    `RepairPolicy(head_tokens=0, query_ratio=1.0)` computes what a full prefill computes.
-
-    Raises: OptionError: a value out of range.
-    """
-
-    head_tokens: int
-    query_ratio: float
-    max_ratio: float = 1.0
-
-    def __post_init__(self) -> None:
-        _check_integer("head_tokens", self.head_tokens)
-        _check_range("head_tokens", self.head_tokens, 0, None, "0 or more")
-        _check_range("query_ratio", self.query_ratio, 0, 1, "from 0 to 1")
-        _check_range("max_ratio", self.max_ratio, 0, 1, "from 0 to 1")
-
-
 def check_reuse(mode: str) -> ReuseMode:
     """Return `mode` if it is a reuse mode. Raises: OptionError."""
     for known in REUSE_MODES:
@@ -53,14 +25,33 @@ def check_reuse(mode: str) -> ReuseMode:
     raise OptionError(f"unknown reuse mode {mode!r}; use one of {', '.join(REUSE_MODES)}")
 
 
-def check_repair(policy: RepairPolicy | None) -> RepairPolicy | None:
-    """Return `policy` if it is one. Raises: OptionError."""
-    if policy is None or isinstance(policy, RepairPolicy):
-        return policy
-    raise OptionError(
-        f"repair must be a RepairPolicy, got {type(policy).__name__}; "
-        "for example RepairPolicy(head_tokens=16, query_ratio=0.1)"
-    )
+def check_repair(repair: float | None) -> float | None:
+    """Return `repair` if it is a budget: an `int` counts tokens, a `float` is a share.
+
+    Raises: OptionError: neither; out of range; the integer 1, which may mean either.
+    """
+    if repair is None:
+        return None
+    if isinstance(repair, bool) or not isinstance(repair, (int, float)):
+        raise OptionError(
+            f"repair must be a number of tokens such as 64, or a share of the reused tokens such "
+            f"as 0.15, got {type(repair).__name__}"
+        )
+    if isinstance(repair, int):
+        if repair == 1:
+            raise OptionError(
+                "repair=1 may mean two things; write repair=1.0 to compute all reused tokens "
+                "again, or repair=2 (or more) for a number of tokens"
+            )
+        _check_range("repair", repair, 0, 2**31, "0 or more tokens")
+    else:
+        _check_range("repair", repair, 0, 1, "a share from 0.0 to 1.0, or a whole number of tokens")
+    return repair
+
+
+def repair_budget(repair: float, reusable: int) -> int:
+    """Return how many of `reusable` tokens are computed again."""
+    return repair if isinstance(repair, int) else int(repair * reusable)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,12 +147,9 @@ def _check_integer(name: str, value: object) -> None:
         raise OptionError(f"{name} must be an integer, got {value!r}")
 
 
-REPAIR: dict[ReuseMode, RepairPolicy] = {
-    "balanced": RepairPolicy(head_tokens=0, query_ratio=0.15),
-    "high": RepairPolicy(head_tokens=0, query_ratio=0.75),
-}
-"""What the modes that repair do, where nothing else is asked for.
+REPAIR: dict[ReuseMode, float] = {"balanced": 64, "high": 0.25}
+"""What the modes that repair compute again: a number of tokens, or a share of the reused ones.
 
-Measured (`pcache eval --curve`): within the same share, tokens that the question chooses win back
-more than heads, because documents are encoded behind the prompt's own opening.
+Measured on real models (`docs/concepts.md`): after the first few dozen tokens more win little,
+whatever the prompt's length.
 """

@@ -1,164 +1,146 @@
-"""From a prompt to token runs: which may come from states, which must be computed. Pure."""
+"""Which rows of a prompt come from its prefix, from states, or have to be computed. Pure."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from pcache_core.library import ModuleLibrary
+from pcache_core.params import repair_budget
 from pcache_core.passage import Passage
-from pcache_core.prompt import Placement, Prompt, Segment, Unit
+from pcache_core.request import Request
+from pcache_core.sequence import COMPUTED, REPAIRED, KVSequence
+from pcache_core.states import Module, PlannedState, RowRange
+from pcache_core.tokens import Piece, TokenisedPrompt
 
-RowRange = tuple[int, int]
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """A segment's tokens and their place: rows `start … stop` of the prompt."""
-
-    segment: Segment
-    start: int
-    stop: int
+_MIN_LITERAL_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True)
-class TokenisedPrompt:
-    """The prompt's ids: a beginning-of-sequence token if the model has one, then the segments'.
+class PrefillPlan:
+    """How a prompt's rows come to be.
 
-    token_ids: every segment tokenised alone, joined; the same for every reuse mode.
-    positions: of each token. In a flat prompt the token's row; a schema may leave gaps, and let
-        tokens share a position. Rows say who sees whom, positions what the model is told.
-    opening: how many of them are the constant opening, a beginning-of-sequence token included.
-    num_bos: 1 if the first id is a beginning-of-sequence token, else 0.
-    units: texts of a schema that are encoded together, by piece; None for a flat prompt.
+    prefix: rows from the first on that the sequence holds already.
+    states: fill rows after the prefix. missing: rows that are computed.
+    labels: what every row of the prompt holds then, see `KVSequence`.
+    stale: rows of states, which were encoded without sight of what stands before them.
+    repaired: how many of them are computed again; the question chooses which.
     """
 
-    token_ids: tuple[int, ...]
-    positions: Sequence[int]
-    pieces: tuple[Piece, ...]
-    opening: int
-    num_bos: int
-    units: tuple[Unit, ...] | None = None
-
-    @property
-    def anchor_ids(self) -> tuple[int, ...]:
-        """What this prompt's modules are encoded behind."""
-        return self.token_ids[: self.opening]
-
-    @property
-    def bos_ids(self) -> tuple[int, ...]:
-        """The anchor of modules that were encoded before any opening was known."""
-        return self.token_ids[: self.num_bos]
-
-    @property
-    def end(self) -> int:
-        """One behind the largest position."""
-        return max(self.positions, default=-1) + 1
+    request: Request
+    prefix: int
+    states: tuple[PlannedState, ...]
+    missing: tuple[int, ...]
+    labels: tuple[str, ...]
+    stale: tuple[int, ...]
+    repaired: int
 
 
-def tokenise(
-    prompt: Prompt, ids_of: Callable[[Segment], Sequence[int]], bos_ids: Sequence[int]
-) -> TokenisedPrompt:
-    """Tokenise a prompt segment by segment (invariant 2 of the design)."""
-    placement = prompt.placement
-    ids = map(ids_of, prompt.segments) if placement is None else placement.token_ids
-    token_ids = list(bos_ids)
-    pieces = []
-    for segment, own in zip(prompt.segments, ids, strict=True):
-        start = len(token_ids)
-        token_ids.extend(own)
-        pieces.append(Piece(segment, start, len(token_ids)))
-    num_opening = len(prompt.opening)
-    opening = pieces[num_opening - 1].stop if num_opening else len(bos_ids)
-    positions = range(len(token_ids)) if placement is None else _positions(placement, len(bos_ids))
-    units = None if placement is None else placement.units
-    return TokenisedPrompt(tuple(token_ids), positions, tuple(pieces), opening, len(bos_ids), units)
+def plan_prefill(request: Request, sequence: KVSequence) -> PrefillPlan:
+    """Decide for each row of a prompt whether prefix, state or forward provides it."""
+    tokens, prefix = request.tokens, len(sequence.token_ids)
+    modules = [state for state in request.states if not state.is_opening]
+    reusable = sum(state.num_rows for state in modules)
+    budget = 0 if request.repair is None else repair_budget(request.repair, reusable)
+    # Half of it computed again takes as long as all of it, which is the better answer.
+    if request.repair is not None and 2 * budget >= reusable:
+        modules, budget = [], 0
+    openings = [state for state in request.states if state.is_opening]
+    states = tuple(state for state in (*openings, *modules) if state.start >= prefix)
+    missing = _rows_outside(len(tokens.token_ids), [(0, prefix), *_runs(states)])
+    labels = [COMPUTED] * len(tokens.token_ids)
+    labels[:prefix] = sequence.labels
+    for state in modules:
+        if state.start >= prefix:
+            for start, stop in state.runs:
+                labels[start:stop] = [state.key.digest] * (stop - start)
+    stale = tuple(row for row, label in enumerate(labels) if label not in (COMPUTED, REPAIRED))
+    if sequence.repaired_for == len(tokens.token_ids) == prefix + 1:
+        budget = 0  # the very prompt that these rows were repaired for
+    repaired = min(budget, len(stale))
+    return PrefillPlan(request, prefix, states, missing, tuple(labels), stale, repaired)
 
 
-def _positions(placement: Placement, num_bos: int) -> tuple[int, ...]:
-    placed = zip(placement.starts, placement.token_ids, strict=True)
-    own = (position for start, ids in placed for position in range(start, start + len(ids)))
-    return (*range(num_bos), *own)
+def plan_states(
+    tokens: TokenisedPrompt, library: ModuleLibrary, min_module_tokens: int
+) -> tuple[PlannedState, ...]:
+    """Name the states that may fill a prompt's rows, in the prompt's order.
 
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """Rows of the prompt that one state may fill.
-
-    runs: row ranges, in the order of the state's tokens; each run's positions have no gap.
-    passage: what the state is encoded from. position: of its first token in the prompt.
-    anchors: what it may have been encoded behind, best first.
-    is_opening: it is the constant opening itself, which has no anchor.
+    These are the constant opening, each document, each long text of a template and the units of a
+    schema. The last token is never part of one: something must be computed to have logits.
     """
-
-    runs: tuple[RowRange, ...]
-    passage: Passage
-    position: int
-    anchors: tuple[tuple[int, ...], ...]
-    is_opening: bool = False
-
-    @property
-    def start(self) -> int:
-        """The first row."""
-        return min(start for start, _ in self.runs)
-
-    @property
-    def stop(self) -> int:
-        """One behind the last row; others may lie between."""
-        return max(stop for _, stop in self.runs)
-
-
-def candidates(
-    tokens: TokenisedPrompt, *, min_module_tokens: int, min_literal_tokens: int
-) -> list[Candidate]:
-    """The opening, each document and each long literal or a schema's units, in the prompt's order.
-
-    The last token is never part of one: something must be computed to have logits.
-    """
-    least = {"document": min_module_tokens}
-    if tokens.units is None:
-        least["literal"] = min_literal_tokens
-    found = [_opening(tokens)] if tokens.opening else []
-    for piece in tokens.pieces:
-        needed = least.get(piece.segment.kind)
-        if needed is None or piece.start < tokens.opening:
-            continue
-        if piece.stop - piece.start >= needed:
-            found.append(_document(tokens, piece))
-    units = (_unit(tokens, unit) for unit in tokens.units or ())
-    found.extend(unit for unit in units if _num_rows(unit.runs) >= min_module_tokens)
     last = len(tokens.token_ids) - 1
-    return sorted((c for c in found if c.stop <= last), key=lambda candidate: candidate.start)
+    planned = []
+    opening = opening_module(tokens, min_module_tokens)
+    if opening is not None and tokens.opening <= last:
+        rows = (0, tokens.opening)
+        planned.append(PlannedState(opening, library.key(opening), (rows,), (0,), is_opening=True))
+    is_first = True
+    for pieces, passage, position in _candidates(tokens):
+        runs = tuple((piece.start, piece.stop) for piece in pieces)
+        too_short = sum(b - a for a, b in runs) < _needed(tokens, pieces, min_module_tokens)
+        if too_short or max(stop for _, stop in runs) > last:
+            continue
+        module = library.module(passage, _text(pieces), position, is_first=is_first)
+        if module is not None:
+            positions = tuple(tokens.positions[start] for start, _ in runs)
+            planned.append(PlannedState(module, library.key(module), runs, positions))
+            is_first = False
+    return tuple(planned)
 
 
-def _opening(tokens: TokenisedPrompt) -> Candidate:
-    return Candidate(((0, tokens.opening),), Passage(tokens.anchor_ids), 0, ((),), is_opening=True)
+def opening_module(tokens: TokenisedPrompt, min_module_tokens: int) -> Module | None:
+    """The constant opening of a prompt, an exact prefix; None if it is shorter than a module."""
+    if tokens.opening < min_module_tokens:
+        return None
+    return Module(Passage(tokens.token_ids[: tokens.opening]), (), 0)
 
 
-def _document(tokens: TokenisedPrompt, piece: Piece) -> Candidate:
-    return Candidate(
-        ((piece.start, piece.stop),),
-        Passage(tokens.token_ids[piece.start : piece.stop]),
-        tokens.positions[piece.start],
-        (tokens.anchor_ids, tokens.bos_ids),
-    )
+def passages_of(tokens: TokenisedPrompt) -> Iterator[tuple[Passage, str, int]]:
+    """Yield what may be a module after the opening: tokens, text, position of the first token."""
+    for pieces, passage, position in _candidates(tokens):
+        yield passage, _text(pieces), position
 
 
-def _unit(tokens: TokenisedPrompt, unit: Unit) -> Candidate:
-    pieces = [tokens.pieces[index] for index in unit.segments]
-    runs = tuple((piece.start, piece.stop) for piece in pieces)
-    return Candidate(runs, unit.passage, unit.position, (tokens.anchor_ids,))
+_Candidate = tuple[tuple[Piece, ...], Passage, int]
+"""The segments that a module is of, its tokens, and the position of the first."""
 
 
-def _num_rows(runs: Iterable[RowRange]) -> int:
-    return sum(stop - start for start, stop in runs)
+def _candidates(tokens: TokenisedPrompt) -> list[_Candidate]:
+    """What may be a module, in the prompt's order."""
+    kinds = ("document", "literal") if tokens.units is None else ("document",)
+    found: list[_Candidate] = [
+        ((piece,), Passage(tokens.token_ids[piece.start : piece.stop]), tokens.positions[piece.start])
+        for piece in tokens.pieces
+        if piece.segment.kind in kinds and tokens.opening <= piece.start < piece.stop
+    ]
+    for unit in tokens.units or ():
+        pieces = tuple(tokens.pieces[index] for index in unit.segments)
+        found.append((pieces, unit.passage, unit.position))
+    return sorted(found, key=lambda candidate: min(piece.start for piece in candidate[0]))
 
 
-def computed_rows(total: int, filled: Sequence[RowRange]) -> list[int]:
+def _text(pieces: Sequence[Piece]) -> str:
+    return "".join(piece.segment.text for piece in pieces)
+
+
+def _needed(tokens: TokenisedPrompt, pieces: Sequence[Piece], min_module_tokens: int) -> int:
+    """How many tokens make a module of these segments; a template's text needs more."""
+    if tokens.units is None and pieces[0].segment.kind == "literal":
+        return _MIN_LITERAL_TOKENS
+    return min_module_tokens
+
+
+def _runs(states: Sequence[PlannedState]) -> list[RowRange]:
+    return [run for state in states for run in state.runs]
+
+
+def _rows_outside(total: int, filled: Sequence[RowRange]) -> tuple[int, ...]:
     """Rows of a prompt of `total` tokens that no filled range holds."""
     rows: list[int] = []
     next_row = 0
     for start, stop in sorted(filled):
         rows.extend(range(next_row, start))
-        next_row = stop
+        next_row = max(next_row, stop)
     rows.extend(range(next_row, total))
-    return rows
+    return tuple(rows)

@@ -1,55 +1,67 @@
-"""Encoding a corpus ahead of time."""
+"""Encoding a corpus ahead of time, and dropping what was encoded."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from tqdm import tqdm
 
-from pcache_core.encode import Module
 from pcache_core.errors import BudgetError, ContextLengthError, PromptError
-from pcache_core.key import ModuleKey
 from pcache_core.library import ModuleLibrary
 from pcache_core.passage import Passage
-from pcache_core.plan import TokenisedPrompt
+from pcache_core.plan import opening_module, passages_of
 from pcache_core.prompt import Segment
 from pcache_core.report import EncodeReport
+from pcache_core.states import Module
+from pcache_core.tokens import TokenisedPrompt
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class ForgetReport:
+    """What `engine.forget` did.
+
+    texts: how many different ones were given. states: how many states of them were dropped; a text
+    has two, one for where it comes first in a prompt. freed_bytes: by how much the store shrank,
+    all tiers together; what a server holds is not counted.
+    """
+
+    texts: int
+    states: int
+    freed_bytes: int
+
 
 def precompute(
-    library: ModuleLibrary,
-    texts: Sequence[str],
-    *,
-    anchor: str,
-    min_module_tokens: int,
-    progress: bool,
+    library: ModuleLibrary, texts: Sequence[str], min_module_tokens: int, *, progress: bool
 ) -> EncodeReport:
     """Encode the texts that the store doesn't have; see `PromptCacheEngine.encode`."""
     started = time.perf_counter()
     lm = library.lm
-    documents = [_document(text) for text in _checked(texts)]
+    texts = _checked(texts, "encode")
     if lm.support.kind not in ("relocatable", "position-free"):
-        reason = lm.support.reason
-        return EncodeReport(len(documents), 0, 0, 0, 0, 0, _since(started), reason)
-    anchor_ids = lm.text.bos_ids + (lm.text.ids(Segment(anchor, "literal")) if anchor else ())
-    ids = [lm.text.ids(document) for document in documents if document is not None]
-    modules = [token_ids for token_ids in ids if len(token_ids) >= min_module_tokens]
-    lm.check_ids((*anchor_ids, *(token_id for m in modules for token_id in m)))
-    passages = [Passage(token_ids) for token_ids in modules]
-    for passage in passages:
-        _check_fits(library, len(anchor_ids), passage)
-    wanted = {library.key(anchor_ids, p, 0): Module(p, len(anchor_ids)) for p in passages}
-    report = _encode_missing(library, anchor_ids, wanted, progress=progress)
+        return _nothing(len(texts), started, lm.support.reason)
+    wanted: dict[Passage, list[Module]] = {}
+    too_short = 0
+    for text in texts:
+        passage = Passage(tuple(lm.text.ids(Segment(text, "document"))))
+        lm.check_ids(passage.token_ids)
+        if len(passage.token_ids) < min_module_tokens:
+            too_short += 1
+        elif passage not in wanted:
+            wanted[passage] = _fitting(library, passage, text, 0)
+    report = _encode_missing(library, wanted, progress=progress)
     return replace(
         report,
-        texts=len(documents),
-        already_stored=len(modules) - report.encoded,
-        too_short=len(documents) - len(modules),
+        texts=len(texts),
+        already_stored=len(texts) - too_short - report.encoded,
+        too_short=too_short,
         seconds=_since(started),
     )
 
@@ -57,118 +69,112 @@ def precompute(
 def precompute_units(
     library: ModuleLibrary,
     prompts: Iterable[TokenisedPrompt],
-    *,
     min_module_tokens: int,
+    *,
     progress: bool,
 ) -> EncodeReport:
     """Encode the units of a schema's prompts; see `PromptCacheEngine.encode_schema`."""
     started = time.perf_counter()
-    by_anchor: dict[tuple[int, ...], dict[ModuleKey, Module]] = {}
-    short: set[ModuleKey] = set()
+    wanted: dict[tuple[Passage, int], list[Module]] = {}
+    short: set[Passage] = set()
     for tokens in prompts:
-        anchor_ids, passages = tokens.anchor_ids, tokens.units or ()
-        for unit in passages:
-            passage, position = unit.passage, unit.position
-            key = library.key(anchor_ids, passage, position)
+        opening = opening_module(tokens, min_module_tokens)
+        if opening is not None and library.lm.support.reuses_modules:
+            _encode_missing(library, {opening: [opening]}, progress=False)
+        for passage, text, position in passages_of(tokens):
             if len(passage.kept_ids) < min_module_tokens:
-                short.add(key)
-                continue
-            _check_fits(library, len(anchor_ids), passage)
-            encoded_at = library.encoding_position(len(anchor_ids), position)
-            by_anchor.setdefault(anchor_ids, {})[key] = Module(passage, encoded_at)
+                short.add(passage)
+            elif library.lm.support.reuses_modules:
+                modules = _fitting(library, passage, text, position)
+                wanted[passage, modules[0].position] = modules
     if not library.lm.support.reuses_modules:
-        texts = sum(map(len, by_anchor.values())) + len(short)
-        reason = library.lm.support.reason
-        return EncodeReport(texts, 0, 0, 0, 0, 0, _since(started), reason)
-    reports = [
-        _encode_missing(library, anchor_ids, modules, progress=progress)
-        for anchor_ids, modules in by_anchor.items()
-    ]
-    return EncodeReport(
-        texts=sum(report.texts for report in reports) + len(short),
-        encoded=sum(report.encoded for report in reports),
-        kept=sum(report.kept for report in reports),
-        already_stored=sum(report.already_stored for report in reports),
-        too_short=len(short),
-        tokens=sum(report.tokens for report in reports),
-        seconds=_since(started),
+        return _nothing(len(wanted) + len(short), started, library.lm.support.reason)
+    report = _encode_missing(library, wanted, progress=progress)
+    return replace(
+        report, texts=len(wanted) + len(short), too_short=len(short), seconds=_since(started)
     )
+
+
+def forget(library: ModuleLibrary, texts: Iterable[str]) -> ForgetReport:
+    """Drop the states of texts; see `PromptCacheEngine.forget`."""
+    different = {text for text in _checked(texts, "forget") if text}
+    before = library.nbytes
+    by_ids = {tuple(library.lm.text.ids(Segment(t, "document"))): t for t in different}
+    dropped = library.drop({ids: text for ids, text in by_ids.items() if ids})
+    return ForgetReport(len(different), dropped, max(0, before - library.nbytes))
 
 
 def _encode_missing(
-    library: ModuleLibrary,
-    anchor_ids: tuple[int, ...],
-    wanted: dict[ModuleKey, Module],
-    *,
-    progress: bool,
+    library: ModuleLibrary, wanted: Mapping[T, Sequence[Module]], *, progress: bool
 ) -> EncodeReport:
-    """Encode the modules that the store doesn't have."""
+    """Encode what the store doesn't have; counts are of texts, each with all of its states."""
     started = time.perf_counter()
-    missing = {key: module for key, module in wanted.items() if not library.contains(key)}
-    tokens = _encode(library, anchor_ids, missing, progress=progress)
-    kept = sum(library.contains(key) for key in missing)
-    if kept < len(missing):
+    keys = {text: [library.key(module) for module in wanted[text]] for text in wanted}
+    modules = {
+        key: module
+        for text in wanted
+        for key, module in zip(keys[text], wanted[text], strict=True)
+        if not library.contains(key)
+    }
+    total = sum(module.num_tokens for module in modules.values())
+    disable = None if progress else True  # None: only on a terminal
+    with tqdm(total=total, desc="encoding", unit="tok", unit_scale=True, disable=disable) as bar:
+        for key, _ in library.encode(modules):
+            bar.update(modules[key].num_tokens)
+    encoded = [text for text in wanted if any(key in modules for key in keys[text])]
+    kept = sum(all(map(library.contains, keys[text])) for text in encoded)
+    if kept < len(encoded):
         logger.warning(
-            "the store kept %d of %d states; raise its budget to keep all", kept, len(missing)
+            "the store kept the states of %d of %d texts; raise its budget to keep all",
+            kept,
+            len(encoded),
         )
     return EncodeReport(
         texts=len(wanted),
-        encoded=len(missing),
+        encoded=len(encoded),
         kept=kept,
-        already_stored=len(wanted) - len(missing),
+        already_stored=len(wanted) - len(encoded),
         too_short=0,
-        tokens=tokens,
+        tokens=total,
         seconds=_since(started),
     )
 
 
-def _encode(
-    library: ModuleLibrary,
-    anchor_ids: tuple[int, ...],
-    modules: dict[ModuleKey, Module],
-    *,
-    progress: bool,
-) -> int:
-    """Encode with a bar that vanishes when the output is not a terminal; returns the tokens."""
-    total = sum(module.num_tokens for module in modules.values())
-    anchor = library.anchor(anchor_ids) if modules else None
-    disable = None if progress else True  # None: only on a terminal
-    with tqdm(total=total, desc="encoding", unit="tok", unit_scale=True, disable=disable) as bar:
-        for key, _ in library.encode(anchor, modules):
-            bar.update(modules[key].num_tokens)
-    return total
-
-
-def _checked(texts: Sequence[str]) -> Sequence[str]:
+def _checked(texts: Iterable[str], name: str) -> list[str]:
+    """Raises: PromptError: one string, or something else than strings."""
     if isinstance(texts, str) or not isinstance(texts, Iterable):
-        raise PromptError(f"encode takes a list of texts, got {type(texts).__name__}")
-    texts = list(texts)
-    for index, text in enumerate(texts):
+        raise PromptError(f"{name} takes a list of texts, got {type(texts).__name__}")
+    found = list(texts)
+    for index, text in enumerate(found):
         if not isinstance(text, str):
             raise PromptError(f"texts[{index}] must be str, got {type(text).__name__}")
-    return texts
+    return found
 
 
-def _document(text: str) -> Segment | None:
-    return Segment(text, "document") if text else None
+def _fitting(library: ModuleLibrary, passage: Passage, text: str, position: int) -> list[Module]:
+    """The states that prompts may want of a passage.
 
-
-def _check_fits(library: ModuleLibrary, anchor_tokens: int, passage: Passage) -> None:
-    """Raises: ContextLengthError, BudgetError: the state can never be used, or never be kept."""
-    limit = library.lm.context_length
-    tokens = len(passage.kept_ids)
-    if limit is not None and anchor_tokens + passage.extent >= limit:
+    Raises: ContextLengthError, BudgetError: none can ever be used, or one can never be kept.
+    """
+    modules = library.modules(passage, text, position)
+    if not modules:
         raise ContextLengthError(
-            f"a text has {passage.extent} tokens behind an anchor of {anchor_tokens}, "
-            f"{library.lm.name} holds {limit}; split it into shorter documents"
+            f"a text has {passage.extent} tokens, which don't fit after a preamble of "
+            f"{len(library.preambles.opening)} into what {library.lm.name} reads at once "
+            f"({library.lm.context_length} tokens); split it into shorter documents"
         )
     budget = library.budget_bytes
-    needed = tokens * library.lm.bytes_per_token
+    needed = len(passage.kept_ids) * library.lm.bytes_per_token
     if budget is not None and needed > budget:
         raise BudgetError(
-            f"the state of a text of {tokens} tokens takes {needed:,} bytes, the store's budget "
-            f"is {budget:,}; raise budget_bytes or split the text"
+            f"the state of a text of {len(passage.kept_ids)} tokens takes {needed:,} bytes, the "
+            f"store's budget is {budget:,}; raise budget_bytes or split the text"
         )
+    return modules
+
+
+def _nothing(texts: int, started: float, reason: str | None) -> EncodeReport:
+    return EncodeReport(texts, 0, 0, 0, 0, 0, _since(started), reason)
 
 
 def _since(started: float) -> float:

@@ -1,125 +1,183 @@
-"""Online: computing what no state holds, and repairing some of what states hold."""
+"""Computing what neither the prefix nor a state holds, and repairing some of what states hold."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 
-from pcache_core.assemble import Filling
+from pcache_core.library import Loaded
 from pcache_core.lm import Batch, CausalLM
-from pcache_core.params import RepairPolicy
-from pcache_core.plan import TokenisedPrompt, computed_rows
-from pcache_core.repair import head_rows, most_attended, query_count, spread_rows
-from pcache_core.slots import COMPUTED, REPAIRED, Lease
+from pcache_core.plan import PrefillPlan
+from pcache_core.report import Report, SegmentReport, Source
+from pcache_core.sequence import REPAIRED, KVSequence
+from pcache_core.tokens import Piece
 
-# The answer begins behind the last token; what it is read from, the last few look for.
+# The answer begins after the last token; what it is read from, the last few look for.
 _WATCHED_TOKENS = 3
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
-    """The rows of a prompt that have to run through the model.
+def prefill(
+    lm: CausalLM, plan: PrefillPlan, loaded: Loaded, sequence: KVSequence
+) -> tuple[torch.Tensor, Report]:
+    """Compute a prompt's missing rows, then again those that are to be repaired.
 
-    missing: rows that neither the prefix nor a state holds.
-    stale: rows of states that were encoded without sight of what stands before them.
-    repaired: stale rows that are computed again in any case.
-    choices: how many more of them the question chooses, by what it attends to.
+    Computed tokens see every token before them in the prompt's order.
+
+    Returns: logits of the token after the prompt, [vocab] fp32, and the request's report.
     """
+    started = time.perf_counter()
+    report = _describe(plan, loaded)
+    sequence.token_ids = list(plan.request.tokens.token_ids)
+    sequence.positions = list(plan.request.tokens.positions)
+    sequence.labels = list(plan.labels)
+    sequence.reserve(len(sequence.token_ids))
+    repaired: list[int] = []
+    if plan.repaired and not lm.watches:
+        repaired = _first_rows(plan)
+    logits, attention = _compute(lm, sequence, plan.missing, repaired, watch=plan.repaired > 0)
+    report.prefill_ms = _ms_since(started)
+    if plan.repaired and lm.watches:
+        started = time.perf_counter()
+        repaired = most_attended(plan.stale, attention, plan.repaired)
+        after = [row for row in plan.missing if row > repaired[0]]
+        logits, _ = _compute(lm, sequence, after, repaired)
+        report.repair_ms = _ms_since(started)
+    if repaired:
+        for row in repaired:
+            sequence.labels[row] = REPAIRED
+        sequence.repair, sequence.repaired_for = plan.request.repair, len(sequence.token_ids)
+        _describe_repair(report, plan, repaired)
+    sequence.is_filled = True
+    return logits, report
 
-    missing: tuple[int, ...]
-    stale: tuple[int, ...] = ()
-    repaired: tuple[int, ...] = ()
-    choices: int = 0
+
+def append_token(lm: CausalLM, sequence: KVSequence, token_id: int) -> torch.Tensor:
+    """Append a token; return the logits of the next, [vocab] fp32."""
+    if sequence.stock is not None:
+        return sequence.stock([token_id])
+    token_ids, positions, first = [token_id], [sequence.end], len(sequence.token_ids)
+    if positions[0] == lm.support.stable_length:
+        # With this token every rotary frequency changes: no row fits any longer.
+        token_ids, first = [*sequence.token_ids, token_id], 0
+        positions = [*sequence.positions, sequence.end]
+    rows = range(first, first + len(token_ids))
+    sequence.reserve(rows.stop)
+    logits = lm.forward(Batch.of_rows(sequence.slot, token_ids, rows, positions))
+    sequence.append(token_id, positions[-1])
+    return logits
 
 
-def work(
+def _compute(
     lm: CausalLM,
-    lease: Lease,
-    tokens: TokenisedPrompt,
-    fillings: Sequence[Filling],
-    policy: RepairPolicy | None,
-    reusable: int,
-) -> Work:
-    """Say what has to be computed. Takes note in the lease of what its rows hold.
+    sequence: KVSequence,
+    missing: Sequence[int],
+    repaired: Sequence[int],
+    *,
+    watch: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute rows; return logits of the last, [vocab], and attention to rows, [rows].
 
-    reusable: how many of the prompt's tokens are of modules, whatever serves them this time: the
-        policy's shares are of these, so that what is repaired doesn't depend on earlier requests.
+    The attention is that of the prompt's last tokens; empty unless `watch`.
     """
-    prefix = len(lease.token_ids)
-    filled = [run for f in fillings for run in f.candidate.runs]
-    missing = tuple(computed_rows(len(tokens.token_ids), [(0, prefix), *filled]))
-    is_same_prompt = lease.repaired_for == len(tokens.token_ids) == prefix + 1
-    _note(lease, tokens, fillings)
-    stale = tuple(i for i, label in enumerate(lease.labels) if label not in (COMPUTED, REPAIRED))
-    if policy is None or not stale or is_same_prompt:
-        return Work(missing)
-    fresh = sorted(run for f in fillings if not f.exact for run in f.candidate.runs)
-    if not lm.watches:
-        return Work(missing, stale, tuple(spread_rows(policy, fresh, reusable)))
-    heads = tuple(head_rows(policy, fresh, reusable))
-    choices = min(query_count(policy, reusable), len(stale) - len(heads))
-    if len(heads) + choices == len(stale):
-        return Work(missing, stale, stale)
-    return Work(missing, stale, heads, choices)
-
-
-def compute(lm: CausalLM, lease: Lease, todo: Work) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute the missing rows; logits of the last, [vocab], and attention to rows, [rows].
-
-    Computed tokens see every token before them in the prompt's order. The attention is that of
-    the question's last tokens; empty if it has nothing to choose. Rows to repair in any case are
-    computed here then, too.
-    """
-    if not todo.choices:
-        lease.take_back(todo.repaired, lm.new_slot)
-        return _run(lm, lease, [*todo.missing, *todo.repaired]), torch.empty(0)
-    count = len(todo.missing)
-    watched = range(max(0, count - _WATCHED_TOKENS), count)
-    batch = _batch(lease, todo.missing, watched)
+    if sequence.stock is not None:
+        return sequence.stock(sequence.token_ids), torch.empty(0)
+    sequence.take_back(repaired)
+    rows = sorted([*missing, *repaired])
+    batch = Batch.of_rows(
+        sequence.slot,
+        [sequence.token_ids[row] for row in rows],
+        rows,
+        [sequence.positions[row] for row in rows],
+        range(max(0, len(rows) - _WATCHED_TOKENS), len(rows)) if watch else None,
+    )
     logits = lm.forward(batch)
     return logits, batch.attention
 
 
-def repair(
-    lm: CausalLM, lease: Lease, todo: Work, attention: torch.Tensor
-) -> tuple[torch.Tensor, tuple[int, ...]]:
-    """Compute again what the question attends to, and all that sees it; logits and repaired rows.
+def _first_rows(plan: PrefillPlan) -> list[int]:
+    """Choose what to repair where attention can't be observed: where modules begin."""
+    depths: dict[int, int] = {}
+    for row in plan.stale:
+        follows = row - 1 in depths and plan.labels[row] == plan.labels[row - 1]
+        depths[row] = depths[row - 1] + 1 if follows else 0
+    return sorted(sorted(plan.stale, key=depths.__getitem__)[: plan.repaired])
 
-    Repaired tokens, and computed ones behind them, see what repair made of every token before.
+
+def most_attended(rows: Sequence[int], attention: torch.Tensor, count: int) -> list[int]:
+    """Choose `count` of the rows: those with most attention, each with the row after it.
+
+    What a token means in its context, models write into the token that follows it as well.
+
+    attention: [rows of the prompt]. Returns: ascending rows.
     """
-    others = sorted(set(todo.stale) - set(todo.repaired))
-    chosen = sorted([*todo.repaired, *most_attended(others, attention, todo.choices)])
-    behind = [row for row in todo.missing if row > chosen[0]]
-    lease.take_back(chosen, lm.new_slot)
-    return _run(lm, lease, [*chosen, *behind]), tuple(chosen)
+    by_attention = torch.argsort(attention[torch.tensor(rows)], descending=True, stable=True)
+    candidates = set(rows)
+    chosen: set[int] = set()
+    for index in by_attention.tolist():
+        for row in (rows[index], rows[index] + 1):
+            if row in candidates and len(chosen) < count:
+                chosen.add(row)
+        if len(chosen) == count:
+            break
+    return sorted(chosen)
 
 
-def note_repair(lease: Lease, rows: Sequence[int], policy: RepairPolicy) -> None:
-    """Mark rows as repaired, so that they serve only what continues this prompt."""
-    for row in rows:
-        lease.labels[row] = REPAIRED
-    lease.repair, lease.repaired_for = policy, len(lease.token_ids)
+def _describe(plan: PrefillPlan, loaded: Loaded) -> Report:
+    """Begin the request's report: where each row comes from, nothing repaired yet."""
+    request, tokens = plan.request, plan.request.tokens
+    total = len(tokens.token_ids)
+    sources: list[Source] = ["computed"] * total
+    sources[: plan.prefix] = ["prefix"] * plan.prefix
+    for planned in plan.states:
+        for start, stop in planned.runs:
+            sources[start:stop] = [loaded.sources[planned.key.digest]] * (stop - start)
+    preambles = [0] * total
+    for planned in request.states:
+        for start, stop in planned.runs:
+            if plan.labels[start] == planned.key.digest:
+                count = len(planned.module.preamble_ids)
+                preambles[start:stop] = [count] * (stop - start)
+    encoded, computed = sources.count("encoded"), sources.count("computed")
+    return Report(
+        segments=tuple(_segment(piece, sources, preambles) for piece in tokens.pieces),
+        prompt_tokens=total,
+        cached_tokens=total - encoded - computed,
+        encoded_tokens=encoded,
+        computed_tokens=computed,
+        reuse=request.reuse,
+        fallback_reason=request.fallback_reason,
+        load_ms=loaded.load_ms,
+        assemble_ms=loaded.assemble_ms,
+        shared_tokens=loaded.shared_tokens,
+    )
 
 
-def _run(lm: CausalLM, lease: Lease, rows: Sequence[int]) -> torch.Tensor:
-    return lm.forward(_batch(lease, sorted(rows)))
+def _describe_repair(report: Report, plan: PrefillPlan, rows: Sequence[int]) -> None:
+    """Write into a report which rows were computed again."""
+    report.repaired_tokens = len(rows)
+    again = set(rows)
+    segments = []
+    for segment, piece in zip(report.segments, plan.request.tokens.pieces, strict=True):
+        count = len(again.intersection(range(piece.start, piece.stop)))
+        source = "repaired" if 2 * count > segment.num_tokens else segment.source
+        segments.append(replace(segment, repaired_tokens=count, source=source))
+    report.segments = tuple(segments)
 
 
-def _batch(lease: Lease, rows: Sequence[int], watched: range | None = None) -> Batch:
-    token_ids = [lease.token_ids[row] for row in rows]
-    positions = [lease.positions[row] for row in rows]
-    return Batch.of_rows(lease.slot, token_ids, rows, positions, watched)
+def _segment(piece: Piece, sources: Sequence[Source], preambles: Sequence[int]) -> SegmentReport:
+    here = sources[piece.start : piece.stop]
+    return SegmentReport(
+        kind=piece.segment.kind,
+        name=piece.segment.name,
+        text=piece.segment.text,
+        num_tokens=len(here),
+        source=max(dict.fromkeys(here), key=here.count) if here else "computed",
+        preamble_tokens=max(preambles[piece.start : piece.stop], default=0),
+    )
 
 
-def _note(lease: Lease, tokens: TokenisedPrompt, fillings: Sequence[Filling]) -> None:
-    """Write down what every row of the prompt holds, or will hold when it is computed."""
-    labels = [COMPUTED] * len(tokens.token_ids)
-    labels[: len(lease.labels)] = lease.labels
-    for filling in fillings:
-        label = COMPUTED if filling.exact else filling.found.digest
-        for start, stop in filling.candidate.runs:
-            labels[start:stop] = [label] * (stop - start)
-    lease.token_ids, lease.labels = list(tokens.token_ids), labels
-    lease.positions = list(tokens.positions)
+def _ms_since(started: float) -> float:
+    return (time.perf_counter() - started) * 1000

@@ -22,7 +22,8 @@ class SegmentReport:
     """One segment of the prompt and where most of its tokens came from.
 
     repaired_tokens: how many of them were reused and then computed again.
-    note: why a state that was there was not used; empty where there is nothing to say.
+    preamble_tokens: how many of its preamble's first ids its state was encoded after; 0 if it has
+        no state.
     """
 
     kind: str
@@ -31,7 +32,7 @@ class SegmentReport:
     num_tokens: int
     source: Source
     repaired_tokens: int = 0
-    note: str = ""
+    preamble_tokens: int = 0
 
 
 @dataclass(slots=True)
@@ -41,10 +42,9 @@ class Report:
     `prompt_tokens` counts every token of the prompt, a beginning-of-sequence token included, and
     is the sum of `cached_tokens` (served from a prefix or from states that were there before),
     `encoded_tokens` (modules encoded during this call) and `computed_tokens`. `repaired_tokens`
-    counts those of the cached and encoded ones that were then computed again, `not_loaded_tokens`
-    those of the computed ones whose state was there, but would have taken longer to load than they
-    took to compute; the segments' `note` says how long. `shared_tokens` counts the cached and
-    encoded ones whose keys and values other running requests use as well, and nobody has a copy of.
+    counts those of the cached and encoded ones that were then computed again. `shared_tokens` counts
+    the cached and encoded ones whose keys and values other running requests use as well, and nobody
+    has a copy of.
 
     reuse: the mode that ran; differs from the one asked for when `fallback_reason` says why.
     ttft_ms: from the call to the first token (or to the logits, for a prefill alone); holds
@@ -68,7 +68,6 @@ class Report:
     fallback_reason: str | None = None
     repaired_tokens: int = 0
     repair_ms: float = 0.0
-    not_loaded_tokens: int = 0
     shared_tokens: int = 0
 
     @property
@@ -96,11 +95,6 @@ class Report:
 
     def _picture(self) -> Picture:
         repaired = f", {self.repaired_tokens:,} repaired" if self.repaired_tokens else ""
-        notes = [
-            f"{segment.name or segment.kind}: {segment.note}"
-            for segment in self.segments
-            if segment.note
-        ]
         return Picture(
             headline=f"{self.cached_tokens:,} of {self.prompt_tokens:,} tokens reused",
             details=f"{self.encoded_tokens:,} encoded, {self.computed_tokens:,} computed{repaired}",
@@ -113,7 +107,6 @@ class Report:
                 Time("prefill", self.prefill_ms),
                 Time("repair", self.repair_ms),
             ),
-            remarks=tuple(_first_few(notes)),
             fallback=self.fallback_reason and shown(self.fallback_reason),
         )
 
@@ -155,8 +148,7 @@ def _run(group: Sequence[SegmentReport]) -> Run:
 def _title(segment: SegmentReport) -> str:
     name = f" {segment.name}" if segment.name else ""
     repaired = f", {segment.repaired_tokens} repaired" if segment.repaired_tokens else ""
-    note = f"; {segment.note}" if segment.note else ""
-    return f"{segment.kind}{name}: {segment.num_tokens} tokens, {segment.source}{repaired}{note}"
+    return f"{segment.kind}{name}: {segment.num_tokens} tokens, {segment.source}{repaired}"
 
 
 def _first_few(lines: Sequence[str]) -> Iterator[str]:

@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 
 from pcache_core.errors import ContextLengthError, OptionError, PromptError
 from pcache_core.lm import CausalLM
-from pcache_core.params import REPAIR, RepairPolicy, ReuseMode, SamplingParams
-from pcache_core.plan import TokenisedPrompt, tokenise
+from pcache_core.params import REPAIR, ReuseMode, SamplingParams
 from pcache_core.prompt import Prompt
+from pcache_core.states import PlannedState
+from pcache_core.tokens import TokenisedPrompt, tokenise
 
 _USUAL_ANSWER_TOKENS = 512
 
@@ -18,14 +19,17 @@ class Request:
     """A checked request: nothing in it can be wrong any more.
 
     reuse: the mode that can run; `fallback_reason` says why it is not the one asked for.
-    repair: which reused tokens are computed again; None for modes that repair nothing.
+    repair: how many reused tokens are computed again, see `check_repair`; None for modes that repair
+        nothing.
+    states: that may fill its rows; none in modes that reuse no modules.
     """
 
     tokens: TokenisedPrompt
     params: SamplingParams
     reuse: ReuseMode
     fallback_reason: str | None
-    repair: RepairPolicy | None
+    repair: float | None
+    states: tuple[PlannedState, ...] = ()
 
     @property
     def capacity(self) -> int:
@@ -38,11 +42,11 @@ def check_request(
     prompt: Prompt,
     params: SamplingParams,
     mode: ReuseMode,
-    repair: RepairPolicy | None,
+    repair: float | None,
 ) -> Request:
     """Tokenise a prompt and see that the model can run it.
 
-    repair: used instead of the mode's own policy, if the mode repairs at all.
+    repair: used instead of the mode's own budget, if the mode repairs at all.
 
     Raises: PromptError: no prompt, or one without tokens. ContextLengthError: too many tokens.
         OptionError: too few tokens may be generated for any text of the grammar.
@@ -72,12 +76,14 @@ def check_request(
     possible, reason = _possible(lm, mode, tokens.end)
     if reason is None and prompt.placement is not None:
         reason = prompt.placement.fallback_reason
-    policy = REPAIR.get(possible)
-    return Request(tokens, params, possible, reason, policy and (repair or policy))
+    budget = REPAIR.get(possible)
+    if budget is not None and repair is not None:
+        budget = repair
+    return Request(tokens, params, possible, reason, budget)
 
 
 def _check_fits(lm: CausalLM, tokens: TokenisedPrompt, limit: int) -> None:
-    """Raises: ContextLengthError: a token stands behind the last position."""
+    """Raises: ContextLengthError: a token stands after the last position."""
     length = len(tokens.token_ids)
     if length > limit:
         raise ContextLengthError(

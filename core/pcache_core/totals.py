@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +19,8 @@ class EngineStats(StoreStats):
 
     requests: that were finished. prompt_tokens: of all of them, the sum of
     cached_tokens: served from a prefix or a state, and so saved from being computed,
-    computed_tokens: that ran through the model as part of a prompt (`not_loaded_tokens` of them
-        although a state was there), and those that were encoded for it.
+    computed_tokens: that ran through the model as part of a prompt, and those that were encoded for
+        it.
     repaired_tokens: reused ones that were computed again all the same.
     generated_tokens: of answers.
     encoded_tokens, encode_ms: encoding of states, for requests and ahead of them.
@@ -32,7 +31,6 @@ class EngineStats(StoreStats):
     prompt_tokens: int = 0
     cached_tokens: int = 0
     computed_tokens: int = 0
-    not_loaded_tokens: int = 0
     repaired_tokens: int = 0
     generated_tokens: int = 0
     encoded_tokens: int = 0
@@ -51,20 +49,16 @@ class EngineStats(StoreStats):
 
 
 _SUMMED = (
-    "prompt_tokens", "cached_tokens", "computed_tokens", "not_loaded_tokens", "repaired_tokens",
-    "generated_tokens", "prefill_ms", "repair_ms",
+    "prompt_tokens", "cached_tokens", "computed_tokens", "repaired_tokens", "generated_tokens",
+    "prefill_ms", "repair_ms",
 )  # fmt: skip
 
 
 class Reports(deque[Report]):
-    """The last 256 reports, and sums over all there ever were. Thread-safe.
+    """The last 256 reports, and sums over all there ever were. Thread-safe."""
 
-    on_report: told of each.
-    """
-
-    def __init__(self, on_report: Callable[[Report], None]) -> None:
+    def __init__(self) -> None:
         super().__init__(maxlen=_KEPT_REPORTS)
-        self._on_report = on_report
         self._lock = threading.Lock()
         self._totals: dict[str, float] = dict.fromkeys(("requests", *_SUMMED), 0)
 
@@ -75,9 +69,8 @@ class Reports(deque[Report]):
             self._totals["requests"] += 1
             for name in _SUMMED:
                 self._totals[name] += getattr(report, name)
-        self._on_report(report)
 
     def totals(self) -> dict[str, float]:
-        """Sums by the names of `EngineStats`."""
+        """Return the sums by the names of `EngineStats`."""
         with self._lock:
             return dict(self._totals)

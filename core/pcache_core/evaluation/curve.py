@@ -10,28 +10,18 @@ from typing import TYPE_CHECKING
 from pcache_core.errors import OptionError
 from pcache_core.evaluation.run import Way
 from pcache_core.evaluation.table import Evaluation, Row
-from pcache_core.params import REPAIR, RepairPolicy
+from pcache_core.params import REPAIR
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_PERCENTS = (5, 10, 15, 20, 30, 50)
-_NO_LIMIT = 2**31  # head tokens, so that the share alone decides
-_LINES = {"heads": "heads of documents", "asked": "what the question attends to"}
+_BUDGETS = (8, 16, 32, 64, 128, 256)
 _FORMATS = (".png", ".svg")
 
 
 def sweep() -> tuple[Way, ...]:
-    """Repairs of growing shares of the reused tokens, by heads alone and by the question alone."""
-    heads = (
-        Way(_name("heads", percent), "balanced", RepairPolicy(_NO_LIMIT, 0.0, percent / 100))
-        for percent in _PERCENTS
-    )
-    asked = (
-        Way(_name("asked", percent), "balanced", RepairPolicy(0, percent / 100))
-        for percent in _PERCENTS
-    )
-    return (*heads, *asked)
+    """Repairs of growing numbers of tokens."""
+    return tuple(Way(_name(budget), "balanced", budget) for budget in _BUDGETS)
 
 
 def check_plot(file: Path) -> None:
@@ -65,7 +55,7 @@ def plot(evaluation: Evaluation, file: Path) -> None:
         accuracy.set_ylabel("exact match, %")
         ttft.set_ylabel("TTFT p50, ms")
         ttft.set_ylim(bottom=0)
-        ttft.set_xlabel("repaired, % of the reused tokens")
+        ttft.set_xlabel("tokens computed again")
         accuracy.legend(fontsize="small")
         asked = evaluation.questions
         figure.suptitle(f"{evaluation.model}, {len(asked.items)} questions of {asked.description}")
@@ -77,14 +67,14 @@ def plot(evaluation: Evaluation, file: Path) -> None:
 
 
 def _draw(axes: Axes, rows: dict[str, Row], height: dict[str, float]) -> None:
-    """A line for each kind of repair, from `fast` on; a mark for each mode; a level for `off`."""
+    """A line over budgets, from `fast` on; a mark for each mode; a level for `off`."""
     axes.axhline(height["off"], color="grey", linestyle="dashed", label="off")
-    for kind, label in _LINES.items():
-        names = _present(rows, ["fast", *(_name(kind, percent) for percent in _PERCENTS)])
-        shares = [_repaired_percent(rows[name]) for name in names]
-        axes.plot(shares, [height[name] for name in names], marker=".", label=label)
+    names = _present(rows, ["fast", *map(_name, _BUDGETS)])
+    counts = [rows[name].repaired_tokens for name in names]
+    label = "what the question attends to"
+    axes.plot(counts, [height[name] for name in names], marker=".", label=label)
     for name in _present(rows, ["fast", *REPAIR]):
-        point = (_repaired_percent(rows[name]), height[name])
+        point = (rows[name].repaired_tokens, height[name])
         axes.plot(*point, marker="D", linestyle="none", color="black")
         axes.annotate(name, point, xytext=(6, -12), textcoords="offset points")
     axes.grid(alpha=0.3)
@@ -94,9 +84,5 @@ def _present(rows: dict[str, Row], names: Sequence[str]) -> list[str]:
     return [name for name in names if name in rows]
 
 
-def _repaired_percent(row: Row) -> float:
-    return 100 * row.repaired_tokens / row.cached_tokens if row.cached_tokens else 0.0
-
-
-def _name(kind: str, percent: int) -> str:
-    return f"{kind}{percent}%"
+def _name(budget: int) -> str:
+    return f"repair {budget}"

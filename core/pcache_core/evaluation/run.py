@@ -17,7 +17,7 @@ import torch
 
 from pcache_core.engine import PromptCacheEngine
 from pcache_core.lm import CausalLM
-from pcache_core.params import RepairPolicy, ReuseMode, SamplingParams
+from pcache_core.params import ReuseMode, SamplingParams
 from pcache_core.prompt import Prompt
 from pcache_core.report import Report
 from pcache_core.store import DiskStore, MemoryStore, ModuleStore
@@ -30,7 +30,7 @@ class Way:
 
     name: str
     mode: ReuseMode
-    repair: RepairPolicy | None = None
+    repair: float | None = None
 
 
 BASELINE = Way("off", "off")
@@ -87,7 +87,7 @@ def _measure(
     with _store_for(lm, prompt, storage_dtype) as store:
 
         def new_engine(way: Way) -> PromptCacheEngine:
-            return PromptCacheEngine(lm, store, way.mode, repair=way.repair, admission="always")
+            return PromptCacheEngine(lm, store, way.mode, repair=way.repair)
 
         if storage_dtype is not None:
             new_engine(_ENCODING).prefill(prompt)  # what is encoded is used without being stored
@@ -104,13 +104,13 @@ def _measure(
 def _store_for(
     lm: CausalLM, prompt: Prompt, storage_dtype: StorageDtype | None
 ) -> Iterator[ModuleStore]:
-    """Room for the states of all the prompt's parts and of what they are encoded behind."""
+    """Room for all states of the prompt's parts."""
     if storage_dtype is not None:
         with TemporaryDirectory(prefix="pcache-eval-") as folder:
             yield DiskStore(folder, storage_dtype=storage_dtype)
         return
     tokens = len(PromptCacheEngine(lm).tokenise(prompt).token_ids)
-    yield MemoryStore(budget_bytes=max(1, 2 * tokens * lm.bytes_per_token))
+    yield MemoryStore(budget_bytes=max(1, 3 * tokens * lm.bytes_per_token))
 
 
 def kl_divergence(reference: torch.Tensor, other: torch.Tensor) -> float:

@@ -153,9 +153,6 @@ def _time(time: Time, shade: float) -> str:
 
 
 def _notes(picture: Picture) -> Iterator[str]:
-    for remark in picture.remarks:
-        quiet = f"opacity:{QUIET_OPACITY};font-size:12px;margin-top:6px"
-        yield f'<div style="{quiet}">{escape(remark)}</div>'
     if picture.fallback is not None:
         colour = LOOKS["encoded"].colour
         style = (

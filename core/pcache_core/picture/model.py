@@ -36,7 +36,7 @@ class Picture:
 
     headline: what was reused. details: of the other tokens. reuse: the mode that ran.
     times: one after the other, together not more than `ttft_ms`.
-    remarks: what else there is to know. fallback: why another mode ran; None if none did.
+    fallback: why another mode ran; None if none did.
     """
 
     headline: str
@@ -45,7 +45,6 @@ class Picture:
     runs: tuple[Run, ...]
     ttft_ms: float
     times: tuple[Time, ...]
-    remarks: tuple[str, ...]
     fallback: str | None
 
     @property

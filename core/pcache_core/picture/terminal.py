@@ -28,8 +28,6 @@ def draw(picture: Picture, console: Console, options: ConsoleOptions) -> RenderR
             yield from _excerpt(part, console, options.max_width)
     yield Text(f"\n{picture.label}", style="bold")
     yield from _times(picture, width)
-    for remark in picture.remarks:
-        yield Text(remark)
     if picture.fallback is not None:
         yield Text(f"fallback: {picture.fallback}", style="bold")
 

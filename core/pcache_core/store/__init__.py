@@ -1,12 +1,10 @@
 """Where states are kept between requests."""
 
 from pcache_core.store.base import (
-    Admits,
     BatchStore,
     Hit,
     LastingStore,
     ModuleStore,
-    Offer,
     Opened,
     OpeningStore,
     StoreStats,
@@ -20,7 +18,6 @@ from pcache_core.store.policy import CostAware, EvictionPolicy, LeastRecentlyUse
 from pcache_core.store.tiered import TieredStore
 
 __all__ = [
-    "Admits",
     "BatchStore",
     "CostAware",
     "DiskStore",
@@ -30,7 +27,6 @@ __all__ = [
     "LeastRecentlyUsed",
     "MemoryStore",
     "ModuleStore",
-    "Offer",
     "Opened",
     "OpeningStore",
     "StoreStats",

@@ -23,7 +23,6 @@ class StoreStats:
     damaged: entries that were dropped because they were altered, cut or another model's.
     failures: calls that failed because the store could not be reached, read or written.
     load_ms: time spent in look-ups that hit.
-    declined: look-ups that found a state which was not worth loading.
     loaded_nbytes: read by look-ups that hit, as kept; 0 where nothing is read.
     tiers: of a tiered store, each tier's own.
     """
@@ -39,7 +38,6 @@ class StoreStats:
     failures: int = 0
     load_ms: float = 0.0
     tiers: tuple[StoreStats, ...] = ()
-    declined: int = 0
     loaded_nbytes: int = 0
 
 
@@ -93,19 +91,6 @@ class LastingStore(ModuleStore, Protocol):
         """
 
 
-@dataclass(frozen=True, slots=True)
-class Offer:
-    """A state that a store has and has not read. nbytes: as kept, all of it."""
-
-    key: ModuleKey
-    tier: Tier
-    nbytes: int
-
-
-Admits = Callable[[Offer], bool]
-"""Whether a state is worth loading. Called before its numbers are read; from any thread."""
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Opened:
     """A state that was found and is read when it is used.
@@ -124,17 +109,17 @@ class Opened:
 class OpeningStore(ModuleStore, Protocol):
     """A store whose states can be read into a slot without a copy in between."""
 
-    def open_many(self, keys: Sequence[ModuleKey], admits: Admits) -> list[Opened | None]:
-        """For each key a state that is there and that `admits` admits, in order.
+    def open_many(self, keys: Sequence[ModuleKey]) -> list[Opened | None]:
+        """For each key a state that is there, in order.
 
         keys: each once. Slow reads begin for all of them before this returns.
         """
 
 
-def open_many(store: ModuleStore, keys: Sequence[ModuleKey], admits: Admits) -> list[Opened | None]:
+def open_many(store: ModuleStore, keys: Sequence[ModuleKey]) -> list[Opened | None]:
     """Open several states together; those of a store that can't are read by this."""
     if isinstance(store, OpeningStore):
-        return store.open_many(keys, admits)
+        return store.open_many(keys)
 
     def opened(key: ModuleKey, hit: Hit) -> Opened:
         def settle(load_ms: float, error: StateMismatchError | None) -> None:
@@ -159,11 +144,6 @@ def read(opened: Opened | None) -> Hit | None:
         return None
     opened.settle(milliseconds_since(started), None)
     return Hit(state, opened.tier)
-
-
-def everything(offer: Offer) -> bool:
-    """Admits every state."""
-    return True
 
 
 def milliseconds_since(started: float) -> float:

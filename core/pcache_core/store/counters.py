@@ -24,7 +24,6 @@ class Counters:
         self._damaged = 0
         self._failures = 0
         self._load_ms = 0.0
-        self._declined = 0
         self._loaded_nbytes = 0
 
     def hit(self, load_ms: float, nbytes: int) -> None:
@@ -33,11 +32,6 @@ class Counters:
             self._hits += 1
             self._load_ms += load_ms
             self._loaded_nbytes += nbytes
-
-    def declined(self) -> None:
-        """A look-up found a state that was not worth loading."""
-        with self._lock:
-            self._declined += 1
 
     def missed(self) -> None:
         """A look-up found nothing it could use."""
@@ -73,7 +67,6 @@ class Counters:
                 damaged=self._damaged,
                 failures=self._failures,
                 load_ms=self._load_ms,
-                declined=self._declined,
                 loaded_nbytes=self._loaded_nbytes,
             )
 

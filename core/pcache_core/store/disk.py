@@ -18,12 +18,9 @@ from pcache_core.key import ModuleKey
 from pcache_core.kv import KVState
 from pcache_core.store import serde
 from pcache_core.store.base import (
-    Admits,
     Hit,
-    Offer,
     Opened,
     StoreStats,
-    everything,
     milliseconds_since,
     read,
 )
@@ -91,27 +88,25 @@ class DiskStore:
 
     def get_many(self, keys: Sequence[ModuleKey]) -> list[Hit | None]:
         """What `get` returns for each key; the disk is asked for all of them at once."""
-        found = self.open_many(keys, everything)
+        found = self.open_many(keys)
         return [read(opened) for opened in found]
 
-    def open_many(self, keys: Sequence[ModuleKey], admits: Admits) -> list[Opened | None]:
+    def open_many(self, keys: Sequence[ModuleKey]) -> list[Opened | None]:
         """The states that are there, mapped and not yet read.
 
         The kernel is told to read all of them before the first is looked at: a disk serves them
         together, and goes on while the first are copied into a slot.
         """
         started = time.perf_counter()
-        files = [(key, self._file(key, admits)) for key in keys]
+        files = [(key, self._file(key)) for key in keys]
         opening_ms = milliseconds_since(started) / max(len(keys), 1)
         return [file and self._opened(key, *file, opening_ms) for key, file in files]
 
-    def _file(self, key: ModuleKey, admits: Admits) -> tuple[Entry, mmap.mmap] | None:
+    def _file(self, key: ModuleKey) -> tuple[Entry, mmap.mmap] | None:
         path = self._folder.path(self._name(key))
         try:
-            nbytes = _checked_nbytes(path)
-            if admits(Offer(key, "disk", nbytes)):
-                return _mapped(path)
-            self._counters.declined()
+            _check_nbytes(path)
+            return _mapped(path)
         except FileNotFoundError:
             self._counters.missed()
         except StateMismatchError as error:
@@ -215,12 +210,11 @@ def _checked_path(path: object) -> Path:
     return Path(os.path.abspath(os.path.expanduser(os.fspath(path))))
 
 
-def _checked_nbytes(path: Path) -> int:
-    """Length of a file. Raises: OSError. StateMismatchError: it is no regular file, or empty."""
+def _check_nbytes(path: Path) -> None:
+    """Raises: OSError. StateMismatchError: it is no regular file, or empty."""
     status = os.stat(path, follow_symlinks=False)
     if not stat.S_ISREG(status.st_mode) or status.st_size == 0:
         raise StateMismatchError("it is empty or no regular file")
-    return status.st_size
 
 
 def _mapped(path: Path) -> tuple[Entry, mmap.mmap]:

@@ -37,7 +37,7 @@ class MemoryStore:
     ) -> None:
         self._budget_bytes = check_budget(budget_bytes)
         self._policy: EvictionPolicy = policy or LeastRecentlyUsed()
-        self._states: dict[str, KVState] = {}
+        self._states: dict[str, tuple[ModuleKey, KVState]] = {}
         self._nbytes = 0
         self._hits = 0
         self._misses = 0
@@ -47,7 +47,7 @@ class MemoryStore:
     def get(self, key: ModuleKey) -> Hit | None:
         """The state if it is there and holds the key's tokens; it counts as used."""
         with self._lock:
-            state = self._states.get(key.digest)
+            _, state = self._states.get(key.digest, (key, None))
             if state is None or state.token_ids != key.token_ids:
                 self._misses += 1
                 return None
@@ -64,7 +64,7 @@ class MemoryStore:
             while self._nbytes + state.nbytes > self._budget_bytes:
                 self._remove(self._policy.victim())
                 self._evictions += 1
-            self._states[key.digest] = state
+            self._states[key.digest] = (key, state)
             self._nbytes += state.nbytes
             self._note_use(key.digest, state)
         return True
@@ -78,6 +78,11 @@ class MemoryStore:
         """Forget the state if it is there."""
         with self._lock:
             self._remove(key.digest)
+
+    def keys(self) -> list[ModuleKey]:
+        """The keys of all states."""
+        with self._lock:
+            return [key for key, _ in self._states.values()]
 
     def stats(self) -> StoreStats:
         """Counts so far."""
@@ -97,6 +102,6 @@ class MemoryStore:
 
     def _remove(self, digest: str) -> None:
         self._policy.removed(digest)
-        state = self._states.pop(digest, None)
-        if state is not None:
+        if digest in self._states:
+            _, state = self._states.pop(digest)
             self._nbytes -= state.nbytes

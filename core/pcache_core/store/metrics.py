@@ -25,7 +25,6 @@ _COUNTERS = {
     "damaged": "Entries dropped as altered, cut or another model's.",
     "load_ms": "Time spent in look-ups that hit.",
     "loaded_nbytes": "Bytes read by look-ups that hit.",
-    "declined": "Look-ups that found a state which was not worth loading.",
     "failures": "Calls that failed because the store could not be reached, read or written.",
 }
 _GAUGES = {

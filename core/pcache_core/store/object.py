@@ -17,12 +17,9 @@ from pcache_core.key import ModuleKey
 from pcache_core.kv import KVState
 from pcache_core.store import serde
 from pcache_core.store.base import (
-    Admits,
     Hit,
-    Offer,
     Opened,
     StoreStats,
-    everything,
     milliseconds_since,
     read,
 )
@@ -86,25 +83,22 @@ class ObjectStore:
 
     def get_many(self, keys: Sequence[ModuleKey]) -> list[Hit | None]:
         """What `get` returns for each key; several are read at a time."""
-        return [read(each) for each in self.open_many(keys, everything)]
+        return [read(each) for each in self.open_many(keys)]
 
-    def open_many(self, keys: Sequence[ModuleKey], admits: Admits) -> list[Opened | None]:
+    def open_many(self, keys: Sequence[ModuleKey]) -> list[Opened | None]:
         """The states that are there, their bytes read; several at a time."""
         if len(keys) < 2:
-            return [self._open(key, admits) for key in keys]
+            return [self._open(key) for key in keys]
         with ThreadPoolExecutor(min(_PARALLEL_READS, len(keys))) as pool:
-            return list(pool.map(lambda key: self._open(key, admits), keys))
+            return list(pool.map(self._open, keys))
 
-    def _open(self, key: ModuleKey, admits: Admits) -> Opened | None:
+    def _open(self, key: ModuleKey) -> Opened | None:
         started = time.perf_counter()
         path = self._path(key)
         try:
-            content = self._ask(lambda: self._read(path, key, admits))
+            content = self._ask(lambda: self._read(path, key))
             if content is None:
                 self._counters.missed()
-                return None
-            if not content:
-                self._counters.declined()
                 return None
             raw = torch.frombuffer(content, dtype=torch.uint8)
             rows = serde.open_state(raw, key, self._seal)
@@ -182,10 +176,8 @@ class ObjectStore:
         self._storage.worked()
         return answer
 
-    def _read(self, path: str, key: ModuleKey, admits: Admits) -> bytearray:
+    def _read(self, path: str, key: ModuleKey) -> bytearray:
         """The object's bytes: its beginning, then as much as its header says, and no more.
-
-        None of them if there are more than its beginning and it is not admitted.
 
         Raises: StateMismatchError: the header is not that of a state of this key.
         """
@@ -195,8 +187,6 @@ class ObjectStore:
             content += self._files.cat_file(path, start=len(content), end=header_nbytes)
         layout = serde.parse_header(bytes(content[:header_nbytes]))
         layout.record.check_is_of(key)
-        if layout.nbytes > len(content) and not admits(Offer(key, "remote", layout.nbytes)):
-            return bytearray()
         if len(content) == _FIRST_READ_BYTES or layout.nbytes > len(content):
             content += self._files.cat_file(path, start=len(content), end=layout.nbytes + 1)
         return content

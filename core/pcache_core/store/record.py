@@ -25,7 +25,7 @@ class Record:
 
     digest, token_ids: of its key. position: of the first token when it was encoded.
     dtype: of the state, without `torch.`; `storage` is how the file keeps it.
-    model, model_name, namespace, anchor_ids: what the key was made of; empty if unknown.
+    model, model_name, namespace, preamble_ids: what the key was made of; empty if unknown.
     text: the first characters of the text, empty if unknown. created: seconds since 1970.
     """
 
@@ -39,7 +39,7 @@ class Record:
     model: str
     model_name: str
     namespace: str
-    anchor_ids: tuple[int, ...]
+    preamble_ids: tuple[int, ...]
     text: str
     created: int
 
@@ -60,7 +60,7 @@ class Record:
             model=space.model if space else "",
             model_name=space.model_name if space else "",
             namespace=space.namespace if space else "",
-            anchor_ids=key.anchor_ids,
+            preamble_ids=key.preamble_ids,
             text=_start_of_text(key),
             created=created,
         )
@@ -80,7 +80,7 @@ class Record:
             "position": str(self.position),
             "stacks": json.dumps([_stack_to_list(stack) for stack in self.stacks]),
             "text": self.text,
-            "anchor_ids": json.dumps(self.anchor_ids),
+            "preamble_ids": json.dumps(self.preamble_ids),
             "token_ids": json.dumps(self.token_ids),
         }
 
@@ -111,7 +111,7 @@ class Record:
             model=metadata["model"],
             model_name=metadata["model_name"],
             namespace=metadata["namespace"],
-            anchor_ids=_integers(json.loads(metadata["anchor_ids"])),
+            preamble_ids=_integers(json.loads(metadata["preamble_ids"])),
             text=metadata["text"],
             created=_natural(metadata["created"]),
         )

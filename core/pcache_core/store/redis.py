@@ -21,12 +21,9 @@ from pcache_core.key import ModuleKey
 from pcache_core.kv import KVState
 from pcache_core.store import serde
 from pcache_core.store.base import (
-    Admits,
     Hit,
-    Offer,
     Opened,
     StoreStats,
-    everything,
     milliseconds_since,
     read,
 )
@@ -89,19 +86,19 @@ class RedisStore:
     def get_many(self, keys: Sequence[ModuleKey]) -> list[Hit | None]:
         """What `get` returns for each key, in few round trips."""
         unique = list(dict.fromkeys(keys))
-        opened = dict(zip(unique, self.open_many(unique, everything), strict=True))
+        opened = dict(zip(unique, self.open_many(unique), strict=True))
         return [read(opened[key]) for key in keys]
 
-    def open_many(self, keys: Sequence[ModuleKey], admits: Admits) -> list[Opened | None]:
+    def open_many(self, keys: Sequence[ModuleKey]) -> list[Opened | None]:
         """The states that the server has whole: one question for all, then their bytes.
 
         Round trips: one for the manifests, and one for every 16 MiB of all states together.
         """
         by_name = {self._name(key): key for key in keys}
         started = time.perf_counter()
-        contents = (self._ask(lambda: self._contents(by_name, admits)) or {}) if keys else {}
+        contents = (self._ask(lambda: self._contents(list(by_name))) or {}) if keys else {}
         elapsed_ms = milliseconds_since(started)
-        total = sum(len(content or b"") for content in contents.values())
+        total = sum(map(len, contents.values()))
         return [
             self._opened(key, contents[name], elapsed_ms / max(total, 1))
             if name in contents
@@ -158,25 +155,18 @@ class RedisStore:
         self._server.worked()
         return answer
 
-    def _contents(
-        self, keys: Mapping[str, ModuleKey], admits: Admits
-    ) -> dict[str, bytearray | None]:
-        """The stored bytes of those that are there and complete; None for those not admitted."""
-        contents: dict[str, bytearray | None] = {}
+    def _contents(self, names: Sequence[str]) -> dict[str, bytearray]:
+        """The stored bytes of those that are there and complete."""
+        contents: dict[str, bytearray] = {}
         wanted: dict[str, Manifest] = {}
-        texts = cast(_Answers, self._client.mget(list(keys)))
-        for (name, key), text in zip(keys.items(), texts, strict=True):
+        texts = cast(_Answers, self._client.mget(names))
+        for name, text in zip(names, texts, strict=True):
             if text is None:
                 continue
             try:
-                manifest = Manifest.parse(text)
+                wanted[name] = Manifest.parse(text)
             except StateMismatchError:
                 contents[name] = bytearray()  # dropped like any other damaged state
-                continue
-            if admits(Offer(key, "remote", manifest.nbytes)):
-                wanted[name] = manifest
-            else:
-                contents[name] = None
         return contents | self._joined(wanted)
 
     def _joined(self, manifests: Mapping[str, Manifest]) -> dict[str, bytearray]:
@@ -207,12 +197,7 @@ class RedisStore:
         self._counters.missed()
         return None
 
-    def _opened(
-        self, key: ModuleKey, content: bytearray | None, ms_per_byte: float
-    ) -> Opened | None:
-        if content is None:
-            self._counters.declined()
-            return None
+    def _opened(self, key: ModuleKey, content: bytearray, ms_per_byte: float) -> Opened | None:
         nbytes = len(content)
 
         def settle(load_ms: float, error: StateMismatchError | None) -> None:

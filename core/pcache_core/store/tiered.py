@@ -11,14 +11,11 @@ from pcache_core.errors import BudgetError, OptionError, StateMismatchError
 from pcache_core.key import ModuleKey
 from pcache_core.kv import KVState
 from pcache_core.store.base import (
-    Admits,
     Hit,
     ModuleStore,
-    Offer,
     Opened,
     StoreStats,
     Tier,
-    everything,
     open_many,
     read,
 )
@@ -55,38 +52,29 @@ class TieredStore:
 
     def get_many(self, keys: Sequence[ModuleKey]) -> list[Hit | None]:
         """What `get` returns for each key; each tier is asked once, for what is still missing."""
-        found = self._find(list(dict.fromkeys(keys)), everything)
+        found = self._find(list(dict.fromkeys(keys)))
         hits = {key: self._hit(key, *place) for key, place in found.items()}
         return [hits.get(key) for key in keys]
 
-    def open_many(self, keys: Sequence[ModuleKey], admits: Admits) -> list[Opened | None]:
+    def open_many(self, keys: Sequence[ModuleKey]) -> list[Opened | None]:
         """The states of the first tier that has each; what was used is then in the tiers before.
-
-        A state that one tier has and that is not admitted is asked of no later one.
         """
-        found = self._find(keys, admits)
+        found = self._find(keys)
         return [self._promoting(key, *found[key]) if key in found else None for key in keys]
 
-    def _find(self, keys: Sequence[ModuleKey], admits: Admits) -> dict[ModuleKey, _Place]:
+    def _find(self, keys: Sequence[ModuleKey]) -> dict[ModuleKey, _Place]:
         found: dict[ModuleKey, _Place] = {}
-        declined: set[ModuleKey] = set()
-
-        def admits_here(offer: Offer) -> bool:
-            if not admits(offer):
-                declined.add(offer.key)
-            return offer.key not in declined
-
         for index, tier in enumerate(self.tiers):
             if index == 1:
                 found |= self._waiting([key for key in keys if key not in found])
-            missing = [key for key in keys if key not in found and key not in declined]
+            missing = [key for key in keys if key not in found]
             if not missing:
                 break
-            for key, opened in zip(missing, open_many(tier, missing, admits_here), strict=True):
+            for key, opened in zip(missing, open_many(tier, missing), strict=True):
                 if opened is not None:
                     found[key] = (opened, index)
         for key in keys:
-            if key not in found and key not in declined:
+            if key not in found:
                 self._counters.missed()
         return found
 
@@ -112,7 +100,7 @@ class TieredStore:
     def stats(self) -> StoreStats:
         """All tiers together, each one's own in `tiers`.
 
-        hits, evictions, damaged, failures, load_ms, declined, loaded_nbytes: summed. misses: of
+        hits, evictions, damaged, failures, load_ms, loaded_nbytes: summed. misses: of
         this store, a look-up that no tier could serve. states: of the tier that has most. nbytes:
         of all, copies included. budget_bytes: the largest, what a single state may take.
         """
@@ -129,7 +117,6 @@ class TieredStore:
             damaged=sum(tier.damaged for tier in tiers),
             failures=sum(tier.failures for tier in tiers),
             load_ms=sum(tier.load_ms for tier in tiers),
-            declined=sum(tier.declined for tier in tiers),
             loaded_nbytes=sum(tier.loaded_nbytes for tier in tiers),
             tiers=tiers,
         )

@@ -1,0 +1,200 @@
+"""Sequences of finished requests, kept so that a prompt that starts alike continues them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from pcache_core.lm import CausalLM
+from pcache_core.request import Request
+from pcache_core.sequence import COMPUTED, KVSequence, StatesInUse
+
+_ROUND_UP = 64
+
+Accepts = Callable[[int, str], bool]
+"""Whether a row of the new prompt may be served by a row with this label."""
+
+
+class PrefixCache:
+    """Hands out sequences and keeps those of the last requests.
+
+    A row can be taken over when every row up to it holds the same token in the same position, and
+    either was computed with full sight or came from a state that the new prompt uses in the same
+    place. Repaired rows were chosen by a question, so they serve only a prompt that continues
+    after that question.
+
+    budget_bytes: how much finished sequences may hold; the one that finished last is kept whatever
+        its size. Thread-safe.
+    """
+
+    def __init__(self, lm: CausalLM, budget_bytes: int) -> None:
+        self._lm = lm
+        self._budget_bytes = budget_bytes
+        self._idle: list[KVSequence] = []  # least recently used first
+        self._running: set[KVSequence] = set()
+        self._in_use = StatesInUse()
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def sequence(self, request: Request) -> Iterator[KVSequence]:
+        """Lend a sequence that holds as long a start of the prompt as possible.
+
+        The last token is never taken over: it has to be computed for its logits. When the request
+        ends, its rows may serve others; none does if it failed before they were filled.
+        """
+        keys = {planned.key for planned in request.states}
+        is_shared = self._in_use.enter(keys)
+        try:
+            sequence = self._acquire(request, lends=is_shared and self._lm.lends)
+            try:
+                yield sequence
+            finally:
+                self._release(sequence, request)
+        finally:
+            self._in_use.leave(keys)
+
+    @property
+    def nbytes(self) -> int:
+        """Keys and values of running requests, in bytes; what they share counts once."""
+        with self._lock:
+            slots = [sequence.slot for sequence in self._running]
+        shared = {id(loan.state): loan.state.nbytes for slot in slots for loan in slot.loans}
+        return sum(slot.nbytes for slot in slots) + sum(shared.values())
+
+    def _acquire(self, request: Request, *, lends: bool) -> KVSequence:
+        if self._lm.support.kind == "no-cache":
+            return KVSequence(self._lm.new_slot, self._lm.new_slot(0), stock=self._lm.stock_run())
+        tokens = request.tokens
+        wanted = list(zip(tokens.token_ids, tokens.positions, strict=True))
+        # What is on loan needs no room; should it turn out not to be there, the buffers grow.
+        lent = sum(state.num_rows for state in request.states if not state.is_opening)
+        capacity = request.capacity - (lent if lends else 0)
+        with self._lock:
+            best, rows = self._best_match(request, wanted)
+            if best is not None and _may_continue(best, rows, capacity):
+                self._idle.remove(best)
+                sequence = best
+            else:
+                held = 0 if best is None else best.slot.index(rows)
+                sequence = self._new(max(capacity, held), keep=best)
+                if best is not None:
+                    sequence.copy_from(best, rows)
+            self._running.add(sequence)
+        sequence.shorten(whole_prefix(request, rows))
+        sequence.lender = self._in_use if lends else None
+        sequence.is_filled = False
+        return sequence
+
+    def _release(self, sequence: KVSequence, request: Request) -> None:
+        """Keep the sequence, emptied if nothing in it may serve another request."""
+        if sequence.stock is not None:
+            return
+        sequence.lender = None
+        is_unstable = self._lm.support.is_beyond_stable(sequence.end)
+        if request.reuse == "off" or is_unstable or not sequence.is_filled:
+            sequence.shorten(0)
+        with self._lock:
+            self._running.discard(sequence)
+            self._idle.insert(len(self._idle) if sequence.token_ids else 0, sequence)
+            while len(self._idle) > 1 and self._idle_bytes() > self._budget_bytes:
+                del self._idle[0]
+
+    def _idle_bytes(self) -> int:
+        return sum(sequence.nbytes for sequence in self._idle)
+
+    def _best_match(
+        self, request: Request, wanted: Sequence[_Token]
+    ) -> tuple[KVSequence | None, int]:
+        accepts = _filter(request)
+        best, rows = None, 0
+        for sequence in self._idle:
+            if _continues(sequence, wanted, request.repair):
+                matching = _alike(sequence, wanted)
+            else:
+                matching = _matching_rows(sequence, wanted, accepts)
+            if matching > rows:
+                best, rows = sequence, matching
+        return best, rows
+
+    def _new(self, capacity: int, keep: KVSequence | None) -> KVSequence:
+        """Fresh memory is slow to touch, so the oldest sequence gives its buffers when all is full.
+
+        keep: whose rows are still needed.
+        """
+        capacity = -(-capacity // _ROUND_UP) * _ROUND_UP
+        needed = capacity * self._lm.bytes_per_token
+        if self._idle_bytes() + needed > self._budget_bytes:
+            for sequence in self._idle:
+                if sequence is not keep and sequence.slot.capacity >= capacity:
+                    self._idle.remove(sequence)
+                    sequence.shorten(0)
+                    return sequence
+        return KVSequence(self._lm.new_slot, self._lm.new_slot(capacity))
+
+
+def whole_prefix(request: Request, rows: int) -> int:
+    """Return how many of the first `rows` rows to take over, so that none ends inside a module.
+
+    Modules may lie in one another, so that leaving one out may cut into another. The opening is
+    plain text from the first row on: it is kept in part, unless its state saves more than half.
+    """
+    cut = [state for state in request.states if state.start < rows < state.stop]
+    while cut:
+        if cut == [state for state in cut if state.is_opening]:
+            return rows if 2 * rows >= cut[0].stop else 0
+        rows = min(state.start for state in cut)
+        cut = [state for state in request.states if state.start < rows < state.stop]
+    return rows
+
+
+_Token = tuple[int, int]
+"""A token's id and position."""
+
+
+def _filter(request: Request) -> Accepts:
+    """Which rows of an earlier sequence may serve: computed ones, or from a state that is planned.
+
+    Where states are repaired, computed ones alone: repair starts from states, not from what
+    earlier questions made of them.
+    """
+    if request.reuse == "off":
+        return lambda row, label: False
+    digests: dict[tuple[int, str], None] = {}
+    for planned in () if request.repair is not None else request.states:
+        for start, stop in planned.runs:
+            digests.update(dict.fromkeys((row, planned.key.digest) for row in range(start, stop)))
+    return lambda row, label: label == COMPUTED or (row, label) in digests
+
+
+def _may_continue(sequence: KVSequence, rows: int, capacity: int) -> bool:
+    """Continuing in place forgets the rows beyond, so those have to be the fewer."""
+    return sequence.slot.capacity >= capacity and 2 * rows >= len(sequence.token_ids)
+
+
+def _alike(sequence: KVSequence, wanted: Sequence[_Token]) -> int:
+    """Rows from the first on that hold the prompt's tokens, whatever they came from."""
+    most = min(len(sequence.token_ids), len(wanted) - 1)
+    held = zip(sequence.token_ids[:most], sequence.positions, strict=False)
+    pairs = zip(held, wanted, strict=False)
+    return next((row for row, (mine, theirs) in enumerate(pairs) if mine != theirs), most)
+
+
+def _matching_rows(sequence: KVSequence, wanted: Sequence[_Token], accepts: Accepts) -> int:
+    alike = _alike(sequence, wanted)
+    labels = sequence.labels
+    return next((row for row in range(alike) if not accepts(row, labels[row])), alike)
+
+
+def _continues(sequence: KVSequence, wanted: Sequence[_Token], repair: float | None) -> bool:
+    """Whether the prompt is the one that rows were repaired for, or goes on after it."""
+    if repair is None or not _same_budget(sequence.repair, repair):
+        return False
+    count = sequence.repaired_for
+    held = zip(sequence.token_ids[:count], sequence.positions[:count], strict=True)
+    return list(held) == list(wanted[:count])
+
+
+def _same_budget(one: float | None, other: float | None) -> bool:
+    """1.0 is a share of all, and an integer is a number of tokens."""
+    return one == other and type(one) is type(other)

@@ -1,0 +1,286 @@
+"""Turns: how many requests work at the same time, how many wait for that, and for how long.
+
+Each request at work holds keys and values, so more of them need more memory, and beyond some number
+nobody's answer comes sooner. The others wait, in the order they came; when too many do, the next is
+refused at once, which tells a caller more than an answer that comes too late.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Generic, Literal, TypeVar
+
+from pcache_core.errors import DeadlineExceededError, OverloadedError, RequestCancelledError
+from pcache_core.lm import CausalLM
+
+T = TypeVar("T")
+
+_LOOK_S = 0.05  # how often a request that waits looks whether it still has to
+
+
+class _Thread(threading.local):
+    """The place that was taken for what a thread is about to do."""
+
+    place: Place | None = None
+
+
+class Gate:
+    """Lets `max_running` requests work, and `max_waiting` more wait. Thread-safe."""
+
+    def __init__(self, max_running: int, max_waiting: int) -> None:
+        self.max_running = max_running
+        self.max_waiting = max_waiting
+        self._running = 0
+        self._queued = 0
+        self._line: deque[Place] = deque()
+        self._moved = threading.Condition()
+        self._thread = _Thread()
+
+    @property
+    def running(self) -> int:
+        """Requests at work."""
+        return self._running
+
+    @property
+    def waiting(self) -> int:
+        """Requests that are queued."""
+        return self._queued
+
+    @contextmanager
+    def using(self, place: Place) -> Iterator[None]:
+        """Inside, `queue` gives this thread a place that was taken for it before."""
+        self._thread.place = place
+        try:
+            yield
+        finally:
+            self._thread.place = None
+
+    def queue(self, asked_at: float) -> Place:
+        """A place in the queue. Raises: OverloadedError: the queue is full."""
+        held, self._thread.place = self._thread.place, None
+        if held is not None:
+            return held
+        with self._moved:
+            if self._running + self._queued >= self.max_running + self.max_waiting:
+                raise OverloadedError(
+                    f"{self._running} requests are at work and {self._queued} wait, the limits are "
+                    f"{self.max_running} and {self.max_waiting}; try again later, or raise "
+                    "max_waiting of the engine"
+                )
+            self._queued += 1
+            return Place(self, asked_at)
+
+
+class Place:
+    """One request's: first in the queue, then at work. Left once, whatever happened.
+
+    asked_at: when the request came, by `time.perf_counter`.
+    """
+
+    def __init__(self, gate: Gate, asked_at: float) -> None:
+        self.asked_at = asked_at
+        self._gate = gate
+        self._state: Literal["queued", "working", "paused", "left"] = "queued"
+
+    def start(self, check: Callable[[], None]) -> None:
+        """Wait until it is this request's turn to work.
+
+        check: is asked again and again; ends the waiting by raising.
+        """
+        gate = self._gate
+        with gate._moved:
+            gate._line.append(self)
+            try:
+                check()
+                while gate._line[0] is not self or gate._running >= gate.max_running:
+                    gate._moved.wait(_LOOK_S)
+                    check()
+                self._become("working")
+            finally:
+                gate._line.remove(self)
+                gate._moved.notify_all()
+
+    def pause(self) -> None:
+        """Let others work while nobody asks for this request's next piece."""
+        with self._gate._moved:
+            self._become("paused")
+
+    def resume(self) -> None:
+        """Go on, at once: what has begun is never kept waiting, so nobody waits for ever."""
+        with self._gate._moved:
+            self._become("working")
+
+    def leave(self) -> None:
+        """Be done, or give up."""
+        with self._gate._moved:
+            self._become("left")
+
+    def _become(self, state: Literal["working", "paused", "left"]) -> None:
+        gate = self._gate
+        gate._queued -= self._state == "queued"
+        gate._running += (state == "working") - (self._state == "working")
+        self._state = state
+        if gate._line:
+            gate._moved.notify_all()
+
+
+def too_late(timeout_s: float | None) -> DeadlineExceededError:
+    """What a request ends with whose time has passed."""
+    return DeadlineExceededError(
+        f"the answer was not done within timeout_s={timeout_s}; allow more time, ask for fewer "
+        "max_tokens, or run fewer requests at once"
+    )
+
+
+class Deadline:
+    """The moment a request has to be done by.
+
+    timeout_s: None leaves it all the time it needs. asked_at: by `time.perf_counter`.
+    """
+
+    def __init__(self, timeout_s: float | None, asked_at: float) -> None:
+        self._timeout_s = timeout_s
+        self._ends = None if timeout_s is None else asked_at + timeout_s
+
+    @contextmanager
+    def over(self, lm: CausalLM) -> Iterator[None]:
+        """Inside, what waits for the model or for its turn is given up when the time has passed.
+
+        Raises: DeadlineExceededError: it has.
+        """
+        if self._ends is None:
+            yield
+            return
+        try:
+            with lm.cancelled_by(self._is_passed):
+                yield
+        except RequestCancelledError:
+            if not self._is_passed():
+                raise
+            raise too_late(self._timeout_s) from None
+
+    def _is_passed(self) -> bool:
+        return self._ends is not None and time.perf_counter() >= self._ends
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _End(Generic[T]):
+    """What a stream ended with."""
+
+    error: BaseException | None
+
+
+class Scheduler:
+    """Runs requests in turn, in the caller's thread or, for an event loop, in threads of its own."""
+
+    def __init__(self, lm: CausalLM, max_running: int, max_waiting: int) -> None:
+        self._lm = lm
+        self._gate = Gate(max_running, max_waiting)
+        self._threads = ThreadPoolExecutor(max_running, thread_name_prefix="pcache")
+
+    def run(
+        self,
+        answer: Callable[[float], Generator[T, None, None]],
+        *,
+        asked_at: float,
+        timeout_s: float | None,
+    ) -> Generator[T, None, None]:
+        """Yield what `answer` makes when its turn has come; its turn ends while nobody asks for more.
+
+        answer: is told when the request came, which may have been before this was called.
+        asked_at: when it came, by `time.perf_counter`.
+        Raises: OverloadedError: too many requests wait. DeadlineExceededError: the time has passed.
+        """
+        place = self._gate.queue(asked_at)
+        deadline = Deadline(timeout_s, place.asked_at)
+        items = answer(place.asked_at)
+        try:
+            with deadline.over(self._lm):
+                place.start(self._lm.check_cancelled)
+            while True:
+                with deadline.over(self._lm):
+                    item = next(items, None)
+                if item is None:
+                    return
+                place.pause()
+                yield item
+                place.resume()
+        finally:
+            items.close()
+            place.leave()
+
+    async def run_in_thread(
+        self, start: Callable[[], Generator[T, None, None]], timeout_s: float | None = None
+    ) -> AsyncGenerator[T, None]:
+        """The items of the stream that `start` makes; raises what it raises.
+
+        timeout_s: seconds within which the stream has to be begun; once it is, its own matter.
+        Raises: OverloadedError: too many requests wait. DeadlineExceededError: it was not begun.
+        """
+        place = self._gate.queue(time.perf_counter())
+        loop = asyncio.get_running_loop()
+        items: asyncio.Queue[T | _End[T]] = asyncio.Queue()
+        given_up = threading.Event()
+
+        def deliver(item: T | _End[T]) -> None:
+            try:
+                loop.call_soon_threadsafe(items.put_nowait, item)
+            except RuntimeError:  # the loop is closed
+                given_up.set()
+
+        def make() -> None:
+            try:
+                with self._gate.using(place):
+                    self._make(start, deliver, given_up)
+            finally:
+                place.leave()
+
+        work = self._threads.submit(make)
+
+        def expire() -> None:
+            if work.cancel():
+                place.leave()
+                items.put_nowait(_End(too_late(timeout_s)))
+
+        timer = None if timeout_s is None else loop.call_later(timeout_s, expire)
+        try:
+            while not isinstance(item := await items.get(), _End):
+                yield item
+            if item.error is not None:
+                raise item.error
+        finally:
+            given_up.set()
+            if timer is not None:
+                timer.cancel()
+            if work.cancel():
+                place.leave()
+
+    def _make(
+        self,
+        start: Callable[[], Generator[T, None, None]],
+        deliver: Callable[[T | _End[T]], None],
+        given_up: threading.Event,
+    ) -> None:
+        error: BaseException | None = None
+        try:
+            with self._lm.cancelled_by(given_up.is_set):
+                stream = start()
+                try:
+                    for item in stream:
+                        deliver(item)
+                        if given_up.is_set():
+                            break
+                finally:
+                    stream.close()
+        except RequestCancelledError:
+            return
+        except BaseException as raised:
+            error = raised
+        deliver(_End(error))
