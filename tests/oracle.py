@@ -3,9 +3,10 @@
 A prompt is laid out as rows. A row is a token with a position and with the rows it may attend to:
 
 - A `document` of at least `min_module_tokens` tokens is a module, unless it ends the prompt. Its
-  tokens see the tokens before them in the module, and the anchor as if it stood directly in
-  front: every module gets its own copy of the anchor's rows.
-- Every other token sees all rows before it in the prompt's order, but no anchor copy.
+  tokens see the tokens before them in the module, and its preamble as if it stood directly in
+  front: every module gets its own copy of the preamble's rows. The first module's preamble is the
+  opening alone, that of the others has company.
+- Every other token sees all rows before it in the prompt's order, but no preamble copy.
 - A module's token that was repaired is there twice, at the same place: first as the `replaced`
   token, which later tokens of its module saw when they were encoded and nothing else sees, then as
   a computed one, which every computed token behind it sees instead.
@@ -16,9 +17,9 @@ Nothing here shares code with the engine, and no cache is involved: this is the 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
-import itertools
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 from unittest import mock
@@ -36,9 +37,9 @@ class Row:
     """A token and what decides whom it sees.
 
     place: where the row stands in the prompt, a copy directly before its module; for windows.
-    position: what the model is told; other than the place only for copies of `encoded="in place"`.
+    position: what the model is told; the place, but for copies of `encoded="in place"`.
     group: 0 for a computed token, the module's number for its tokens (those that were replaced
-        included) and its anchor copy.
+        included) and its preamble copy.
     """
 
     token_id: int
@@ -55,20 +56,20 @@ def lay_out(
     tokenizer: PreTrainedTokenizerBase,
     prompt: Prompt,
     *,
-    anchor: Literal["opening", "bos"] = "opening",
+    preamble: tuple[str, Sequence[str]] = ("", ()),
     encoded: Literal["anywhere", "in place"] = "anywhere",
     min_module_tokens: int = 8,
     repaired: Collection[int] = (),
 ) -> Rows:
     """The rows of a prompt.
 
-    anchor: what its modules were encoded behind: BOS and the constant opening, or BOS alone.
-    encoded: `anywhere`: directly behind the anchor, then moved together with it. `in place`: at
-        the module's final positions, the anchor at the beginning of the prompt.
+    preamble: what its modules were encoded after: an opening, after BOS, and company.
+    encoded: `anywhere`: directly after the preamble, then moved together with it. `in place`: at
+        the module's final positions, the preamble from the first position on, as far as it fits.
     """
     bos = tokenizer("").input_ids
     pieces = _pieces(tokenizer, prompt)
-    anchor_ids = bos + _opening_ids(pieces) if anchor == "opening" else bos
+    before_ids, later_ids = preamble_ids(tokenizer, *preamble)
     total = len(bos) + sum(len(ids) for _, ids in pieces)
 
     rows = _computed(bos, 0)
@@ -76,17 +77,40 @@ def lay_out(
     for group, (kind, ids) in enumerate(pieces, start=1):
         stop = at + len(ids)
         if kind == "document" and len(ids) >= min_module_tokens and stop < total:
-            before = at - len(anchor_ids)
+            if encoded == "in place":
+                before_ids = before_ids[:at]
+            before = at - len(before_ids)
             first = before if encoded == "anywhere" else 0
             rows += [
                 Row(token_id, before + i, first + i, "copy", group)
-                for i, token_id in enumerate(anchor_ids)
+                for i, token_id in enumerate(before_ids)
             ]
             rows += _module(ids, at, group, repaired)
+            before_ids = later_ids
         else:
             rows += _computed(ids, at)
         at = stop
-    return tuple(rows)
+    return moved_up(rows)
+
+
+def preamble_ids(
+    tokenizer: PreTrainedTokenizerBase, opening: str, company: Sequence[str]
+) -> tuple[list[int], list[int]]:
+    """What a prompt's first module is encoded after, and what the others are."""
+    first = tokenizer("").input_ids + tokenizer(opening, add_special_tokens=False).input_ids
+    texts = [part for text in company for part in (text, "\n\n")]
+    return first, first + [
+        token_id for text in texts for token_id in tokenizer(text, add_special_tokens=False).input_ids
+    ]
+
+
+def moved_up(rows: Sequence[Row]) -> Rows:
+    """The rows, all moved by as much as brings copies before the prompt's start to position 0.
+
+    Only distances matter to models whose states can be moved.
+    """
+    by = -min(0, *(row.position for row in rows))
+    return tuple(dataclasses.replace(row, position=row.position + by) for row in rows)
 
 
 def without_modules(rows: Rows) -> Rows:
@@ -101,7 +125,8 @@ def token_ids(rows: Rows) -> list[int]:
 
 def followed_by(rows: Rows, token_id: int) -> Rows:
     """The rows with one generated token more."""
-    return (*rows, *_computed([token_id], rows[-1].place + 1))
+    last = rows[-1]
+    return (*rows, Row(token_id, last.place + 1, last.position + 1, "computed", 0))
 
 
 def computed_logits(model: PreTrainedModel, rows: Rows) -> torch.Tensor:
@@ -156,12 +181,6 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[tuple[st
         (segment.kind, tokenizer(segment.text, add_special_tokens=False).input_ids)
         for segment in prompt.segments
     ]
-
-
-def _opening_ids(pieces: list[tuple[str, list[int]]]) -> list[int]:
-    """Ids of the literals before the first segment of another kind."""
-    opening = itertools.takewhile(lambda piece: piece[0] == "literal", pieces)
-    return [token_id for _, ids in opening for token_id in ids]
 
 
 def _forward(model: PreTrainedModel, rows: Rows, **options: Any) -> Any:

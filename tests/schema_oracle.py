@@ -4,7 +4,7 @@ Rows are those of `oracle.py`. In the prompt's order:
 
 - A text of the schema that may be reused belongs to a unit: the texts of its own module, or of all
   modules of a scaffold that the prompt uses whole. Its tokens see those before them in the text,
-  and copies of what the unit was encoded behind, as far away as it was then: the opening, the
+  and copies of what the unit was encoded after, as far away as it was then: its preamble, the
   unit's texts before it, and what stands in for arguments.
 - A document is a unit of its own.
 - Arguments, text of the prompt, chat marks and texts that may not be reused see every row before
@@ -38,9 +38,9 @@ from pcache_core.pml import (
     resolve,
 )
 
-Encoded = Literal["behind the anchor", "in place", "without gaps"]
-"""Where units were encoded: directly behind the anchor, gaps kept; where the schema has them; or
-directly behind the anchor and themselves, for models that don't take positions."""
+Encoded = Literal["after the preamble", "in place", "without gaps"]
+"""Where units were encoded: directly after the preamble, gaps kept; where the schema has them; or
+directly after the preamble and themselves, for models that don't take positions."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,8 @@ class SchemaOracle:
 
     schema: str
     tokenizer: PreTrainedTokenizerBase
-    encoded: Encoded = "behind the anchor"
+    encoded: Encoded = "after the preamble"
+    preamble: tuple[str, Sequence[str]] = ("", ())
     min_module_tokens: int = 8
     src_root: Path | None = None
 
@@ -77,17 +78,15 @@ class SchemaOracle:
         """The rows of a prompt."""
         layout, runs = self.layout(), self.resolve(prompt, positions).runs
         opening = _opening(layout, runs)
-        anchor = [*self.bos, *(t for run in runs[:opening] for t in run.token_ids)]
         rows = [Row(t, i, i, "computed", 0) for i, t in enumerate(self.bos)]
-        units = self._units(layout, runs, opening, len(anchor))
+        units = self._units(layout, runs, opening)
         for index, run in enumerate(runs):
             unit = next((unit for unit in units if any(t.run == index for t in unit)), None)
             if unit is None:
                 rows += _rows(run.token_ids, run.start, "computed", 0)
             else:
-                before = [Token(token_id, i, None) for i, token_id in enumerate(anchor)]
-                rows += self._unit_rows([*before, *unit], index, run)
-        return tuple(rows)
+                rows += self._unit_rows(unit, index, run)
+        return oracle.moved_up(rows)
 
     def plain(self, prompt: str, positions: Positions = "schema") -> Rows:
         """The same ids and positions, computed as one causal text."""
@@ -102,7 +101,7 @@ class SchemaOracle:
         )
 
     def _unit_rows(self, tokens: list[Token], index: int, run: Run) -> list[Row]:
-        """Copies of what the run was encoded behind, then the run."""
+        """Copies of what the run was encoded after, then the run."""
         first = next(i for i, token in enumerate(tokens) if token.run == index)
         moved = 0 if self.encoded == "in place" else run.start - tokens[first].position
         copies = [
@@ -112,9 +111,10 @@ class SchemaOracle:
         return [*copies, *_rows(run.token_ids, run.start, "module", index + 1)]
 
     def _units(
-        self, layout: Layout, runs: Sequence[Run], opening: int, anchor: int
+        self, layout: Layout, runs: Sequence[Run], opening: int
     ) -> list[list[Token]]:
-        """The tokens of each unit of the prompt, in the order they were encoded in."""
+        """The tokens of each unit of the prompt and its preamble, in the order of encoding."""
+        before, later = oracle.preamble_ids(self.tokenizer, *self.preamble)
         together = {path: paths for paths in self._scaffolds(layout, runs) for path in paths}
         groups: dict[object, list[int]] = {}
         for index, run in enumerate(runs[opening:], opening):
@@ -126,7 +126,8 @@ class SchemaOracle:
         for members in groups.values():
             kept = sum(len(runs[index].token_ids) for index in members)
             if kept >= self.min_module_tokens and len(runs) - 1 not in members:
-                units.append(self._encoded(layout, runs, members, anchor))
+                units.append(self._encoded(layout, runs, members, before))
+                before = later
         return units
 
     def _scaffolds(self, layout: Layout, runs: Sequence[Run]) -> list[tuple[tuple[str, ...], ...]]:
@@ -134,9 +135,9 @@ class SchemaOracle:
         return [paths for paths in layout.scaffolds if used.issuperset(paths)]
 
     def _encoded(
-        self, layout: Layout, runs: Sequence[Run], members: Sequence[int], anchor: int
+        self, layout: Layout, runs: Sequence[Run], members: Sequence[int], before: list[int]
     ) -> list[Token]:
-        """Texts and stand-ins by their place in the schema, then moved behind the anchor."""
+        """Texts and stand-ins by their place in the schema, then moved to after the preamble."""
         tokens = []
         for index in members:
             run = runs[index]
@@ -150,12 +151,18 @@ class SchemaOracle:
                         ids = param.scaffold_ids
                         tokens += [Token(t, param.start + i, None) for i, t in enumerate(ids)]
         tokens.sort(key=lambda token: token.position)
+        first = tokens[0].position
         if self.encoded == "in place":
-            return tokens
+            before = before[:first]
+        preamble = [Token(token_id, i, None) for i, token_id in enumerate(before)]
+        if self.encoded == "in place":
+            return [*preamble, *tokens]
         if self.encoded == "without gaps":
-            return [Token(t.token_id, anchor + i, t.run) for i, t in enumerate(tokens)]
-        back = tokens[0].position - anchor
-        return [Token(token.token_id, token.position - back, token.run) for token in tokens]
+            moved = [Token(t.token_id, len(before) + i, t.run) for i, t in enumerate(tokens)]
+        else:
+            back = first - len(before)
+            moved = [Token(t.token_id, t.position - back, t.run) for t in tokens]
+        return [*preamble, *moved]
 
 
 def followed_by(rows: Rows, token_id: int) -> Rows:

@@ -12,8 +12,7 @@ from transformers import PreTrainedModel
 
 import oracle
 import tiny_models
-from pcache_core import CausalLM, Prefill, Prompt, PromptCacheEngine, Segment
-from pcache_core.slots import REPAIRED
+from pcache_core import CausalLM, Preamble, Prefill, Prompt, PromptCacheEngine, Segment
 
 TOLERANCE = 1e-4
 VISIBLE_DIFFERENCE = 1e-2
@@ -44,6 +43,8 @@ SEQUENTIAL = {
 REUSING = [name for name in VERDICTS if name not in (*TOO_LONG, *EXACT_ONLY, *NO_CACHE)]
 DIVERSE = ["llama", "gemma3", "deepseek_v3", "gpt_oss", "mixtral", "gpt_neox", "mpt", "gpt2"]
 
+# Short: a preamble takes an eighth of the context at most.
+PREAMBLE = ("Read.\n", ("Tea is warm.",))
 OPENING = Segment("Answer from the notes.\n", "literal")
 BEES = Segment("Ann keeps bees in Oslo.", "document", name="bees")
 BOAT = Segment("Ben sold a red boat.", "document", name="boat")
@@ -81,14 +82,16 @@ class Subject:
 
     def engine(self) -> PromptCacheEngine:
         """A new one for every test, so that none continues another's slots."""
-        return PromptCacheEngine(self.lm, reuse="fast")
+        return PromptCacheEngine(self.lm, reuse="fast", preamble=Preamble(*PREAMBLE))
 
     def twin(self) -> PreTrainedModel:
         return tiny_models.build(self.name, seed=self.seed)
 
     def rows(self, prompt: Prompt, repaired: Collection[int] = ()) -> oracle.Rows:
         encoded = "in place" if self.name in FIXED else "anywhere"
-        return oracle.lay_out(self.lm.tokenizer, prompt, encoded=encoded, repaired=repaired)
+        return oracle.lay_out(
+            self.lm.tokenizer, prompt, preamble=PREAMBLE, encoded=encoded, repaired=repaired
+        )
 
     def expected(self, prompt: Prompt, repaired: Collection[int] = ()) -> torch.Tensor:
         """Logits of one masked forward."""
@@ -110,9 +113,3 @@ def error(prefill: Prefill, expected: torch.Tensor) -> float:
 
 def module_tokens(subject: Subject) -> int:
     return sum(subject.lm.count_tokens(document.text) for document in (BEES, BOAT, MILL))
-
-
-def repaired_rows(engine: PromptCacheEngine) -> list[int]:
-    """Rows that an engine's only request repaired, as it marked them in the slot it gave back."""
-    (lease,) = engine._reader._pool._idle
-    return [row for row, label in enumerate(lease.labels) if label == REPAIRED]

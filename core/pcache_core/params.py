@@ -49,9 +49,11 @@ def check_repair(repair: float | None) -> float | None:
     return repair
 
 
-def repair_budget(repair: float, reusable: int) -> int:
-    """Return how many of `reusable` tokens are computed again."""
-    return repair if isinstance(repair, int) else int(repair * reusable)
+def repair_budget(repair: float | None, reusable: int) -> float:
+    """Return how many of `reusable` tokens are computed again; not rounded if it is a share."""
+    if repair is None:
+        return 0
+    return repair if isinstance(repair, int) else repair * reusable
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,9 +41,9 @@ def plan_prefill(request: Request, sequence: KVSequence) -> PrefillPlan:
     tokens, prefix = request.tokens, len(sequence.token_ids)
     modules = [state for state in request.states if not state.is_opening]
     reusable = sum(state.num_rows for state in modules)
-    budget = 0 if request.repair is None else repair_budget(request.repair, reusable)
+    budget = repair_budget(request.repair, reusable)
     # Half of it computed again takes as long as all of it, which is the better answer.
-    if request.repair is not None and 2 * budget >= reusable:
+    if budget and 2 * budget >= reusable:
         modules, budget = [], 0
     openings = [state for state in request.states if state.is_opening]
     states = tuple(state for state in (*openings, *modules) if state.start >= prefix)
@@ -57,7 +57,7 @@ def plan_prefill(request: Request, sequence: KVSequence) -> PrefillPlan:
     stale = tuple(row for row, label in enumerate(labels) if label not in (COMPUTED, REPAIRED))
     if sequence.repaired_for == len(tokens.token_ids) == prefix + 1:
         budget = 0  # the very prompt that these rows were repaired for
-    repaired = min(budget, len(stale))
+    repaired = min(int(budget), len(stale))
     return PrefillPlan(request, prefix, states, missing, tuple(labels), stale, repaired)
 
 

@@ -157,7 +157,7 @@ def _describe(plan: PrefillPlan, loaded: Loaded) -> Report:
 
 def _describe_repair(report: Report, plan: PrefillPlan, rows: Sequence[int]) -> None:
     """Write into a report which rows were computed again."""
-    report.repaired_tokens = len(rows)
+    report.repaired_tokens, report.repaired_rows = len(rows), tuple(rows)
     again = set(rows)
     segments = []
     for segment, piece in zip(report.segments, plan.request.tokens.pieces, strict=True):

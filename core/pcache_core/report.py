@@ -42,7 +42,8 @@ class Report:
     `prompt_tokens` counts every token of the prompt, a beginning-of-sequence token included, and
     is the sum of `cached_tokens` (served from a prefix or from states that were there before),
     `encoded_tokens` (modules encoded during this call) and `computed_tokens`. `repaired_tokens`
-    counts those of the cached and encoded ones that were then computed again. `shared_tokens` counts
+    counts those of the cached and encoded ones that were then computed again (`repaired_rows` says
+    which tokens of the prompt they are). `shared_tokens` counts
     the cached and encoded ones whose keys and values other running requests use as well, and nobody
     has a copy of.
 
@@ -67,6 +68,7 @@ class Report:
     generated_tokens: int = 0
     fallback_reason: str | None = None
     repaired_tokens: int = 0
+    repaired_rows: tuple[int, ...] = ()
     repair_ms: float = 0.0
     shared_tokens: int = 0
 

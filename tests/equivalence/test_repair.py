@@ -13,7 +13,6 @@ import oracle
 import tiny_models
 from pcache_core import CausalLM, Prompt, SamplingParams, Segment
 from pcache_core.lm import Batch
-from pcache_core.params import RepairPolicy
 from subjects import (
     BEES,
     BOAT,
@@ -30,18 +29,12 @@ from subjects import (
     error,
     make_subject,
     module_tokens,
-    repaired_rows,
 )
 
 WATCHING = [name for name in REUSING if name not in SEQUENTIAL]
 # For tests of every architecture that runs through our own attention.
 watching_only = pytest.mark.parametrize("subject", WATCHING, indirect=True)
-EVERYTHING = [
-    RepairPolicy(head_tokens=0, query_ratio=1.0),
-    RepairPolicy(head_tokens=10**6, query_ratio=0),
-    RepairPolicy(head_tokens=3, query_ratio=1.0),
-]
-PARTIAL = RepairPolicy(head_tokens=8, query_ratio=0.1)
+PARTIAL = 0.2
 # Plain, soft-capped in windows, windows, sinks, latent attention; fixed positions; ALiBi and rotary
 # positions through the model's own attention.
 DIVERSE = ["llama", "gemma2", "mistral/sliding", "gpt_oss", "deepseek_v3", "gpt2"]
@@ -60,13 +53,13 @@ def diverse(request: pytest.FixtureRequest, tiny_lm: Callable[..., CausalLM]) ->
     return make_subject(request.param, 1, tiny_lm)
 
 
-@pytest.mark.parametrize("policy", EVERYTHING)
-def test_repairing_everything_is_full_prefill(subject: Subject, policy: RepairPolicy) -> None:
+@pytest.mark.parametrize("budget", [1.0, 0.5, 10**6])
+def test_repairing_half_or_more_is_full_prefill(subject: Subject, budget: float) -> None:
     ids = oracle.token_ids(subject.rows(SECOND))
     expected = oracle.stock_logits(subject.twin(), ids)
     engine = subject.engine()
-    prefill = engine.prefill(SECOND, "balanced", policy)
-    assert prefill.report.repaired_tokens == module_tokens(subject)
+    prefill = engine.prefill(SECOND, "balanced", budget)
+    assert not any(part.preamble_tokens for part in prefill.report.segments)
     assert error(prefill, expected) < TOLERANCE
     off = engine.prefill(SECOND, "off")
     assert error(prefill, off.logits) < TOLERANCE
@@ -75,7 +68,7 @@ def test_repairing_everything_is_full_prefill(subject: Subject, policy: RepairPo
 def test_repaired_rows_give_the_logits_of_one_masked_forward(subject: Subject) -> None:
     engine = subject.engine()
     prefill = engine.prefill(SECOND, "balanced", PARTIAL)
-    rows = repaired_rows(engine)
+    rows = prefill.report.repaired_rows
     assert 0 < len(rows) == prefill.report.repaired_tokens < module_tokens(subject)
     assert error(prefill, subject.expected(SECOND, rows)) < TOLERANCE
     others = {row.place for row in subject.rows(SECOND) if row.role == "module"}.difference(rows)
@@ -84,21 +77,19 @@ def test_repaired_rows_give_the_logits_of_one_masked_forward(subject: Subject) -
 
 
 def test_a_crowded_prompt_without_opening_is_repaired(diverse: Subject) -> None:
-    engine = diverse.engine()
-    prefill = engine.prefill(CROWDED, "balanced", PARTIAL)
-    rows = repaired_rows(engine)
-    first = diverse.lm.count_tokens(BOAT.text)  # behind BOS, where it was encoded: nothing stale
-    assert min(rows) > first
+    prefill = diverse.engine().prefill(CROWDED, "balanced", PARTIAL)
+    rows = prefill.report.repaired_rows
+    assert rows
     assert error(prefill, diverse.expected(CROWDED, rows)) < TOLERANCE
 
 
-@pytest.mark.parametrize("policy", [PARTIAL, RepairPolicy(head_tokens=0, query_ratio=0.4)])
-def test_answers_behind_repaired_rows_equal_the_masked_forward_of_every_token(
-    diverse: Subject, policy: RepairPolicy
+@pytest.mark.parametrize("budget", [5, 0.4])
+def test_answers_after_repaired_rows_equal_the_masked_forward_of_every_token(
+    diverse: Subject, budget: float
 ) -> None:
     engine = diverse.engine()
-    generation = engine.generate(SECOND, SamplingParams(max_tokens=8), "balanced", policy)
-    rows = diverse.rows(SECOND, repaired_rows(engine))
+    generation = engine.generate(SECOND, SamplingParams(max_tokens=8), "balanced", budget)
+    rows = diverse.rows(SECOND, generation.report.repaired_rows)
     expected = oracle.greedy(diverse.twin(), rows, 8, tiny_models.EOS)
     assert list(generation.token_ids) == expected
 
@@ -107,31 +98,31 @@ DOCUMENTS = st.permutations([BEES, BOAT, MILL, SHORT]).flatmap(
     lambda order: st.integers(1, 4).map(lambda count: order[:count])
 )
 BETWEEN = st.sampled_from([(), (Segment("\n\n"),), (Segment("\nand ", "argument"),)])
-POLICIES = st.builds(
-    RepairPolicy,
-    head_tokens=st.integers(0, 12),
-    query_ratio=st.floats(0, 1),
-    max_ratio=st.floats(0, 1),
-)
+BUDGETS = st.one_of(st.integers(2, 40), st.floats(0, 1))
 
 
 @settings(max_examples=10, deadline=None, derandomize=True)
-@given(DOCUMENTS, BETWEEN, st.booleans(), st.sampled_from(["?", "\nWho? A:"]), POLICIES)
-def test_any_policy_on_any_prompt_gives_the_logits_of_one_masked_forward(
+@given(DOCUMENTS, BETWEEN, st.booleans(), st.sampled_from(["?", "\nWho? A:"]), BUDGETS)
+def test_any_budget_on_any_prompt_gives_the_logits_of_one_masked_forward(
     diverse: Subject,
     documents: list[Segment],
     between: tuple[Segment, ...],
     opening: bool,
     question: str,
-    policy: RepairPolicy,
+    budget: float,
 ) -> None:
     parts = [part for document in documents for part in (document, *between)]
     prompt = Prompt([*([OPENING] if opening else []), *parts, Segment(question)])
     engine = diverse.engine()
-    prefill = engine.prefill(prompt, "high", policy)
-    rows = repaired_rows(engine)
+    prefill = engine.prefill(prompt, "high", budget)
+    rows = prefill.report.repaired_rows
     assert len(rows) == prefill.report.repaired_tokens
-    assert error(prefill, diverse.expected(prompt, rows)) < TOLERANCE
+    if any(part.preamble_tokens for part in prefill.report.segments):
+        expected = diverse.expected(prompt, rows)
+    else:  # so much that all was computed
+        ids = oracle.token_ids(diverse.rows(prompt))
+        expected = oracle.stock_logits(diverse.twin(), ids)
+    assert error(prefill, expected) < TOLERANCE
 
 
 @watching_only
@@ -155,9 +146,8 @@ def test_the_question_chooses_what_it_attends_to_most_and_what_follows(
 ) -> None:
     prompt = Prompt([*SECOND.segments[:-1], Segment(question, "text")])
     engine = subject.engine()
-    engine.prefill(prompt, "balanced", RepairPolicy(head_tokens=0, query_ratio=0.2))
+    chosen = engine.prefill(prompt, "balanced", 0.2).report.repaired_rows
     rows = subject.rows(prompt)
-    chosen = repaired_rows(engine)
     stale = {row.place for row in rows if row.role == "module"}
     paid = oracle.attention_paid(subject.twin(), rows, 3)
     best: dict[int, None] = {}
@@ -165,14 +155,3 @@ def test_the_question_chooses_what_it_attends_to_most_and_what_follows(
         best.update(dict.fromkeys(p for p in (place, place + 1) if p in stale))
     assert len(chosen) == len(stale) // 5
     assert set(chosen) == set(list(best)[: len(chosen)])
-
-
-@watching_only
-def test_heads_are_repaired_before_the_question_chooses(subject: Subject) -> None:
-    engine = subject.engine()
-    engine.prefill(SECOND, "balanced", PARTIAL)
-    rows = subject.rows(SECOND)
-    modules = [row for row in rows if row.role == "module"]
-    starts = {row.group: row.place for row in reversed(modules)}
-    heads = {start + i for start in starts.values() for i in range(PARTIAL.head_tokens)}
-    assert heads < set(repaired_rows(engine))
