@@ -13,6 +13,15 @@ from pcache_core.errors import ChatTemplateError
 from pcache_core.prompt import Segment
 
 _MEMORY_TOKENS = 500_000
+# Stands before a template and takes the place of the function that gives it today's date.
+_DATE = {"Y": "2024", "y": "24", "m": "01", "d": "01", "e": "1", "-d": "1", "-m": "1", "j": "001"}
+_DATE |= {"B": "January", "b": "Jan", "h": "Jan", "A": "Monday", "a": "Mon", "H": "00", "M": "00"}
+_DATE |= {"S": "00", "I": "12", "p": "AM", "F": "2024-01-01", "D": "01/01/24", "T": "00:00:00"}
+_FIXED_DATE = (
+    "{% macro strftime_now(format) %}{{ format"
+    + "".join(f"|replace('%{sign}','{value}')" for sign, value in _DATE.items())
+    + " }}{% endmacro %}\n"
+)
 
 
 class SegmentTokenizer:
@@ -61,13 +70,27 @@ class SegmentTokenizer:
             )
         return str(text)
 
+    @property
+    def folder(self) -> str:
+        """Where the tokenizer was loaded from: a folder or a hub id; empty if made in memory."""
+        return str(self._tokenizer.name_or_path or "")
+
+    @property
+    def chat_template(self) -> str:
+        """The source of the model's template for messages without tools; empty if it has none."""
+        return str(self._tokenizer.get_chat_template()) if self._tokenizer.chat_template else ""
+
     def apply_chat_template(
-        self, messages: list[dict[str, Any]], tools: Sequence[dict[str, Any]] = ()
+        self,
+        messages: list[dict[str, Any]],
+        tools: Sequence[dict[str, Any]] = (),
+        *,
+        undated: bool = False,
     ) -> str:
         """Render messages with the model's own template, ready for the assistant's answer.
 
         tools: as transformers takes them. A beginning-of-sequence token that the tokenizer adds
-        by itself is left out.
+        by itself is left out. undated: today's date is always the same one, 1 January 2024.
         Raises: ChatTemplateError: there is no template, or it refuses the messages.
         """
         if not self._tokenizer.chat_template:
@@ -79,6 +102,7 @@ class SegmentTokenizer:
             text = self._tokenizer.apply_chat_template(
                 messages,
                 tools=list(tools) or None,
+                chat_template=_FIXED_DATE + self.chat_template if undated else None,
                 tokenize=False,
                 add_generation_prompt=True,
             )
