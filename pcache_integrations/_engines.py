@@ -9,9 +9,9 @@ from difflib import get_close_matches
 from typing import Any
 from weakref import WeakValueDictionary
 
-from pcache_core import CausalLM, DiskStore, MemoryStore, PromptCacheEngine, TieredStore
+from pcache_core import CausalLM, DiskStore, MemoryStore, Preamble, PromptCacheEngine, TieredStore
 from pcache_core.errors import OptionError
-from pcache_core.params import RepairPolicy, check_repair, check_reuse
+from pcache_core.params import check_repair, check_reuse
 from pcache_core.store import CostAware, LastingStore, ModuleStore
 from pcache_core.store.packing import check_storage_dtype
 from pcache_core.store.record import StorageDtype
@@ -97,7 +97,9 @@ def _remote_store(url: str, storage_dtype: StorageDtype = "auto") -> LastingStor
     return ObjectStore(url, storage_dtype=storage_dtype)
 
 
-ENGINE_OPTIONS = ("model", "store", "dtype", "device", "namespace", "repair", "storage_dtype")
+ENGINE_OPTIONS = (
+    "model", "store", "dtype", "device", "namespace", "preamble", "repair", "storage_dtype",
+)  # fmt: skip
 """Options of a language model that decide which engine it gets."""
 
 
@@ -140,6 +142,7 @@ def describe_engine(engine: Engine, options: Mapping[str, Any]) -> dict[str, Any
         "dtype": str(engine.lm.dtype).removeprefix("torch."),
         "device": str(engine.lm.device),
         "namespace": engine.namespace,
+        "preamble": engine.preamble,
         "repair": engine.repair,
         "storage_dtype": getattr(engine.store, "storage_dtype", "auto"),
         "reuse": engine.reuse,
@@ -152,7 +155,7 @@ class EngineOptions:
 
     Equal options make equal engines: `reuse` is only its default, and may differ by call.
 
-    Raises: OptionError: unknown reuse mode or store, no repair policy.
+    Raises: OptionError: unknown reuse mode or store, a repair budget out of range.
     """
 
     model: str
@@ -160,8 +163,9 @@ class EngineOptions:
     dtype: str
     device: str
     namespace: str
-    repair: RepairPolicy | None
+    repair: float | None
     reuse: str = field(compare=False)
+    preamble: Preamble | None = None
     storage_dtype: str = "auto"
     server: Address | None = None
 
@@ -181,8 +185,11 @@ class EngineOptions:
                     f"{name}={getattr(self, name)!r} is settled where the server is started "
                     "(`pcache serve`); leave it out beside base_url"
                 )
-        if self.repair is not None:
-            raise OptionError("repair= has no effect on a server; leave it out beside base_url")
+        for name in ("repair", "preamble"):
+            if getattr(self, name) is not None:
+                raise OptionError(
+                    f"{name}= has no effect on a server; leave it out beside base_url"
+                )
 
 
 _built: WeakValueDictionary[EngineOptions, Engine] = WeakValueDictionary()
@@ -209,6 +216,7 @@ def _local(options: EngineOptions) -> PromptCacheEngine:
         store=build_store(options.store, options.storage_dtype),
         reuse=check_reuse(options.reuse),
         namespace=options.namespace,
+        preamble=options.preamble,
         repair=options.repair,
     )
 

@@ -100,7 +100,9 @@ def preamble_ids(
     first = tokenizer("").input_ids + tokenizer(opening, add_special_tokens=False).input_ids
     texts = [part for text in company for part in (text, "\n\n")]
     return first, first + [
-        token_id for text in texts for token_id in tokenizer(text, add_special_tokens=False).input_ids
+        token_id
+        for text in texts
+        for token_id in tokenizer(text, add_special_tokens=False).input_ids
     ]
 
 

@@ -110,9 +110,7 @@ class SchemaOracle:
         ]
         return [*copies, *_rows(run.token_ids, run.start, "module", index + 1)]
 
-    def _units(
-        self, layout: Layout, runs: Sequence[Run], opening: int
-    ) -> list[list[Token]]:
+    def _units(self, layout: Layout, runs: Sequence[Run], opening: int) -> list[list[Token]]:
         """The tokens of each unit of the prompt and its preamble, in the order of encoding."""
         before, later = oracle.preamble_ids(self.tokenizer, *self.preamble)
         together = {path: paths for paths in self._scaffolds(layout, runs) for path in paths}

@@ -74,7 +74,11 @@ class KeySpace:
             *(pack_ids(part) for part in shape),
         )
         return ModuleKey(
-            digest(fields), tuple(token_ids), self, preamble_ids=tuple(preamble_ids), position=position
+            digest(fields),
+            tuple(token_ids),
+            self,
+            preamble_ids=tuple(preamble_ids),
+            position=position,
         )
 
 

@@ -271,9 +271,7 @@ class ModuleLibrary:
             place(sequence.slot, sequence.slot.index(row), part, rotations, position)
         return True
 
-    def _encode(
-        self, modules: Mapping[ModuleKey, Module]
-    ) -> Iterator[tuple[ModuleKey, KVState]]:
+    def _encode(self, modules: Mapping[ModuleKey, Module]) -> Iterator[tuple[ModuleKey, KVState]]:
         """Encode modules, those after the same preamble together."""
         by_preamble: dict[tuple[int, ...], dict[Module, ModuleKey]] = {}
         for key, module in modules.items():

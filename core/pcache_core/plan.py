@@ -110,7 +110,11 @@ def _candidates(tokens: TokenisedPrompt) -> list[_Candidate]:
     """What may be a module, in the prompt's order."""
     kinds = ("document", "literal") if tokens.units is None else ("document",)
     found: list[_Candidate] = [
-        ((piece,), Passage(tokens.token_ids[piece.start : piece.stop]), tokens.positions[piece.start])
+        (
+            (piece,),
+            Passage(tokens.token_ids[piece.start : piece.stop]),
+            tokens.positions[piece.start],
+        )
         for piece in tokens.pieces
         if piece.segment.kind in kinds and tokens.opening <= piece.start < piece.stop
     ]

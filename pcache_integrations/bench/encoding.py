@@ -10,7 +10,7 @@ import torch
 
 from pcache_core import CausalLM, PromptCacheEngine
 from pcache_integrations.bench.figures import Encoding, Spread
-from pcache_integrations.bench.workload import OPENING, Workload
+from pcache_integrations.bench.workload import Workload
 
 _BATCHES = (1, 4, 16)
 
@@ -27,7 +27,7 @@ class EncodingBench:
         self._encode: list[float] = []
         self._forward: list[float] = []
         documents = self._documents()
-        engine.encode(documents, anchor=OPENING, progress=False)
+        engine.encode(documents, progress=False)
         batches = {min(batch, len(documents)) for batch in _BATCHES}
         speeds = {batch: forward_speed(engine.lm, documents, batch) for batch in batches}
         self._batch = max(speeds, key=lambda batch: speeds[batch])
@@ -40,7 +40,7 @@ class EncodingBench:
             if turn % 2:
                 self._forward.append(forward_speed(self._engine.lm, documents, self._batch))
             else:
-                report = self._engine.encode(documents, anchor=OPENING, progress=False)
+                report = self._engine.encode(documents, progress=False)
                 self._encode.append(report.tokens_per_second)
         self._engine.forget(documents)
 

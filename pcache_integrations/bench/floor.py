@@ -9,7 +9,7 @@ import torch
 from pcache_core import CausalLM
 from pcache_core.kv import Slot
 from pcache_core.lm import Batch
-from pcache_core.plan import TokenisedPrompt
+from pcache_core.tokens import TokenisedPrompt
 
 
 class Floor:

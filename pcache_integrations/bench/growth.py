@@ -44,7 +44,7 @@ def fill(store: ModuleStore, lm: CausalLM, count: int, namespace: str) -> None:
             token_ids=(0,),
             position=1,
         )
-        # An anchor of one token that is no document's, so that no prompt asks for it.
+        # A preamble of one token that is not the engine's, so that no prompt asks for it.
         store.put(keys.key((number,), state.token_ids, None), state)
 
 

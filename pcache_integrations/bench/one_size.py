@@ -26,7 +26,7 @@ from pcache_integrations.bench.options import BenchOptions
 from pcache_integrations.bench.peers import Peer
 from pcache_integrations.bench.summary import Samples, rows_of
 from pcache_integrations.bench.ways import ModeWay, PeerWay, Way, floor_ways
-from pcache_integrations.bench.workload import OPENING, Round, Words, Workload
+from pcache_integrations.bench.workload import Round, Words, Workload
 
 # Threads of numerical libraries spin for a while after their work, and would take time of the
 # process that comes next.
@@ -136,12 +136,11 @@ class OneSize:
         return ConcurrencyBench(engine, self._workload, options.batch, options.answer_tokens)
 
     def _engine(self, store: ModuleStore) -> PromptCacheEngine:
-        """One that loads what is stored whatever it takes, so that every run reuses the same."""
-        return PromptCacheEngine(self._lm, store, namespace=self._namespace, admission="always")
+        return PromptCacheEngine(self._lm, store, namespace=self._namespace)
 
     @contextmanager
     def _store(self) -> Iterator[ModuleStore]:
-        tokens = 2 * self._cached_size + self._options.context_tokens + self._options.store_states
+        tokens = 4 * self._cached_size + self._options.context_tokens + self._options.store_states
         with self._options.store(budget_bytes=tokens * self._lm.bytes_per_token) as store:
             yield store
 
@@ -156,9 +155,9 @@ class OneSize:
         first, *others = self._workload.documents
         bytes_per_token = []
         for engine in {id(engine.store): engine for engine in engines.values()}.values():
-            engine.encode([first], anchor=OPENING, progress=False)  # and the opening
+            engine.encode([first], progress=False)  # and the opening
             before = engine.store.stats().nbytes
-            report = engine.encode(others, anchor=OPENING, progress=False)
+            report = engine.encode(others, progress=False)
             after = engine.store.stats().nbytes
             if report.tokens and before is not None and after is not None:
                 bytes_per_token.append((after - before) / report.tokens)

@@ -11,9 +11,9 @@ from langchain_core.language_models.base import BaseLanguageModel, LangSmithPara
 from langchain_core.prompts import BasePromptTemplate
 from pydantic import Field, SecretStr, ValidationError
 
-from pcache_core import EncodeReport, Segment
+from pcache_core import EncodeReport, Preamble, Segment
 from pcache_core.errors import OptionError
-from pcache_core.params import DEFAULT_REUSE, RepairPolicy, ReuseMode, SamplingParams
+from pcache_core.params import DEFAULT_REUSE, ReuseMode, SamplingParams
 from pcache_core.prompt import SegmentKind
 from pcache_integrations._engines import (
     ENGINE_OPTIONS,
@@ -32,7 +32,15 @@ _OF_A_CALL = (
     "reuse", "max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed",
 )  # fmt: skip
 
-_ANSWERS_DEPEND_ON = ("model", "dtype", "repair", "recurring_text", "base_url", *_OF_A_CALL)
+_ANSWERS_DEPEND_ON = (
+    "model",
+    "dtype",
+    "preamble",
+    "repair",
+    "recurring_text",
+    "base_url",
+    *_OF_A_CALL,
+)
 
 
 class CachedModel(BaseLanguageModel[Any]):
@@ -40,7 +48,9 @@ class CachedModel(BaseLanguageModel[Any]):
 
     model: a built-in model, a path or a hub id.
     reuse: a reuse mode.
-    repair: what `balanced` and `high` compute again, instead of their own choice.
+    preamble: what documents are encoded after; None for the model's own.
+    repair: how much `balanced` and `high` compute again, instead of their own choice: an `int` counts
+        tokens, a `float` is a share of the reused ones.
     store: where states are kept.
     dtype, device: of the model.
     namespace: states are shared within one only.
@@ -60,7 +70,8 @@ class CachedModel(BaseLanguageModel[Any]):
 
     model: str = "builtin:tiny-rag"
     reuse: str = DEFAULT_REUSE
-    repair: RepairPolicy | None = None
+    preamble: Preamble | None = None
+    repair: int | float | None = None
     store: str = "memory"
     dtype: str = "auto"
     device: str = "auto"

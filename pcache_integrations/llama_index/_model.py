@@ -13,9 +13,9 @@ from llama_index.core.prompts import BasePromptTemplate
 from llama_index.core.schema import BaseNode, NodeWithScore
 from llama_index.core.utils import set_global_tokenizer
 
-from pcache_core import EncodeReport
+from pcache_core import EncodeReport, Preamble
 from pcache_core.errors import OptionError
-from pcache_core.params import DEFAULT_REUSE, RepairPolicy
+from pcache_core.params import DEFAULT_REUSE
 from pcache_integrations._engines import (
     ENGINE_OPTIONS,
     Engine,
@@ -58,8 +58,12 @@ class CachedLLM(FunctionCallingLLM):
     reuse: str = Field(
         default=DEFAULT_REUSE, description="What is reused: off, exact, fast, balanced or high."
     )
-    repair: RepairPolicy | None = Field(
-        default=None, description="What balanced and high compute again, if not their own choice."
+    preamble: Preamble | None = Field(
+        default=None, description="What documents are encoded after, if not the model's own."
+    )
+    repair: int | float | None = Field(
+        default=None,
+        description="How much balanced and high compute again: an int of tokens, a float share.",
     )
     store: str = Field(default="memory", description="Where states are kept.")
     storage_dtype: str = Field(

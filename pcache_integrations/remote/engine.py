@@ -9,9 +9,10 @@ from contextlib import aclosing, closing
 from functools import cached_property
 from typing import Any
 
+from pcache_core.forget import ForgetReport
+
 from pcache_core.chat import Message, render_chat
 from pcache_core.errors import OptionError, PromptError
-from pcache_core.forget import ForgetReport
 from pcache_core.params import (
     DEFAULT_REUSE,
     RepairPolicy,

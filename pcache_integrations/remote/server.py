@@ -12,8 +12,8 @@ from functools import cached_property
 from typing import Any
 
 import httpx
-
 from pcache_core.deadline import too_late
+
 from pcache_core.errors import ModelError, OptionError, PromptError
 
 _CONNECT_S = 10.0

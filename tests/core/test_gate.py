@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from pcache_core.gate import Gate
 
 from pcache_core import CausalLM, Prompt, PromptCacheEngine, SamplingParams
 from pcache_core.errors import DeadlineExceededError, OptionError, OverloadedError
-from pcache_core.gate import Gate
 
 PROMPT = Prompt.from_text("Who keeps bees? A:")
 SHORT = SamplingParams(max_tokens=4)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from pcache_core.assemble import Wanted, keep_whole_modules
+from pcache_core.slots import COMPUTED, Lease
+
 from pcache_core.encode import Module
 from pcache_core.kv import LayerShape, Slot, stack_layers
 from pcache_core.passage import Passage
 from pcache_core.plan import Candidate
-from pcache_core.slots import COMPUTED, Lease
 
 
 def wanted(*runs: tuple[int, int]) -> Wanted:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pcache_core.slots import REPAIRED
 
 import oracle
 import tiny_models
@@ -27,7 +28,6 @@ from pcache_core import (
 from pcache_core.lm import Batch, Span
 from pcache_core.lm.kernels import Scratch, attend, attend_by_matmul, attend_with_lse, merge
 from pcache_core.params import RepairPolicy
-from pcache_core.slots import REPAIRED
 
 TOLERANCE = 1e-4
 OPENING = Segment("Answer from the notes.\n", "literal")

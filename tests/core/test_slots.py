@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from pcache_core.slots import COMPUTED, Lease, SlotPool
 
 from pcache_core.kv import LayerShape, Slot, stack_layers
-from pcache_core.slots import COMPUTED, Lease, SlotPool
 
 LAYERS = (LayerShape(1, 2, 1, 2),)
 

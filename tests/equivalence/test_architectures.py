@@ -101,7 +101,11 @@ def test_states_in_another_order_give_the_logits_of_one_masked_forward(reusing: 
         assert prefill.report.cached_tokens > 0  # the opening
     else:  # the boat comes first now, and the bees did before
         sources = {part.name: part.source for part in prefill.report.segments}
-        assert (sources["boat"], sources["bees"], sources["mill"]) == ("encoded", "encoded", "memory")
+        assert (sources["boat"], sources["bees"], sources["mill"]) == (
+            "encoded",
+            "encoded",
+            "memory",
+        )
         assert module_sources(engine.prefill(FIRST)) <= {"memory", "prefix"}
 
 

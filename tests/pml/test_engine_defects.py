@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+from pcache_core.slots import Lease
 
 import oracle
 import schema_oracle
@@ -16,7 +17,6 @@ import tiny_models
 from pcache_core import CausalLM, PromptCacheEngine, RepairPolicy, SamplingParams
 from pcache_core.kv import KVState
 from pcache_core.passage import Passage
-from pcache_core.slots import Lease
 from schema_oracle import Encoded, SchemaOracle
 
 TOLERANCE = 1e-4

@@ -30,7 +30,9 @@ def find_stored(
             if key.space == space and key.token_ids in texts:
                 yield key
     elif isinstance(store, DiskStore) and store.path.is_dir():  # it may have been removed meanwhile
-        for state in stored_states(store.path, Selection(model=space.model, namespace=space.namespace)):
+        for state in stored_states(
+            store.path, Selection(model=space.model, namespace=space.namespace)
+        ):
             record = state.record
             if record is not None and record.token_ids in texts:
                 yield ModuleKey(record.digest, record.token_ids)

@@ -57,8 +57,7 @@ class TieredStore:
         return [hits.get(key) for key in keys]
 
     def open_many(self, keys: Sequence[ModuleKey]) -> list[Opened | None]:
-        """The states of the first tier that has each; what was used is then in the tiers before.
-        """
+        """The states of the first tier that has each; what was used is then in the tiers before."""
         found = self._find(keys)
         return [self._promoting(key, *found[key]) if key in found else None for key in keys]
 
