@@ -49,8 +49,8 @@ class CachedModel(BaseLanguageModel[Any]):
     model: a built-in model, a path or a hub id.
     reuse: a reuse mode.
     preamble: what documents are encoded after; None for the model's own.
-    repair: how much `balanced` and `high` compute again, instead of their own choice: an `int` counts
-        tokens, a `float` is a share of the reused ones.
+    repair: how much `balanced` and `high` compute again, instead of their own choice: an `int`
+        counts tokens, a `float` is a share of the reused ones.
     store: where states are kept.
     dtype, device: of the model.
     namespace: states are shared within one only.
