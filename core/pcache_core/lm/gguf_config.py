@@ -75,7 +75,7 @@ def complete_config(config: Any, header: Header, ends_of_turn: Sequence[int]) ->
 
 
 def _check_heads(header: Header) -> None:
-    """Raises: ModelError: transformers would leave rows of queries and keys in llama.cpp's order."""
+    """Raises: ModelError: transformers would leave queries and keys in llama.cpp's order."""
     kv_heads = header.get("attention.head_count_kv")
     if header.architecture == "llama" and kv_heads is None:
         raise _refused(header, "does not say how many heads its keys have")
