@@ -19,7 +19,7 @@ from pcache_core.kv import LayerShape, Slot, Stack, stack_layers
 from pcache_core.lm.batch import Batch
 from pcache_core.lm.fingerprint import fingerprint
 from pcache_core.lm.forward_queue import ForwardQueue, IsCancelled
-from pcache_core.lm.loading import load
+from pcache_core.lm.loading import full_name, load
 from pcache_core.lm.probe import Support, probe
 from pcache_core.lm.sampling import Sampler
 from pcache_core.lm.stock import StockRun, own_cache_works
@@ -87,14 +87,21 @@ class CausalLM:
 
     @classmethod
     def from_pretrained(
-        cls, name: str | os.PathLike[str], dtype: str = "auto", device: str = "auto"
+        cls,
+        name: str | os.PathLike[str],
+        dtype: str = "auto",
+        device: str = "auto",
+        gguf_file: str | os.PathLike[str] | None = None,
     ) -> CausalLM:
-        """Load `builtin:tiny-rag`, a directory or a hub id.
+        """Load a model: `builtin:smollm2`, a directory, a hub id, a GGUF file or `ollama:NAME`.
 
-        dtype: auto (as saved), float32, float16 or bfloat16. device: auto, cpu, cuda, cuda:1 …
+        dtype: float32, float16 or bfloat16; auto is as saved, and for a GGUF file bfloat16 where
+        the device computes in it, else float32. device: auto, cpu, cuda, cuda:1 … gguf_file: the
+        file's name in the directory or on the hub.
         Raises: ModelError: it can't be loaded. OptionError: unknown dtype or device.
+            DependencyError: a GGUF file, and a package that reads it is not installed.
         """
-        name = os.fspath(name) if isinstance(name, os.PathLike) else name
+        name = full_name(name, gguf_file)
         return cls(*load(name, dtype, device), name=name)
 
     @property
