@@ -31,6 +31,8 @@ from pcache_core.prompt import Segment
 if TYPE_CHECKING:
     from pcache_core.lm.constraint import GrammarCompiler
 
+_LARGE_ON_CPU = 2_000_000_000  # weights; more take seconds for 512 tokens
+
 _locks: WeakKeyDictionary[PreTrainedModel, threading.RLock] = WeakKeyDictionary()
 _locks_lock = threading.Lock()
 
@@ -39,6 +41,16 @@ def _lock_of(model: PreTrainedModel) -> threading.RLock:
     """One lock for each model, however many `CausalLM` objects run it."""
     with _locks_lock:
         return _locks.setdefault(model, threading.RLock())
+
+
+def _part_tokens(model: PreTrainedModel) -> int:
+    """How many tokens of a prompt one forward reads, while running answers wait for a step.
+
+    A matter of the model and its device, never of measured speed, so that answers stand still.
+    """
+    if model.device.type == "cuda":
+        return 2048
+    return 512 if model.num_parameters() < _LARGE_ON_CPU else 128
 
 
 class CausalLM:
@@ -75,7 +87,7 @@ class CausalLM:
         with _lock_of(model):
             self.support: Support = probe(model)
         self._lock = _lock_of(model)
-        self._forwards = ForwardQueue(self._compute, self._joins)
+        self._forwards = ForwardQueue(self._compute, self._joins, _part_tokens(model))
         self._compiler: GrammarCompiler | None = None
         if not self.support.reuses_modules:
             warnings.warn(
