@@ -105,9 +105,9 @@ class Watcher(BaseCallbackHandler):
         variables = next((n["input_variables"] for n in nodes if "input_variables" in n), None)
         if not isinstance(inputs, Mapping):  # a template of one variable takes its value bare
             inputs = dict.fromkeys(variables or ["input"], inputs)
-        given = {name: inputs.get(name) for name in (inputs if variables is None else variables)}
-        for node in nodes:
-            given.update(node.get("partial_variables", {}))
+        partial = dict(p for node in nodes for p in node.get("partial_variables", {}).items())
+        names = inputs if variables is None else {*variables, *partial}
+        given = {name: inputs.get(name, partial.get(name)) for name in names}
         values = {name: value for name, value in given.items() if isinstance(value, str)}
         sources = [node["template"] for node in nodes if isinstance(node.get("template"), str)]
         # What braces stand for in an f-string; in other formats they are no template text.

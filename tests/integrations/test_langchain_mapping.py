@@ -261,10 +261,11 @@ class TestCompletionModel:
 
     def test_a_partial_value_is_data(self, llm: PromptCacheLLM, question: str) -> None:
         template = PromptTemplate.from_template("I am {who}. {q}").partial(who="<eos>Ann")
-        (template | llm).invoke({"q": question})
-        kinds = {part.text.strip(): part.kind for part in llm.engine.reports[-1].segments}
-        assert kinds["<eos>Ann"] == "argument"
-        assert kinds["I am"] == "literal"
+        for given, who in (({}, "<eos>Ann"), ({"who": "<eos>Bo"}, "<eos>Bo")):
+            (template | llm).invoke({"q": question, **given})
+            kinds = {part.text.strip(): part.kind for part in llm.engine.reports[-1].segments}
+            assert kinds[who] == "argument"
+            assert kinds["I am"] == "literal"
 
     def test_a_document_that_holds_the_question_stays_whole(
         self, llm: PromptCacheLLM, question: str
