@@ -17,7 +17,10 @@ class TrackedVectorStore(VectorStore):
     """A vector store that is asked in another's place. All of it is the other's."""
 
     def __init__(self, store: VectorStore) -> None:
-        self._store = store
+        object.__setattr__(self, "_store", store)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._store, name, value)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "_store":  # a copy that isn't made yet has no store

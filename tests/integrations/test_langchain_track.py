@@ -104,6 +104,8 @@ def test_a_tracked_store_is_a_vector_store_with_all_that_the_other_has(
     assert track(tracked) is tracked
     assert tracked.embeddings is store.embeddings
     assert tracked.store is store.store
+    tracked.store = dict(store.store)
+    assert tracked.store is store.store
     tracked.add_documents([Document("A new one, which is long enough.", id="new")])
     assert store.get_by_ids(["new"])
     tracked.delete(["new"])
