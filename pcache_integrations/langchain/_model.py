@@ -12,10 +12,9 @@ from langchain_core.language_models.base import BaseLanguageModel, LangSmithPara
 from langchain_core.prompts import BasePromptTemplate
 from pydantic import Field, SecretStr, ValidationError
 
-from pcache_core import EncodeReport, Preamble, Segment
+from pcache_core import EncodeReport, Preamble
 from pcache_core.errors import OptionError
 from pcache_core.params import DEFAULT_MODEL, DEFAULT_REUSE, ReuseMode, SamplingParams
-from pcache_core.prompt import SegmentKind
 from pcache_integrations._engines import (
     ENGINE_OPTIONS,
     Engine,
@@ -26,22 +25,13 @@ from pcache_integrations._engines import (
 )
 from pcache_integrations._options import call_options, check_names
 from pcache_integrations.langchain import _schema
-from pcache_integrations.langchain._provenance import PROVENANCE, document_name
-from pcache_integrations.langchain._watching import watch_chains
+from pcache_integrations.langchain._watch import WATCHER, document_name, watch_chains
 
 _OF_A_CALL = (
     "reuse", "max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed",
 )  # fmt: skip
 
-_ANSWERS_DEPEND_ON = (
-    "model",
-    "dtype",
-    "preamble",
-    "repair",
-    "recurring_text",
-    "base_url",
-    *_OF_A_CALL,
-)
+_ANSWERS_DEPEND_ON = ("model", "dtype", "preamble", "repair", "base_url", *_OF_A_CALL)
 
 
 class CachedModel(BaseLanguageModel[Any]):
@@ -86,7 +76,6 @@ class CachedModel(BaseLanguageModel[Any]):
     repetition_penalty: float = 1.0
     seed: int | None = None
     stop: list[str] | None = None
-    recurring_text: bool = True
     base_url: str | None = None
     api_key: SecretStr | None = None
     timeout: float | None = None
@@ -130,11 +119,6 @@ class CachedModel(BaseLanguageModel[Any]):
         """The engine; loading it does not block the event loop."""
         return await asyncio.to_thread(lambda: self.engine)
 
-    def _segments(self, text: str, kind: SegmentKind) -> list[Segment]:
-        """The parts of a prompt or of a message. kind: of what nothing explains."""
-        ids = self.engine.lm.text.ids if self.recurring_text else None
-        return PROVENANCE.segments(text, kind, ids)
-
     def schema_for(
         self,
         prompt_template: BasePromptTemplate[Any],
@@ -166,7 +150,7 @@ class CachedModel(BaseLanguageModel[Any]):
             )
         found = [_as_document(document) for document in documents]
         for document in found:
-            PROVENANCE.documents.add(document.page_content, document_name(document))
+            WATCHER.documents.add(document.page_content, document_name(document))
         return self.engine.encode(
             [document.page_content.strip() for document in found], progress=progress
         )

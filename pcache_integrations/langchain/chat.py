@@ -214,5 +214,4 @@ class ChatPromptCache(CachedModel, BaseChatModel):
             params,
             reuse,
             model_name=self.model,
-            recurring_text=self.recurring_text,
         )

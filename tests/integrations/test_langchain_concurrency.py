@@ -6,12 +6,10 @@ import asyncio
 import random
 import statistics
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import pytest
 from langchain_core.callbacks import CallbackManagerForRetrieverRun
 from langchain_core.documents import Document
 from langchain_core.prompts import PromptTemplate
@@ -21,9 +19,7 @@ from langchain_core.runnables import Runnable
 from corpus import QUESTIONS, TEMPLATE
 from langchain_chains import RecordingLLM, documents_of, join, rag_chain, text_of
 from pcache_core import CausalLM, PromptCacheEngine, Report
-from pcache_integrations._mapping import DocumentIndex
 from pcache_integrations.langchain import PromptCacheLLM
-from pcache_integrations.langchain._provenance import PROVENANCE
 
 _CALLS = 2_000
 _AT_ONCE = 250  # the engine keeps the reports of 256
@@ -88,12 +84,6 @@ def ask_in_tasks(chain: Any, questions: list[str]) -> None:
         await asyncio.gather(*calls)
 
     asyncio.run(ask())
-
-
-@pytest.fixture(autouse=True)
-def _nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(PROVENANCE, "documents", DocumentIndex())
-    monkeypatch.setattr(PROVENANCE, "_layouts", OrderedDict())
 
 
 def test_every_call_is_mapped_to_its_own_documents(tiny_lm: Callable[..., CausalLM]) -> None:

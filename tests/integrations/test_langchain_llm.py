@@ -329,27 +329,3 @@ class TestStreaming:
         # A blocked loop ticks once or twice in all.
         assert during_invoke > 40
         assert ticks > 40
-
-
-class TestRecurringText:
-    def test_it_can_be_turned_off(self, engine: PromptCacheEngine) -> None:
-        llm = PromptCacheLLM(engine=engine, max_tokens=1, recurring_text=False)
-        block = "Nobody has been told that the ferry to Obnet leaves at nine."
-        for number in range(3):
-            llm.invoke(f"Read these lines.\n\n{block}\n\nWho is number {number}?")
-        assert [part.kind for part in engine.reports[-1].segments] == ["text"]
-
-    def test_answers_stay_the_same_when_text_has_come_back(self, engine: PromptCacheEngine) -> None:
-        llm = PromptCacheLLM(engine=engine, max_tokens=8, reuse="exact")
-        context = f"{DOCUMENTS[6]}\n\n{DOCUMENTS[2]}"
-        text = TEMPLATE.replace("Answer the", "Now answer the").format(
-            context=context, question=QUESTION
-        )
-        (first,) = llm.generate([text], logprobs=0).generations[0]
-        for _ in range(2):
-            (again,) = llm.generate([text], logprobs=0).generations[0]
-        assert "document" in {part.kind for part in engine.reports[-1].segments}
-        assert again.text == first.text
-        assert again.generation_info["logprobs"]["token_logprobs"] == pytest.approx(
-            first.generation_info["logprobs"]["token_logprobs"], abs=1e-4
-        )
