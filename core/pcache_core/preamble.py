@@ -198,12 +198,12 @@ def language_of(text: str) -> str:
     Told by script, then by frequent words. `en` where nothing tells, or where there is no company
     in the language. Depends on the text alone: same on every machine.
     """
-    return _language_of(text[:_READ])
+    return _language(text[:_READ])
 
 
-@lru_cache(maxsize=4096)
-def _language_of(text: str) -> str:
-    head = unicodedata.normalize("NFC", text)
+@lru_cache(4096)
+def _language(head: str) -> str:
+    head = unicodedata.normalize("NFC", head)
     counts = {name: weight * len(s.findall(head)) for name, (s, weight) in _SCRIPTS.items()}
     script = max(counts, key=counts.__getitem__)
     if script == "latin":
