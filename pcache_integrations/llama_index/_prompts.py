@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from llama_index.core.base.llms.types import ChatMessage, MessageRole
+from llama_index.core.base.llms.types import ChatMessage
 
 from pcache_core import Message, Prompt, Segment, Tool
 from pcache_core.chat import render_chat
@@ -13,17 +13,14 @@ from pcache_core.errors import ChatTemplateError
 from pcache_core.prompt import SegmentKind
 from pcache_integrations._mapping import settle
 from pcache_integrations.llama_index._blocks import joined, pieces_of, with_borders
-from pcache_integrations.llama_index._capture import CAPTURE
 from pcache_integrations.llama_index._lazy import LazyEngine, has_chat_template
+from pcache_integrations.llama_index._mapping import TEMPLATE_ROLES, segments_of
 from pcache_integrations.llama_index._messages import (
     ChatTemplate,
     as_turns,
     render_messages,
     render_with_template,
 )
-
-# What is said in these roles is whoever built the application's, and the same for every question.
-_TEMPLATE_ROLES = (MessageRole.SYSTEM, MessageRole.DEVELOPER)
 
 
 def text_prompt(text: str) -> Prompt:
@@ -33,7 +30,7 @@ def text_prompt(text: str) -> Prompt:
 
 def wrapped_prompt(text: str, wrap: Callable[[str], str]) -> Prompt:
     """The prompt that `wrap` makes of a text by adding something around it."""
-    turn = Message("user", CAPTURE.segments(text, "text"))
+    turn = Message("user", segments_of(text, "text"))
     return _mapped(render_chat([turn], lambda turns: wrap(turns[0]["content"])))
 
 
@@ -67,8 +64,8 @@ def _content(message: ChatMessage, special_tokens: Sequence[str]) -> Sequence[Se
     text = joined(pieces)
     if not text:
         return ()
-    kind: SegmentKind = "literal" if message.role in _TEMPLATE_ROLES else "argument"
-    segments = with_borders(CAPTURE.segments(text, kind), pieces, kind)
+    kind: SegmentKind = "literal" if message.role in TEMPLATE_ROLES else "argument"
+    segments = with_borders(segments_of(text, kind), pieces, kind)
     return settle([_as_data(s, special_tokens) for s in segments], text).segments
 
 
@@ -87,5 +84,5 @@ def _mapped(prompt: Prompt) -> Prompt:
     """The prompt with known documents cut out of it, if its structure isn't known already."""
     segments: Sequence[Segment] = prompt.segments
     if [segment.kind for segment in segments] == ["text"]:
-        segments = CAPTURE.segments(prompt.text, "text")
+        segments = segments_of(prompt.text, "text")
     return settle(segments, prompt.text)
