@@ -160,8 +160,8 @@ def _noted(engine: Engine, document: object) -> str:
         )
     remember([node])
     text = node_text(node)
-    if text:
-        given_to(engine).add(text)
+    for own in filter(None, (text, node.get_content().strip())):
+        given_to(engine).add(own)
     return text
 
 

@@ -97,7 +97,8 @@ def tell(
                 found += [_whole(llm, text, parser, adds=False) for text in texts]
         else:
             adds = output_cls is None
-            found = [_whole(llm, messages, p, adds=adds) for p in (None, parsers[0])]
+            choices = [None, *filter(None, parsers[:1])]
+            found = [_whole(llm, messages, choice, adds=adds) for choice in choices]
     except Exception:  # costs reuse and kinds, no more
         _logger.debug("could not read %s", type(template).__name__, exc_info=True)
         return {}

@@ -35,7 +35,7 @@ from pcache_integrations.llama_index._documents import (
 )
 from pcache_integrations.llama_index._handlers import install_handler
 from pcache_integrations.llama_index._lazy import LazyEngine, Tokenizer
-from pcache_integrations.llama_index._messages import ChatTemplate
+from pcache_integrations.llama_index._prompts import ChatTemplate
 
 _OF_A_CALL = (
     "reuse", "max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed",

@@ -14,7 +14,7 @@ from llama_index.core.prompts import BasePromptTemplate
 from llama_index.core.prompts.base import SelectorPromptTemplate
 from llama_index.core.types import PydanticProgramMode, TokenAsyncGen, TokenGen
 
-from pcache_integrations.llama_index._formats import format_of
+from pcache_integrations.llama_index._calls import format_of
 from pcache_integrations.llama_index._mapping import tell, telling
 
 # Programs that have the model write the object, instead of calling a function with it.

@@ -26,10 +26,14 @@ from pcache_core.errors import AnswerError
 from pcache_integrations._engines import Engine
 from pcache_integrations.llama_index._calls import Call, CallOptions
 from pcache_integrations.llama_index._documents import note_documents
-from pcache_integrations.llama_index._messages import ChatTemplate
 from pcache_integrations.llama_index._model import CachedLLM
 from pcache_integrations.llama_index._predict import Predicts
-from pcache_integrations.llama_index._prompts import chat_prompt, text_prompt, wrapped_prompt
+from pcache_integrations.llama_index._prompts import (
+    ChatTemplate,
+    chat_prompt,
+    text_prompt,
+    wrapped_prompt,
+)
 from pcache_integrations.llama_index._tools import as_openai, selections
 
 _R = TypeVar("_R")

@@ -93,7 +93,7 @@ class TestPrune:
         assert llm.prune(index).dropped == 0
         index.delete_ref_doc("doc1", delete_from_docstore=from_docstore)
         report = llm.prune(index)
-        assert (report.states, report.dropped) == (2, 2)
+        assert (report.states, report.dropped) == (2, 4)  # with metadata and bare
         assert stored(llm, *nodes()) == [True, True, False, False, True, True, True, True]
         assert llm.prune(index).dropped == 0
 
@@ -103,10 +103,10 @@ class TestPrune:
         before = llm.engine.stats().nbytes
         index.delete_ref_doc("doc0")  # n0, whose text doc3 has as well, and n1
         report = llm.prune(index)
-        assert (report.states, report.dropped, report.kept) == (1, 1, 6)
+        assert (report.states, report.dropped, report.kept) == (1, 2, 12)  # bare texts, too
         assert before is not None
         assert report.freed_bytes == before - (llm.engine.stats().nbytes or 0) > 0
-        assert str(report) == f"6 texts kept, 1 dropped: 1 states, {report.freed_bytes:,} bytes"
+        assert str(report) == f"12 texts kept, 2 dropped: 1 states, {report.freed_bytes:,} bytes"
         assert stored(llm, *nodes()[:3]) == [True, False, True]
         index.delete_ref_doc("doc3")
         assert llm.prune(index).states == 2  # the text is nobody else's any more
@@ -182,8 +182,10 @@ class TestPrune:
         index.delete_ref_doc("doc1", delete_from_docstore=True)
         index.insert_nodes(steps.run(documents=documents))
         assert llm.prune(index).states == 1
+        inputs = SimpleDocumentStore()
+        inputs.add_documents([Document(text=" ".join(DOCUMENTS[:3]))])
         with pytest.raises(OptionError, match="holds none of the nodes that this LLM has met"):
-            llm.prune(steps.docstore)
+            llm.prune(inputs)
         with pytest.raises(OptionError, match="IngestionPipeline keeps the documents that went in"):
             llm.prune(steps)  # type: ignore[arg-type]
 
@@ -247,7 +249,8 @@ class TestPrune:
         assert llm.prune(index).dropped == 0
 
     def test_the_beginning_of_a_split_node_goes_with_it(self, llm: PromptCacheLLM) -> None:
-        long = node(" ".join(DOCUMENTS), "long", "n0")
+        entries = " ".join(f"Entry {i} of the long ledger: nothing was sold." for i in range(40))
+        long = node(entries, "long", "n0")
         index = index_of([long])
         small = PromptHelper(num_output=2, chunk_size_limit=60)
         synthesizer = TreeSummarize(llm, prompt_helper=small)
