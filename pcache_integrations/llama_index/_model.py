@@ -28,17 +28,15 @@ from pcache_integrations._engines import (
 from pcache_integrations._options import check_names
 from pcache_integrations.llama_index import _schema
 from pcache_integrations.llama_index._calls import CallOptions
-from pcache_integrations.llama_index._capture import CAPTURE
 from pcache_integrations.llama_index._documents import (
     PruneReport,
+    Source,
     encode_documents,
     prune,
-    release,
 )
-from pcache_integrations.llama_index._handlers import install_handlers
+from pcache_integrations.llama_index._handlers import install_handler
 from pcache_integrations.llama_index._lazy import LazyEngine, Tokenizer
-from pcache_integrations.llama_index._messages import ChatTemplate
-from pcache_integrations.llama_index._sources import Source
+from pcache_integrations.llama_index._prompts import ChatTemplate
 
 _OF_A_CALL = (
     "reuse", "max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed",
@@ -144,7 +142,7 @@ class CachedLLM(FunctionCallingLLM):
         CallOptions.of_chat(
             self._own_options, {}
         )  # A value out of range is refused here, not at the first question.
-        install_handlers()
+        install_handler()
 
     @property
     def _own_options(self) -> dict[str, Any]:
@@ -235,7 +233,7 @@ class CachedLLM(FunctionCallingLLM):
 
         Raises: OptionError: something else was given. ContextLengthError: one is too long.
         """
-        return encode_documents(self.engine, CAPTURE, documents, progress=progress)
+        return encode_documents(self.engine, documents, progress=progress)
 
     def prune(self, *in_use: Source) -> PruneReport:
         """Drop the states of nodes that are gone: deleted, replaced, or changed.
@@ -246,20 +244,11 @@ class CachedLLM(FunctionCallingLLM):
         Only texts of nodes are dropped that this LLM, or another on the same engine, was given to
         encode or has answered from, in this process; then in a folder every state of them, whoever
         made it, as equal texts share states. What others put into a shared store is not known here:
-        after a restart, `cache_documents(index)` before documents are deleted makes it so.
+        after a restart, `cache_documents(index)` before documents are deleted makes it so. To drop
+        texts that you know, such as those of one document, use `engine.forget(texts)`.
 
         Raises: OptionError: nothing was given, or a source that does not say which nodes are in
             use, such as an ingestion pipeline's document store. StoreError: the store's folder
             can't be read, nothing was dropped.
         """
-        return prune(self.engine, CAPTURE, in_use)
-
-    def release_doc(self, ref_doc_id: str) -> PruneReport:
-        """Drop the states of a document's nodes, except for texts that other documents have too.
-
-        Knows of what `prune` knows; a document that was never met is no error. A document that is
-        not cut into nodes has its own id.
-
-        Raises: OptionError: it is no id. StoreError: the store's folder can't be read.
-        """
-        return release(self.engine, CAPTURE, ref_doc_id)
+        return prune(self.engine, in_use)

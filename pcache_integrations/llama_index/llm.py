@@ -26,19 +26,22 @@ from pcache_core import Chunk, Prompt, Tool
 from pcache_core.errors import AnswerError
 from pcache_integrations._engines import Engine
 from pcache_integrations._mapping import holds_markup
-from pcache_integrations.llama_index._automap import AutoMap
 from pcache_integrations.llama_index._calls import Call, CallOptions
-from pcache_integrations.llama_index._capture import CAPTURE
 from pcache_integrations.llama_index._documents import note_documents
-from pcache_integrations.llama_index._messages import ChatTemplate
 from pcache_integrations.llama_index._model import CachedLLM
-from pcache_integrations.llama_index._prompts import chat_prompt, text_prompt, wrapped_prompt
+from pcache_integrations.llama_index._predict import Predicts
+from pcache_integrations.llama_index._prompts import (
+    ChatTemplate,
+    chat_prompt,
+    text_prompt,
+    wrapped_prompt,
+)
 from pcache_integrations.llama_index._tools import as_openai, selections
 
 _R = TypeVar("_R")
 
 
-class PromptCacheLLM(AutoMap, CachedLLM):
+class PromptCacheLLM(Predicts, CachedLLM):
     """A local model whose prompts are mostly read from a cache.
 
     Use it wherever LlamaIndex takes an `llm`. Prompt templates and retrieved nodes find their
@@ -241,7 +244,7 @@ class PromptCacheLLM(AutoMap, CachedLLM):
         return self._noted(chat_prompt(self._lazy, messages, to_prompt, tools))
 
     def _noted(self, prompt: Prompt) -> Prompt:
-        return note_documents(self.engine, CAPTURE, prompt)
+        return note_documents(self.engine, prompt)
 
     def _pieces(self, call: Call, piece: Callable[[Chunk], _R]) -> Generator[_R, None, None]:
         chunks = self.engine.stream(call.prompt, call.params, reuse=call.reuse)

@@ -27,8 +27,6 @@ from pcache_core import MemoryStore, OptionError, PromptCacheEngine
 from pcache_integrations._engines import load_lm
 from pcache_integrations.llama_index import PromptCacheLLM, PromptCachePrecompute
 
-pytestmark = pytest.mark.usefixtures("nothing_captured")
-
 EMBEDDING = MockEmbedding(embed_dim=2)
 QUESTION = "What does Monddyne make?"
 

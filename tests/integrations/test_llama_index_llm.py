@@ -38,8 +38,6 @@ from pcache_core import (
 from pcache_integrations._engines import load_lm
 from pcache_integrations.llama_index import PromptCacheLLM
 
-pytestmark = pytest.mark.usefixtures("nothing_captured")
-
 TEXT = f"{OPENING}{DOCUMENTS[6]}\n\nQuestion: Where was Jerome Fertden born?\nAnswer:"
 MESSAGES = [ChatMessage(TEXT.removesuffix("\nAnswer:"))]
 Ask = Callable[..., Awaitable[list[Any]]]
