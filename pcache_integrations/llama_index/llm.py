@@ -28,6 +28,7 @@ from pcache_integrations._engines import Engine
 from pcache_integrations._mapping import holds_markup
 from pcache_integrations.llama_index._calls import Call, CallOptions
 from pcache_integrations.llama_index._documents import note_documents
+from pcache_integrations.llama_index._mapping import segments_of
 from pcache_integrations.llama_index._model import CachedLLM
 from pcache_integrations.llama_index._predict import Predicts
 from pcache_integrations.llama_index._prompts import (
@@ -230,7 +231,7 @@ class PromptCacheLLM(Predicts, CachedLLM):
             self.chat_template
             and wrap is default_completion_to_prompt
             and self.metadata.is_chat_model
-            and not holds_markup(self.engine.lm.text, CAPTURE.segments(text, "text"))
+            and not holds_markup(self.engine.lm.text, segments_of(text, "text"))
         ):
             # To a chat model, a bare text is what the user says.
             return self._chat_prompt([ChatMessage(role=MessageRole.USER, content=text)])
