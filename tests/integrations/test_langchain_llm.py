@@ -225,7 +225,7 @@ class TestGeneration:
         cache = InMemoryCache()
         options: dict[str, Any] = {"engine": engine, "cache": cache, "max_tokens": 4}
         for reuse, stop in (("off", None), ("fast", None), ("fast", ["v"]), ("fast", ["v"])):
-            PromptCacheLLM(model="builtin:tiny-rag", reuse=reuse, stop=stop, **options).invoke(TEXT)
+            PromptCacheLLM(reuse=reuse, stop=stop, **options).invoke(TEXT)
         assert len(cache._cache) == 3
 
     def test_tokens_are_counted_by_the_models_own_tokenizer(self, llm: PromptCacheLLM) -> None:
