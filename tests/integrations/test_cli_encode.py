@@ -190,7 +190,7 @@ def test_a_separator_is_encoded_with_the_document_before_it(texts: Path, tmp_pat
     lm = CausalLM.from_pretrained("builtin:tiny-rag")
     question = Segment("Question: Who?\nAnswer:")
     for behind, source in (("\n\n", "disk"), ("\n", "encoded")):
-        engine = PromptCacheEngine(lm, DiskStore(tmp_path), "fast", admission="always")
+        engine = PromptCacheEngine(lm, DiskStore(tmp_path), "fast")
         report = engine.prefill(
             Prompt([Segment(DOCUMENTS[0] + behind, "document"), question])
         ).report

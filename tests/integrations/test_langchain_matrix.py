@@ -39,7 +39,7 @@ def lm() -> CausalLM:
 
 @pytest.fixture
 def engine(lm: CausalLM) -> PromptCacheEngine:
-    return PromptCacheEngine(lm, reuse="fast", admission="always")
+    return PromptCacheEngine(lm, reuse="fast")
 
 
 @pytest.fixture(autouse=True)

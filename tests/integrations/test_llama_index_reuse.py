@@ -55,7 +55,7 @@ def lms() -> dict[str, CausalLM]:
 
 async def measured(lm: CausalLM, use: Use) -> dict[str, Any]:
     """What the last round of a use reused, and what it read."""
-    engine = PromptCacheEngine(lm, reuse="fast", admission="always")
+    engine = PromptCacheEngine(lm, reuse="fast")
     for round_ in ROUNDS:
         engine.reports.clear()
         # An answer that engines can read in any place, so that prompts don't hang on the model.
