@@ -11,13 +11,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pcache_core import PromptCacheEngine, Segment
-from pcache_core.errors import OptionError
+from pcache_core import Preamble, PromptCacheEngine, Segment
+from pcache_core.params import DEFAULT_MODEL
 from pcache_integrations._engines import lasting_store, load_lm
 from pcache_integrations.cli_errors import INTERRUPTED, NOT_ALL_DONE
-from pcache_integrations.cli_schema import template_of
-from pcache_integrations.cli_texts import SourceText, read_texts
-from pcache_templates import Text
+from pcache_integrations.cli_texts import PREAMBLE_HELP, SourceText, read_texts
 
 if TYPE_CHECKING:
     from pcache_core import EncodeReport
@@ -43,23 +41,14 @@ def encode(  # noqa: PLR0913 (each is an option of the command)
         ),
     ],
     model: Annotated[
-        str, typer.Option(help="A built-in model, a directory or a hub id.")
-    ] = "builtin:tiny-rag",
-    anchor: Annotated[
-        str | None,
-        typer.Option(
-            help="The constant opening of the prompts, exactly, to encode behind it. Without it, "
-            "the states fit every prompt."
-        ),
-    ] = None,
-    template: Annotated[
-        Path | None,
-        typer.Option(help="A template file whose text before the first variable is that opening."),
-    ] = None,
+        str,
+        typer.Option(help="A built-in model, a directory, a hub id, a .gguf file or ollama:NAME."),
+    ] = DEFAULT_MODEL,
+    preamble: Annotated[Path | None, typer.Option(help=PREAMBLE_HELP)] = None,
     separator: Annotated[
         str,
         typer.Option(
-            help="What stands behind each document in prompts, encoded together with it: for a "
+            help="What stands after each document in prompts, encoded together with it: for a "
             "server of `pcache serve`, which needs it, $'\\n\\n'."
         ),
     ] = "",
@@ -79,17 +68,18 @@ def encode(  # noqa: PLR0913 (each is an option of the command)
 ) -> None:
     """Precompute the attention states of documents into a store.
 
-    A language model with the same model, store and namespace then finds them.
+    A language model with the same model, store, namespace and preamble then finds them.
     What the store has already is not computed again: an interrupted run goes on.
     """
-    opening = _opening(anchor, template)
+    chosen = None if preamble is None else Preamble.of_file(preamble)
     texts = [replace(each, text=each.text + separator) for each in read_texts(sources, field)]
     lasting = lasting_store(store, storage_dtype)
     lasting.check()
-    engine = PromptCacheEngine(load_lm(model, dtype, device), store=lasting, namespace=namespace)
-    fitting, left_out = _sort_out(engine, texts, opening)
+    lm = load_lm(model, dtype, device)
+    engine = PromptCacheEngine(lm, store=lasting, namespace=namespace, preamble=chosen)
+    fitting, left_out = _sort_out(engine, texts)
     try:
-        report = engine.encode([each.text for each in fitting], anchor=opening)
+        report = engine.encode([each.text for each in fitting])
     except KeyboardInterrupt:
         print(
             f"interrupted; what was encoded is in {store}, the same command goes on from there",
@@ -105,51 +95,29 @@ def encode(  # noqa: PLR0913 (each is an option of the command)
         raise typer.Exit(NOT_ALL_DONE)
 
 
-def _opening(anchor: str | None, template: Path | None) -> str | None:
-    """Raises: OptionError: both were given, or the template has no opening that is text alone."""
-    if template is None:
-        return anchor or None
-    if anchor is not None:
-        raise OptionError("--anchor and --template both give the opening; leave one of them out")
-    texts = []
-    for node in template_of(template).raw_nodes():
-        if not isinstance(node, Text):
-            break
-        texts.append(node.text)
-    if not texts:
-        raise OptionError(
-            f"{template} does not begin with text of its own, so no opening is known; leave "
-            "--template out: what is encoded without an opening fits every prompt"
-        )
-    return "".join(texts)
-
-
 def _sort_out(
-    engine: PromptCacheEngine, texts: Sequence[SourceText], opening: str | None
+    engine: PromptCacheEngine, texts: Sequence[SourceText]
 ) -> tuple[list[SourceText], list[str]]:
     """Texts that can have a state, and where those stand that are too long for one; warns of them.
 
     One long text among thousands is no reason to encode none of the others.
     """
     lm, budget_bytes = engine.lm, engine.stats().budget_bytes
-    opening_ids = lm.text.ids(Segment(opening, "literal")) if opening else ()
-    limits = [sys.maxsize]
-    if lm.context_length is not None:
-        limits.append(lm.context_length - len(lm.text.bos_ids) - len(opening_ids) - 1)
-    if budget_bytes is not None and lm.bytes_per_token:
-        limits.append(budget_bytes // lm.bytes_per_token)
-    most = min(limits)
+    most = sys.maxsize if budget_bytes is None else budget_bytes // max(1, lm.bytes_per_token)
+    context = lm.context_length or sys.maxsize
     fitting: list[SourceText] = []
     left_out: list[SourceText] = []
     for each in texts:
-        fits = len(lm.text.ids(Segment(each.text, "document"))) <= most
+        count = len(lm.text.ids(Segment(each.text, "document")))
+        fits = count <= min(most, context - len(engine.preamble_for(each.text)))
         (fitting if fits else left_out).append(each)
     places = [each.place for each in left_out]
     if places:
         more = f" and {len(places) - _NAMED} more" if len(places) > _NAMED else ""
         print(
-            f"warning: left out, as longer than {most:,} tokens: {', '.join(places[:_NAMED])}"
-            f"{more}; split them into shorter documents",
+            "warning: left out, as too long for the store or, after a preamble, for the model "
+            f"({context:,} tokens): {', '.join(places[:_NAMED])}{more}; "
+            "split them into shorter documents",
             file=sys.stderr,
         )
     return fitting, places

@@ -12,7 +12,7 @@ import re
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ _SEPARATOR = "\n\n"
 _MARK = "\ue0f0Next Document\ue0f1"
 # Jinja's two sources of chance: a filter, which `map` takes by name, and a function.
 _CHANCE = re.compile(r"\|\s*random\b|[\"']random[\"']|\blipsum\b")
+_ALL = "all"
 _LARGEST_SHARE = 8
 """A preamble takes at most one of so many parts of the model's context."""
 
@@ -76,13 +77,19 @@ class Preamble:
         Raises: OptionError: the file is something else.
         """
         path = Path(folder) / "preamble.json"
-        if not os.fspath(folder) or not path.is_file():
-            return cls()
+        return cls.of_file(path) if os.fspath(folder) and path.is_file() else cls()
+
+    @classmethod
+    def of_file(cls, path: str | os.PathLike[str]) -> Preamble:
+        """What a JSON file says: an object with the fields of this class.
+
+        Raises: OptionError: the file is something else.
+        """
         try:
-            return cls(**json.loads(path.read_text("utf-8")))
+            return cls(**json.loads(Path(path).read_text("utf-8")))
         except (OSError, TypeError, ValueError) as error:
             raise OptionError(
-                f"{path} holds no preamble: {error}; write "
+                f"{os.fspath(path)} holds no preamble: {error}; write "
                 '{"opening": "...", "company": ["...", ...]}, or remove the file'
             ) from error
 
@@ -117,7 +124,7 @@ class PreambleIds:
         self.preamble = Preamble.of_folder(text.folder) if preamble is None else preamble
         self._text = text
         self._limit = None if context_length is None else context_length // _LARGEST_SHARE
-        self._by_language: dict[str, tuple[int, ...]] = {}
+        self._by_name: dict[str, tuple[int, ...]] = {}
 
     @cached_property
     def opening(self) -> tuple[int, ...]:
@@ -132,12 +139,23 @@ class PreambleIds:
 
     def ids_for(self, text: str) -> tuple[int, ...]:
         """The ids that a module of this text is encoded after."""
-        language = language_of(text) if self.preamble.company is None else ""
-        ids = self._by_language.get(language)
+        return self._named(self.name_for(text))
+
+    def name_for(self, text: str) -> str:
+        """Which of `by_name` a module of this text is encoded after: its language, or `all`."""
+        return language_of(text) if self.preamble.company is None else _ALL
+
+    def by_name(self) -> dict[str, tuple[int, ...]]:
+        """Every preamble: the `opening` alone, and with company, by language or of `all`."""
+        names = _companies() if self.preamble.company is None else [_ALL]
+        return {"opening": self.opening, **{name: self._named(name) for name in names}}
+
+    def _named(self, name: str) -> tuple[int, ...]:
+        ids = self._by_name.get(name)
         if ids is None:
             company = self.preamble.company
-            ids = self._with_company(_companies()[language] if company is None else company)
-            self._by_language[language] = ids
+            ids = self._with_company(_companies()[name] if company is None else company)
+            self._by_name[name] = ids
         return ids
 
     def _with_company(self, company: Iterable[str]) -> tuple[int, ...]:
@@ -198,7 +216,12 @@ def language_of(text: str) -> str:
     Told by script, then by frequent words. `en` where nothing tells, or where there is no company
     in the language. Depends on the text alone: same on every machine.
     """
-    head = unicodedata.normalize("NFC", text[:_READ])
+    return _language(text[:_READ])
+
+
+@lru_cache(4096)
+def _language(head: str) -> str:
+    head = unicodedata.normalize("NFC", head)
     counts = {name: weight * len(s.findall(head)) for name, (s, weight) in _SCRIPTS.items()}
     script = max(counts, key=counts.__getitem__)
     if script == "latin":

@@ -9,23 +9,16 @@ from contextlib import aclosing, closing
 from functools import cached_property
 from typing import Any
 
-from pcache_core.forget import ForgetReport
-
 from pcache_core.chat import Message, render_chat
 from pcache_core.errors import OptionError, PromptError
-from pcache_core.params import (
-    DEFAULT_REUSE,
-    RepairPolicy,
-    ReuseMode,
-    SamplingParams,
-    check_repair,
-    check_reuse,
-)
-from pcache_core.plan import TokenisedPrompt, tokenise
+from pcache_core.params import DEFAULT_REUSE, ReuseMode, SamplingParams, check_repair, check_reuse
+from pcache_core.preamble import Preamble
+from pcache_core.precompute import ForgetReport
 from pcache_core.prompt import Prompt, Segment
 from pcache_core.report import EncodeReport
 from pcache_core.results import Chunk, Generation
 from pcache_core.store import StoreStats
+from pcache_core.tokens import TokenisedPrompt, tokenise
 from pcache_core.tool_chat import render_tool_chat
 from pcache_core.tools import Tool, ToolFormat, tool_format
 from pcache_core.totals import EngineStats, Reports
@@ -34,7 +27,6 @@ from pcache_integrations.remote.link import Link, served_model
 from pcache_integrations.remote.modules import (
     USUAL_SEPARATOR,
     Joined,
-    Module,
     PromptModules,
     join_separators,
 )
@@ -50,11 +42,12 @@ class RemoteEngine:
 
     The server is the one that `pcache serve` starts; one without the connector gets plain prompts,
     and its own prefix cache is all that is reused. Documents that the server has no state of are
-    encoded there behind the first answer that needed them, in the background.
+    encoded there after the first answer that needed them, in the background.
 
     model: whose tokenizer to use; also the name that the server knows it by.
     reuse: `off`, `exact` or `fast`; `balanced` and `high` run as `fast`, and reports say so.
-    namespace: as the server was started with.
+    namespace, preamble: as the server was started with. One that was started with others answers
+        without states, and reports say so.
 
     Raises: ModelError: the server can't be reached; no tokenizer. OptionError: unknown mode.
     """
@@ -66,18 +59,25 @@ class RemoteEngine:
         *,
         reuse: ReuseMode = DEFAULT_REUSE,
         namespace: str = "default",
+        preamble: Preamble | None = None,
         min_module_tokens: int = 8,
     ) -> None:
+        if preamble is not None and not isinstance(preamble, Preamble):
+            raise OptionError(
+                f"preamble must be a Preamble, got {type(preamble).__name__}; "
+                "for example Preamble.of_file(...), as given to `pcache serve`"
+            )
         self.address = address
         self.reuse = check_reuse(reuse)
         self.namespace = namespace
         self.min_module_tokens = min_module_tokens
-        self.repair: RepairPolicy | None = None
+        self.repair: float | None = None
         self._server = Server(address)
         self.lm = served_model(self._server, model)
-        self._link = Link(self._server, self.lm, namespace)
+        self.preamble = Preamble.of_folder(self.lm.text.folder) if preamble is None else preamble
+        self._link = Link(self._server, self.lm, namespace, self.preamble)
         self._keeper = Keeper(self._server, model)
-        self.reports = Reports(lambda report: None)
+        self.reports = Reports()
 
     @property
     def connector(self) -> Description | None:
@@ -88,6 +88,10 @@ class RemoteEngine:
     def fingerprint(self) -> str:
         """Of the server's model; its name where the server has no connector to say it."""
         return self.connector.model if self.connector else self.lm.name
+
+    def preamble_for(self, text: str) -> tuple[int, ...]:
+        """As `PromptCacheEngine.preamble_for`."""
+        return self._link.maker.preambles.ids_for(text)
 
     @cached_property
     def tool_format(self) -> ToolFormat:
@@ -115,7 +119,7 @@ class RemoteEngine:
         prompt: Prompt,
         params: SamplingParams | None = None,
         reuse: ReuseMode | None = None,
-        repair: RepairPolicy | None = None,
+        repair: float | None = None,
     ) -> Generation:
         """The whole answer at once; arguments and errors as for `stream`."""
         return Generation.of(list(self.stream(prompt, params, reuse, repair)))
@@ -125,7 +129,7 @@ class RemoteEngine:
         prompt: Prompt,
         params: SamplingParams | None = None,
         reuse: ReuseMode | None = None,
-        repair: RepairPolicy | None = None,
+        repair: float | None = None,
     ) -> Generator[Chunk, None, None]:
         """The answer piece by piece. The last chunk has `finish_reason` and `report`.
 
@@ -142,7 +146,7 @@ class RemoteEngine:
         prompt: Prompt,
         params: SamplingParams | None = None,
         reuse: ReuseMode | None = None,
-        repair: RepairPolicy | None = None,
+        repair: float | None = None,
     ) -> Generation:
         """`generate` without blocking the event loop."""
         chunks = self.astream(prompt, params, reuse, repair)
@@ -153,7 +157,7 @@ class RemoteEngine:
         prompt: Prompt,
         params: SamplingParams | None = None,
         reuse: ReuseMode | None = None,
-        repair: RepairPolicy | None = None,
+        repair: float | None = None,
     ) -> AsyncGenerator[Chunk, None]:
         """`stream` without blocking the event loop."""
         started = time.perf_counter()
@@ -173,27 +177,21 @@ class RemoteEngine:
     def encode(
         self,
         texts: Sequence[str],
-        anchor: str | None = None,
         progress: bool = True,  # noqa: FBT001, FBT002 (as `PromptCacheEngine.encode`)
     ) -> EncodeReport:
-        """Have the server encode documents, each together with a blank line behind it.
+        """Have the server encode documents, each together with a blank line after it.
 
-        anchor: the template's constant opening if it is known.
-        Raises: PromptError: `texts` is one string. ModelError: the server can't be reached.
+        Raises: PromptError: `texts` is one string. ContextLengthError: a text is longer than the
+            server reads at once. ModelError: the server can't be reached.
         """
         if isinstance(texts, str):
             raise PromptError("encode takes a list of texts, got one str; put it in a list")
         connector = self._link.usable()
         if isinstance(connector, str):
             return EncodeReport(len(texts), 0, 0, 0, 0, 0, 0.0, connector)
-        lm, least = self.lm, self.min_module_tokens
-        anchor_ids = lm.text.bos_ids
-        if anchor:
-            anchor_ids += lm.text.ids(Segment(anchor, "literal"))
-        documents = [
-            tuple(lm.text.ids(Segment(text + USUAL_SEPARATOR, "document"))) for text in texts
-        ]
-        modules = [Module(anchor_ids, ids) for ids in documents if len(ids) >= least]
+        documents = [Segment(text + USUAL_SEPARATOR, "document") for text in texts]
+        long = [d for d in documents if len(self.lm.text.ids(d)) >= self.min_module_tokens]
+        modules = [self._link.maker.encodable(document) for document in long]
         return self._keeper.encode(connector, modules, len(texts), progress=progress)
 
     def forget(self, texts: object) -> ForgetReport:
@@ -238,7 +236,7 @@ class RemoteEngine:
         prompt: Prompt,
         params: SamplingParams,
         reuse: ReuseMode | None,
-        repair: RepairPolicy | None,
+        repair: float | None,
     ) -> RemoteRequest:
         if prompt.placement is not None:
             raise PromptError(
@@ -256,7 +254,7 @@ class RemoteEngine:
         if mode == "exact":
             return RemoteRequest(tokens, params, mode, None, connector.namespace)
         asks_repair = mode != "fast" or check_repair(repair) is not None
-        modules = PromptModules(joined, tokens, self.lm.text.ids, self.min_module_tokens)
+        modules = PromptModules(joined, tokens, self._link.maker, self.min_module_tokens)
         return RemoteRequest(
             tokens,
             params,

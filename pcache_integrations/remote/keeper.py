@@ -48,9 +48,9 @@ class Keeper:
         self._waiting: set[Future[None]] = set()
 
     def learn(self, connector: Description, modules: Sequence[Module], cached: int) -> None:
-        """Have encoded, in the background, what lay behind the first `cached` tokens."""
+        """Have encoded, in the background, what lay after the first `cached` tokens."""
         for module in modules:
-            key = _digest(connector, module)
+            key = module.key(connector.key_space)
             if self._is_new(key) and module.used > cached and connector.saves:
                 job = self._threads.submit(self._keep_quietly, connector, module, key)
                 with self._lock:
@@ -58,10 +58,16 @@ class Keeper:
                 job.add_done_callback(self._done)
 
     def encode(
-        self, connector: Description, modules: Sequence[Module], texts: int, *, progress: bool
+        self,
+        connector: Description,
+        modules: Sequence[Sequence[Module]],
+        texts: int,
+        *,
+        progress: bool,
     ) -> EncodeReport:
         """Have encoded what this process has not just asked for; returns when all is kept.
 
+        modules: of each text that has any.
         Raises: ModelError: the server can't be reached.
         """
         started = time.perf_counter()
@@ -71,25 +77,26 @@ class Keeper:
             else "several workers share the server's model; encode "
             "documents with the engine, into the store that they read"
         )
-        keyed = [(_digest(connector, module), module) for module in modules]
-        new = {key: module for key, module in keyed if connector.saves and self._is_new(key)}
-        total = sum(len(module.token_ids) for module in new.values())
+        space = connector.key_space
+        keyed = [{module.key(space): module for module in own} for own in modules]
+        every = {key: module for own in keyed for key, module in own.items() if not reason}
+        new = {key: module for key, module in every.items() if self._is_new(key)}
         jobs = [
             self._threads.submit(self._keep, connector, module, key) for key, module in new.items()
         ]
         disable = None if progress else True  # None: only on a terminal
-        with tqdm(total=len(jobs), desc="encoding", unit="text", disable=disable) as bar:
+        with tqdm(total=len(jobs), desc="encoding", unit="state", disable=disable) as bar:
             for job in jobs:
                 job.result()
                 bar.update()
-        kept = 0 if reason else len(new)
+        encoded = sum(not new.keys().isdisjoint(own) for own in keyed)
         return EncodeReport(
             texts=texts,
-            encoded=kept,
-            kept=kept,
-            already_stored=0 if reason else len(modules) - len(new),
-            too_short=texts - len(modules),
-            tokens=total,
+            encoded=encoded,
+            kept=encoded,
+            already_stored=0 if reason else len(keyed) - encoded,
+            too_short=texts - len(keyed),
+            tokens=sum(len(module.token_ids) for module in new.values()),
             seconds=time.perf_counter() - started,
             reason=reason,
         )
@@ -113,9 +120,8 @@ class Keeper:
 
     def _keep(self, connector: Description, module: Module, key: str) -> None:
         started = time.perf_counter()
-        ids = (*module.anchor_ids, *module.token_ids)
-        start = len(module.anchor_ids)
-        run = Run(start, len(ids), key, start)
+        ids = (*module.preamble_ids, *module.token_ids)
+        run = Run(len(module.preamble_ids), len(ids), key, module.preamble)
         try:
             self._server.complete(
                 {
@@ -146,7 +152,3 @@ class Keeper:
     def _done(self, job: Future[None]) -> None:
         with self._lock:
             self._waiting.discard(job)
-
-
-def _digest(connector: Description, module: Module) -> str:
-    return connector.key_space.key(module.anchor_ids, module.token_ids, None).digest

@@ -7,13 +7,16 @@ encoded together, and whatever comes next, the part that agrees with the prompt 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from pcache_core.errors import ContextLengthError
 from pcache_core.key import KeySpace
-from pcache_core.plan import TokenisedPrompt
+from pcache_core.lm import ServedModel
+from pcache_core.preamble import Preamble, PreambleIds
 from pcache_core.prompt import Prompt, Segment
-from pcache_integrations.vllm.protocol import Run
+from pcache_core.tokens import TokenisedPrompt
+from pcache_integrations.vllm.protocol import Run, named_preambles
 
 USUAL_SEPARATOR = "\n\n"
 """What documents are encoded with before any prompt shows how it separates them."""
@@ -25,19 +28,66 @@ _MIN_LITERAL_TOKENS = 64
 
 @dataclass(frozen=True, slots=True)
 class Module:
-    """Tokens that are encoded behind an anchor; both begin a prompt of their own.
+    """Tokens that are encoded after a preamble; both make a prompt of their own.
 
-    used: how many of the prompt's tokens there are when all of it is used.
+    preamble: its name. used: how many of the prompt's tokens there are when all of it is used.
     """
 
-    anchor_ids: tuple[int, ...]
+    preamble: str
+    preamble_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
     used: int = 0
+
+    @property
+    def end(self) -> int:
+        """Tokens of that prompt."""
+        return len(self.preamble_ids) + len(self.token_ids)
+
+    def key(self, space: KeySpace) -> str:
+        """The digest that names its state."""
+        return space.key(self.preamble_ids, self.token_ids, None).digest
+
+
+class ModuleMaker:
+    """Says what the states of a server's model are encoded after, as the engine does.
+
+    context_length: the model's most positions, None without a limit; the server may take fewer.
+    """
+
+    def __init__(self, lm: ServedModel, preamble: Preamble, context_length: int | None) -> None:
+        self.preambles = PreambleIds(lm.text, context_length, preamble)
+        self.by_name = named_preambles(self.preambles)
+        self._lm = lm
+        self._context_length = context_length
+
+    def module(self, segment: Segment, *, is_first: bool) -> Module | None:
+        """As `ModuleLibrary.module`: None where it does not fit after its preamble."""
+        name = "opening" if is_first else self.preambles.name_for(segment.text)
+        module = Module(name, self.by_name[name], tuple(self._lm.text.ids(segment)))
+        limit = self._context_length
+        return module if limit is None or module.end <= limit else None
+
+    def modules(self, segment: Segment) -> list[Module]:
+        """All that a prompt may want, as its first one and later, and the server can encode."""
+        both = (self.module(segment, is_first=is_first) for is_first in (True, False))
+        most = self._lm.context_length
+        return [each for each in both if each and (most is None or each.end < most)]
+
+    def encodable(self, segment: Segment) -> list[Module]:
+        """`modules`, at least one. Raises: ContextLengthError: the server can encode none."""
+        found = self.modules(segment)
+        if not found:
+            raise ContextLengthError(
+                f"a text has {len(self._lm.text.ids(segment))} tokens, which don't fit after a "
+                f"preamble of {len(self.by_name['opening'])} into what the server reads at once "
+                f"({self._lm.context_length} tokens); split it into shorter documents"
+            )
+        return found
 
 
 @dataclass(frozen=True, slots=True)
 class Joined:
-    """A prompt whose documents end in the separator behind them.
+    """A prompt whose documents end in the separator after them.
 
     separators: what was joined to each segment; empty for the others.
     """
@@ -84,74 +134,72 @@ def _separator(following: Sequence[Segment]) -> str:
 class PromptModules:
     """The states that a prompt could use.
 
-    tokens: of the joined prompt. ids_of: of a segment alone.
+    tokens: of the joined prompt.
     """
 
     def __init__(
-        self,
-        joined: Joined,
-        tokens: TokenisedPrompt,
-        ids_of: Callable[[Segment], Sequence[int]],
-        min_module_tokens: int,
+        self, joined: Joined, tokens: TokenisedPrompt, maker: ModuleMaker, min_module_tokens: int
     ) -> None:
         self._joined = joined
         self._tokens = tokens
-        self._ids_of = ids_of
+        self._maker = maker
         self._least = min_module_tokens
 
     def runs(self, space: KeySpace) -> list[Run]:
         """What to ask the server for, best first."""
-        tokens = self._tokens
-        runs = []
-        if tokens.opening:
-            key = space.key((), tokens.anchor_ids, None)
-            runs.append(Run(0, tokens.opening, key.digest, 0))
-        anchors = tuple(dict.fromkeys((tokens.anchor_ids, tokens.bos_ids)))
-        for start, choices in self._choices():
-            for ids in choices:
-                agreed = self._agreed(start, ids)
-                if agreed < self._least or len(ids) - agreed > _MOST_TAIL_TOKENS:
+        runs = [Run(0, own.used, own.key(space), own.preamble) for own in self._opening()]
+        for start, is_first, segments in self._candidates():
+            for segment in segments:
+                module = self._maker.module(segment, is_first=is_first)
+                if module is None:
                     continue
-                for anchor_ids in anchors:
-                    key = space.key(anchor_ids, ids, None)
-                    behind = len(anchor_ids)
-                    runs.append(Run(start, start + agreed, key.digest, behind, ids[agreed:]))
+                agreed = self._agreed(start, module)
+                tail = module.token_ids[agreed:]
+                if agreed >= self._least and len(tail) <= _MOST_TAIL_TOKENS:
+                    stop = start + agreed
+                    runs.append(Run(start, stop, module.key(space), module.preamble, tail))
         return runs
 
     def modules(self) -> list[Module]:
-        """What to have encoded where the server lacks it: the opening, then each document."""
-        anchor_ids = self._tokens.anchor_ids
-        own = [Module((), anchor_ids, len(anchor_ids))] if anchor_ids else []
-        for start, choices in self._choices():
-            if len(choices[0]) >= self._least:
-                used = start + self._agreed(start, choices[0])
-                own.append(Module(anchor_ids, choices[0], used))
+        """What to have encoded where the server lacks it: the opening, then each document.
+
+        A document comes first in another prompt, and what is missing there leaves nothing to
+        reuse after it. So both of its states are made.
+        """
+        own = self._opening()
+        for start, _, segments in self._candidates():
+            for module in self._maker.modules(segments[0]):
+                own.append(replace(module, used=start + self._agreed(start, module)))
         return own
 
-    def _choices(self) -> list[tuple[int, list[tuple[int, ...]]]]:
-        """For each document and long literal its first token's place, and ids of its states."""
-        found = []
-        usual = next((text for text in self._joined.separators if text), USUAL_SEPARATOR)
-        pieces = zip(self._tokens.pieces, self._joined.separators, strict=True)
-        for piece, separator in pieces:
-            segment = piece.segment
-            if segment.kind == "document":
-                bare = segment.text.removesuffix(separator) if separator else segment.text
-                texts = dict.fromkeys(
-                    bare + end for end in (separator or usual, USUAL_SEPARATOR, "")
-                )
-                ids = [tuple(self._ids_of(replace(segment, text=text))) for text in texts]
-                found.append((piece.start, ids))
-            elif segment.kind == "literal" and piece.start >= self._tokens.opening:
-                own = self._tokens.token_ids[piece.start : piece.stop]
-                if len(own) >= _MIN_LITERAL_TOKENS:
-                    found.append((piece.start, [own]))
-        return found
+    def _opening(self) -> list[Module]:
+        """The constant opening, however short: what a prompt begins with must not be missing."""
+        count = self._tokens.opening
+        return [Module("", (), self._tokens.token_ids[:count], count)] if count else []
 
-    def _agreed(self, start: int, ids: Sequence[int]) -> int:
-        """How many of these tokens stand in the prompt from `start` on, its last one left out."""
-        pairs = zip(ids, self._tokens.token_ids[start:-1], strict=False)
+    def _candidates(self) -> Iterator[tuple[int, bool, list[Segment]]]:
+        """Each module's place, whether it is the first, and texts that its state may be of."""
+        usual = next((text for text in self._joined.separators if text), USUAL_SEPARATOR)
+        is_first = True
+        for piece, separator in zip(self._tokens.pieces, self._joined.separators, strict=True):
+            segment, count = piece.segment, piece.stop - piece.start
+            segments = [segment]
+            if segment.kind == "document":
+                bare = segment.text.removesuffix(separator)
+                ends = dict.fromkeys((separator or usual, USUAL_SEPARATOR, ""))
+                segments = [replace(segment, text=bare + end) for end in ends]
+            elif segment.kind != "literal" or piece.start < self._tokens.opening:
+                continue
+            least = self._least if segment.kind == "document" else _MIN_LITERAL_TOKENS
+            if count >= least and self._maker.module(segment, is_first=is_first):
+                yield piece.start, is_first, segments
+                is_first = False
+
+    def _agreed(self, start: int, module: Module) -> int:
+        """How many of its tokens stand in the prompt from `start` on, the last one left out."""
+        here = self._tokens.token_ids[start:-1]
+        pairs = zip(module.token_ids, here, strict=False)
         return next(
             (index for index, (own, other) in enumerate(pairs) if own != other),
-            min(len(ids), len(self._tokens.token_ids) - 1 - start),
+            min(len(module.token_ids), len(here)),
         )

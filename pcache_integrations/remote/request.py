@@ -13,9 +13,9 @@ from pcache_core.grammar import Grammar
 from pcache_core.lm import ServedModel
 from pcache_core.logprobs import TokenScorer
 from pcache_core.params import ReuseMode, SamplingParams
-from pcache_core.plan import Piece, TokenisedPrompt
 from pcache_core.report import Report, SegmentReport, Source
 from pcache_core.results import Chunk, TokenLogprob
+from pcache_core.tokens import Piece, TokenisedPrompt
 from pcache_integrations.remote.modules import Module
 from pcache_integrations.vllm.protocol import LOAD, Run, exact_salt, fast_salt
 
@@ -130,7 +130,7 @@ class Answer:
         return Chunk(choice["text"], ids, logprobs=self._logprobs(ids, choice.get("logprobs")))
 
     def last(self) -> Chunk:
-        """The chunk behind all others. Raises: ModelError: the answer is not complete."""
+        """The chunk after all others. Raises: ModelError: the answer is not complete."""
         reason = self._finish_reason
         if reason not in ("stop", "length"):
             raise ModelError(f"{self.lm.name}: the server gave the answer up ({reason})")

@@ -12,9 +12,9 @@ from functools import cached_property
 from typing import Any
 
 import httpx
-from pcache_core.deadline import too_late
 
 from pcache_core.errors import ModelError, OptionError, PromptError
+from pcache_core.scheduler import too_late
 
 _CONNECT_S = 10.0
 _DEFAULT_TIMEOUT_S = 600.0

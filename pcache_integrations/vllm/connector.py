@@ -21,11 +21,20 @@ from vllm.model_executor.models.utils import extract_layer_index
 
 from pcache_core.errors import OptionError
 from pcache_core.key import KeySpace
+from pcache_core.lm.loading import load_tokenizer
+from pcache_core.lm.tokenizer import SegmentTokenizer
+from pcache_core.preamble import Preamble, PreambleIds
 from pcache_core.store import ModuleStore
 from pcache_integrations._engines import check_store, lasting_store
 from pcache_integrations.vllm.model_card import ModelCard
 from pcache_integrations.vllm.paged import PagedLayer
 from pcache_integrations.vllm.planner import Planner, Step
+from pcache_integrations.vllm.protocol import (
+    Description,
+    Preambles,
+    named_preambles,
+    preambles_digest,
+)
 from pcache_integrations.vllm.worker import Share, StateWorker
 
 
@@ -39,8 +48,9 @@ class StepMetadata(KVConnectorMetadata):  # type: ignore[misc]
 class PromptCacheConnector(KVConnectorBase_V1):  # type: ignore[misc]
     """Fills the leading part of prompts from the states of a store.
 
-    `kv_connector_extra_config`: `store`, `namespace` and `model_card`, as `pcache serve` writes
-    them. Raises: OptionError, ModelError: they are missing, or of another model.
+    `kv_connector_extra_config`: `store`, `namespace`, `model_card` and, where modules are encoded
+    after another preamble than the model's own, `preamble`; as `pcache serve` writes them.
+    Raises: OptionError, ModelError: they are missing, or of another model.
     """
 
     def __init__(
@@ -61,8 +71,17 @@ class PromptCacheConnector(KVConnectorBase_V1):  # type: ignore[misc]
         self._computed: dict[str, int] = {}
         self._failed_blocks: set[int] = set()
         if role == KVConnectorRole.SCHEDULER:
-            saves = vllm_config.parallel_config.world_size == 1
-            self._planner = Planner(self._store, self._space, self._block_tokens, saves=saves)
+            preambles = _preambles(vllm_config, self._card, extra.get("preamble"))
+            description = Description(
+                self._space.model,
+                self._space.dtype,
+                self._space.namespace,
+                preambles_digest(preambles),
+                self._card.context_length,
+                saves=vllm_config.parallel_config.world_size == 1,
+                refused={},
+            )
+            self._planner = Planner(self._store, description, preambles, self._block_tokens)
 
     # The scheduler's side.
 
@@ -149,6 +168,14 @@ def _check_config(vllm_config: VllmConfig) -> None:
         raise OptionError(
             "kv_load_failure_policy must be 'recompute', so that a state that is gone is computed"
         )
+
+
+def _preambles(vllm_config: VllmConfig, card: ModelCard, chosen: Any) -> Preambles:
+    """The very ones that the engine makes, from the same tokenizer. Raises: OptionError."""
+    source = vllm_config.model_config.tokenizer
+    text = SegmentTokenizer(load_tokenizer(card.name, source))
+    preamble = None if chosen is None else Preamble(**chosen)
+    return named_preambles(PreambleIds(text, card.context_length, preamble))
 
 
 def _store(spec: object) -> ModuleStore:

@@ -29,6 +29,7 @@ class ModelCard:
 
     model: fingerprint of configuration and weights. dtype: of weights and states, without
     `torch.`. layers: shapes of what each layer caches. rotations: how states turn, by layer.
+    context_length: its most positions, None without a limit.
     """
 
     name: str
@@ -36,6 +37,7 @@ class ModelCard:
     dtype: str
     layers: tuple[LayerShape, ...]
     rotations: Rotations
+    context_length: int | None
 
     @classmethod
     def of(cls, lm: CausalLM) -> ModelCard:
@@ -55,7 +57,7 @@ class ModelCard:
             )
         rotations = lm.support.rotations or (None,) * len(lm.layers)
         dtype = str(lm.dtype).removeprefix("torch.")
-        return cls(lm.name, lm.fingerprint, dtype, lm.layers, rotations)
+        return cls(lm.name, lm.fingerprint, dtype, lm.layers, rotations, lm.context_length)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -89,6 +91,7 @@ class ModelCard:
             "dtype": self.dtype,
             "layers": same,
             "rotations": list(turning.values()),
+            "context_length": self.context_length,
         }
 
     @classmethod
@@ -103,7 +106,8 @@ class ModelCard:
                 rotation = _rotation(entry)
                 for index in entry["layers"]:
                     rotations[index] = rotation
-            return cls(card["name"], card["model"], card["dtype"], layers, tuple(rotations))
+            own = (card["name"], card["model"], card["dtype"])
+            return cls(*own, layers, tuple(rotations), card["context_length"])
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise ModelError(
                 f"the connector's model card can't be read ({type(error).__name__}: {error}); "

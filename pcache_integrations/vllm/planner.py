@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from pcache_core.key import KeySpace, ModuleKey
-from pcache_core.store import ModuleStore, Offer, open_many
+from pcache_core.key import ModuleKey
+from pcache_core.store import ModuleStore
 from pcache_integrations.vllm.protocol import (
     LOAD,
     SAVE,
     Description,
+    Preambles,
     ProtocolError,
     Run,
     cover,
@@ -59,7 +61,7 @@ class Save:
 
 @dataclass(slots=True)
 class Step:
-    """What the workers do beside one forward: loads before it, saves behind it."""
+    """What the workers do beside one forward: loads before it, saves after it."""
 
     loads: list[Load] = field(default_factory=list)
     saves: list[Save] = field(default_factory=list)
@@ -67,29 +69,38 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """What covers a prompt behind its first `start` tokens, without a gap."""
+    """What covers a prompt after its first `start` tokens, without a gap."""
 
     start: int
     runs: list[Run]
 
 
-_FOREIGN = "the key is not that of these tokens, this model and namespace"
+_AT_ONCE = 8
+_FOREIGN = "the key is not that of these tokens, this model, preamble and namespace"
 
 
 class Planner:
     """Decides for each request, from what its client sent and what the store has.
 
     A request's parameters are never trusted: a key must be the one that the prompt's own tokens
-    make, with this model and namespace.
+    make, with this model and namespace and one of these preambles.
+
+    description: of the connector, as clients get it, with nothing refused yet.
     """
 
     def __init__(
-        self, store: ModuleStore, space: KeySpace, block_tokens: int, *, saves: bool
+        self,
+        store: ModuleStore,
+        description: Description,
+        preambles: Preambles,
+        block_tokens: int,
     ) -> None:
         self._store = store
-        self._space = space
+        self._description = description
+        self._space = description.key_space
+        self._preambles = preambles
         self._block_tokens = block_tokens
-        self._saves = saves
+        self._threads = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="pcache-ask")
         self._tally = Tally()
         self._plans: dict[str, _Plan] = {}
         self._wanted: dict[str, Save] = {}
@@ -109,7 +120,7 @@ class Planner:
         self._wanted[request.request_id] = Save(run.start, run.key, ids)
 
     def matched(self, request: Any, computed: int) -> int:
-        """How many tokens behind the first `computed` states cover."""
+        """How many tokens after the first `computed` states cover."""
         plan = self._plans.get(request.request_id)
         if plan is None or plan.start != computed:
             plan = _Plan(computed, self._plan(request, computed))
@@ -120,7 +131,7 @@ class Planner:
         return max(0, limit - computed)
 
     def allocated(self, request: Any, block_ids: Sequence[int], computed: int, tokens: int) -> None:
-        """Load `tokens` behind the first `computed` in the next step; they have these blocks."""
+        """Load `tokens` after the first `computed` in the next step; they have these blocks."""
         plan = self._plans.pop(request.request_id, None)
         if plan is None or not tokens:
             return
@@ -156,8 +167,7 @@ class Planner:
 
     def describe(self) -> Description:
         """What clients have to know."""
-        space, counts = self._space, self._tally.counts
-        return Description(space.model, space.dtype, space.namespace, self._saves, counts)
+        return replace(self._description, refused=self._tally.counts)
 
     def _plan(self, request: Any, computed: int) -> list[Run]:
         wish = _params(request).get(LOAD)
@@ -173,7 +183,7 @@ class Planner:
         return cover(useful, computed, lambda run: run in there)
 
     def _checked_runs(self, request: Any, wish: object) -> tuple[Run, ...]:
-        runs = parse_runs(wish, request.num_prompt_tokens)
+        runs = parse_runs(wish, request.num_prompt_tokens, self._preambles)
         salt = fast_salt(self._space.namespace)
         if request.cache_salt != salt:
             raise ProtocolError(f"the request's cache_salt must be {salt!r}")
@@ -181,21 +191,22 @@ class Planner:
         return runs
 
     def _checked_save(self, request: Any, wish: object) -> Run:
-        run = parse_run(wish, request.num_prompt_tokens)
+        run = parse_run(wish, request.num_prompt_tokens, self._preambles)
         _check_plain(request)
-        if not self._saves:
+        if not self._description.saves:
             raise ProtocolError("this server keeps no states; several workers share a model")
         if request.cache_salt == fast_salt(self._space.namespace) or LOAD in _params(request):
             raise ProtocolError("what was made of states is not kept as one")
-        if run.anchor != run.start or run.tail:
-            raise ProtocolError("a state is encoded right behind its anchor")
-        if run.module_key(request.prompt_token_ids, self._space).digest != run.key:
+        before = tuple(request.prompt_token_ids[: run.start])
+        if before != self._preambles[run.preamble] or run.tail:
+            raise ProtocolError("a state is encoded right after a preamble of this server")
+        if run.module_key(request.prompt_token_ids, self._preambles, self._space).digest != run.key:
             raise ProtocolError(_FOREIGN)
         return run
 
     def _keys(self, runs: Sequence[Run], prompt_ids: Sequence[int]) -> dict[Run, ModuleKey]:
         """The runs' keys; runs that name another's are left out."""
-        keys = {run: run.module_key(prompt_ids, self._space) for run in runs}
+        keys = {run: run.module_key(prompt_ids, self._preambles, self._space) for run in runs}
         foreign = [run for run, key in keys.items() if key.digest != run.key]
         for run in foreign:
             del keys[run]
@@ -203,15 +214,9 @@ class Planner:
         return keys
 
     def _there(self, keys: Mapping[Run, ModuleKey]) -> set[Run]:
-        """The runs whose states the store has; it is asked once, and nothing is read."""
-        offered: set[ModuleKey] = set()
-
-        def note(offer: Offer) -> bool:
-            offered.add(offer.key)
-            return False
-
-        open_many(self._store, list(dict.fromkeys(keys.values())), note)
-        return {run for run, key in keys.items() if key in offered}
+        """The runs whose states the store has; nothing is read, several are asked for at once."""
+        answers = self._threads.map(self._store.contains, keys.values())
+        return {run for run, is_there in zip(keys, answers, strict=True) if is_there}
 
 
 def _params(request: Any) -> Mapping[str, Any]:

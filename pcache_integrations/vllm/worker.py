@@ -12,7 +12,6 @@ from pcache_core.key import KeySpace, ModuleKey
 from pcache_core.kv import KVState, Slot
 from pcache_core.lm.relocation import place
 from pcache_core.store import ModuleStore, Opened, open_many
-from pcache_core.store.base import everything
 from pcache_integrations.vllm.model_card import ModelCard
 from pcache_integrations.vllm.paged import PagedLayer, rows_of
 from pcache_integrations.vllm.planner import Filling, Load, Save
@@ -113,7 +112,7 @@ class StateWorker:
         """Move the states into the slot, one after the other; returns how far that went."""
         keys = [ModuleKey(f.key, f.token_ids, self._space) for f in load.fillings]
         unique = list(dict.fromkeys(keys))
-        opened = dict(zip(unique, open_many(self._store, unique, everything), strict=True))
+        opened = dict(zip(unique, open_many(self._store, unique), strict=True))
         states: dict[ModuleKey, KVState] = {}
         for key, filling in zip(keys, load.fillings, strict=True):
             try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,19 @@ from pcache_integrations.vllm.planner import Planner
 from pcache_integrations.vllm.protocol import (
     LOAD,
     SAVE,
+    Description,
     ProtocolError,
     Run,
     cover,
     exact_salt,
     fast_salt,
+    parse_run,
     parse_runs,
+    preambles_digest,
 )
 
 SPACE = KeySpace("model", "torch.float32", "team")
+PREAMBLES = {"": (), "opening": (1, 2), "en": (1, 2, 3, 4, 5), "de": (1, 2, 6, 7)}
 PROMPT = list(range(100, 200))
 
 
@@ -51,23 +56,30 @@ def store_with(folder: Path, *runs: Run) -> DiskStore:
     store = DiskStore(folder)
     stacks = stack_layers([LayerShape(1, 2, 1, 2)])
     for run in runs:
-        key = run.module_key(PROMPT, SPACE)
+        key = SPACE.key(PREAMBLES[run.preamble], [*PROMPT[run.start : run.end], *run.tail], None)
         rows = torch.zeros(1, 1, len(key.token_ids), 2)
-        assert store.put(key, KVState(stacks, (rows,), (rows,), key.token_ids, run.anchor))
+        state = KVState(stacks, (rows,), (rows,), key.token_ids, len(PREAMBLES[run.preamble]))
+        assert store.put(key, state)
     return store
 
 
-def run(start: int, end: int, anchor: int = 0, tail: tuple[int, ...] = ()) -> Run:
-    unnamed = Run(start, end, "", anchor, tail)
-    return Run(start, end, unnamed.module_key(PROMPT, SPACE).digest, anchor, tail)
+def run(start: int, end: int, preamble: str = "", tail: tuple[int, ...] = ()) -> Run:
+    """Of the prompt, as an honest client asks for it."""
+    key = SPACE.key(PREAMBLES[preamble], [*PROMPT[start:end], *tail], None)
+    return Run(start, end, key.digest, preamble, tail)
+
+
+def description(*, saves: bool = True) -> Description:
+    own = (SPACE.model, SPACE.dtype, SPACE.namespace)
+    return Description(*own, preambles_digest(PREAMBLES), 2048, saves, {})
 
 
 def planner(store: DiskStore, *, saves: bool = True) -> Planner:
-    return Planner(store, SPACE, 16, saves=saves)
+    return Planner(store, description(saves=saves), PREAMBLES, 16)
 
 
 def test_a_prompt_is_covered_up_to_the_first_gap(tmp_path: Path) -> None:
-    runs = [run(0, 10), run(10, 40, 10), run(40, 59, 10), run(60, 90, 10)]
+    runs = [run(0, 10), run(10, 40, "opening"), run(40, 59, "en"), run(60, 90, "de")]
     plan = planner(store_with(tmp_path, *runs))
     request = Request({LOAD: [one.as_list() for one in runs]})
     assert plan.matched(request, 0) == 59
@@ -79,7 +91,7 @@ def test_a_prompt_is_covered_up_to_the_first_gap(tmp_path: Path) -> None:
 
 
 def test_what_the_servers_own_cache_holds_is_not_loaded_again(tmp_path: Path) -> None:
-    runs = [run(0, 10), run(10, 40, 10), run(40, 64, 10)]
+    runs = [run(0, 10), run(10, 40, "opening"), run(40, 64, "en")]
     plan = planner(store_with(tmp_path, *runs[1:]))
     request = Request({LOAD: [one.as_list() for one in runs]})
     assert plan.matched(request, 16) == 48
@@ -91,7 +103,7 @@ def test_what_the_servers_own_cache_holds_is_not_loaded_again(tmp_path: Path) ->
 def test_a_request_that_waits_is_planned_anew_when_the_servers_cache_has_less(
     tmp_path: Path,
 ) -> None:
-    runs = [run(0, 10), run(10, 64, 10)]
+    runs = [run(0, 10), run(10, 64, "opening")]
     plan = planner(store_with(tmp_path, *runs))
     request = Request({LOAD: [one.as_list() for one in runs]})
     assert plan.matched(request, 32) == 32
@@ -109,7 +121,7 @@ def test_the_last_token_is_always_computed(tmp_path: Path) -> None:
 
 
 def test_rows_that_the_prompt_has_no_use_for_are_left_out(tmp_path: Path) -> None:
-    longer = run(0, 32, 0, tail=(7, 7))
+    longer = run(0, 32, "opening", tail=(7, 7))
     plan = planner(store_with(tmp_path, longer))
     request = Request({LOAD: [longer.as_list()]})
     assert plan.matched(request, 0) == 32
@@ -126,10 +138,12 @@ def test_rows_that_the_prompt_has_no_use_for_are_left_out(tmp_path: Path) -> Non
         Request({LOAD: [run(0, 64).as_list()]}, cache_salt=exact_salt("team")),
         Request({LOAD: [run(0, 64).as_list()]}, lora_request="adapter"),
         Request({LOAD: [run(0, 64).as_list()]}, mm_features=("image",)),
-        Request({LOAD: [Run(0, 64, "f" * 64, 0).as_list()]}),
-        Request({LOAD: [[0, 64, run(0, 63).key, 0]]}),
-        Request({LOAD: [[0, 101, "f" * 64, 0]]}),
-        Request({LOAD: [[0, 64, "../../etc/passwd", 0]]}),
+        Request({LOAD: [Run(0, 64, "f" * 64, "").as_list()]}),
+        Request({LOAD: [[0, 64, run(0, 63).key, ""]]}),
+        Request({LOAD: [[0, 64, run(0, 64).key, "opening"]]}),
+        Request({LOAD: [[0, 64, run(0, 64).key, 0]]}),  # as version 1 has it
+        Request({LOAD: [[0, 101, "f" * 64, ""]]}),
+        Request({LOAD: [[0, 64, "../../etc/passwd", ""]]}),
         Request({LOAD: "all of it"}),
     ],
 )
@@ -140,23 +154,29 @@ def test_what_can_not_be_trusted_is_computed_and_counted(tmp_path: Path, request
 
 
 def test_a_state_is_kept_when_its_last_token_is_computed(tmp_path: Path) -> None:
+    """The preamble is the server's own, and the state's first position is the one after it."""
     plan = planner(DiskStore(tmp_path))
-    request = Request({SAVE: run(10, 40, 10).as_list()}, cache_salt=exact_salt("team"))
-    plan.add(request)
+    ids = [*PREAMBLES["en"], *PROMPT[5:]]
+    key = SPACE.key(PREAMBLES["en"], ids[5:40], None).digest
+    wish = Run(5, 40, key, "en").as_list()
+    plan.add(Request({SAVE: wish}, cache_salt=exact_salt("team"), prompt_token_ids=ids))
     plan.computed("r", 32, [1, 2])
     assert plan.take_step().saves == []
     plan.computed("r", 40, [1, 2, 3])
     (save,) = plan.take_step().saves
-    assert (save.start, save.token_ids, save.block_ids) == (10, tuple(PROMPT[:40]), (1, 2, 3))
+    assert (save.start, save.token_ids, save.block_ids) == (5, tuple(ids[:40]), (1, 2, 3))
 
 
 @pytest.mark.parametrize(
     ("wish", "salt", "saves"),
     [
-        (run(10, 40, 0), exact_salt("team"), True),  # not behind all that stands before it
-        (Run(10, 40, "f" * 64, 10), exact_salt("team"), True),
-        (run(10, 40, 10), fast_salt("team"), True),
-        (run(10, 40, 10), exact_salt("team"), False),
+        (run(5, 40, "en"), exact_salt("team"), True),  # the prompt does not begin with it
+        (run(2, 40, "opening"), exact_salt("team"), True),
+        (run(0, 40, "opening"), exact_salt("team"), True),
+        (Run(0, 40, "f" * 64, ""), exact_salt("team"), True),
+        (run(0, 40, "", tail=(7,)), exact_salt("team"), True),
+        (run(0, 40), fast_salt("team"), True),
+        (run(0, 40), exact_salt("team"), False),
     ],
 )
 def test_a_state_that_is_not_what_its_key_says_is_not_kept(
@@ -169,22 +189,64 @@ def test_a_state_that_is_not_what_its_key_says_is_not_kept(
 
 
 def test_of_several_runs_the_one_that_reaches_furthest_goes_on() -> None:
-    runs = [Run(0, 5, "a", 0), Run(0, 9, "b", 0), Run(5, 20, "c", 0), Run(9, 12, "d", 0)]
+    places = [(0, 5, "a"), (0, 9, "b"), (5, 20, "c"), (9, 12, "d")]
+    runs = [Run(*place, "") for place in places]
     assert [one.key for one in cover(runs, 0, lambda one: True)] == ["b", "c"]
     assert [one.key for one in cover(runs, 0, lambda one: one.key != "c")] == ["b", "d"]
     assert cover(runs, 20, lambda one: True) == []
 
 
-def test_runs_that_are_none_are_refused() -> None:
-    for value in ([[0, 5]], [[5, 5, "f" * 64, 0]], [[4, 9, "f" * 64, 5]], [[0, 5, "F" * 64, 0]]):
-        with pytest.raises(ProtocolError):
-            parse_runs(value, 100)
+@pytest.mark.parametrize(
+    "wish",
+    [
+        [0, 5],
+        [5, 5, "f" * 64, "en"],
+        [-1, 5, "f" * 64, "en"],
+        [0.0, 5, "f" * 64, "en"],
+        [0, True, "f" * 64, "en"],
+        [0, 10**30, "f" * 64, "en"],
+        [0, 5, "F" * 64, "en"],
+        [0, 5, "f" * 64, "xx"],
+        [0, 5, "f" * 64, ["en"]],
+        [0, 5, "f" * 64, None],
+        [4, 9, "f" * 64, ""],  # only what opens the prompt is encoded after nothing
+        [4, 9, "f" * 64, 4],  # version 1
+        [4, 9, "f" * 64, "en", [-1]],
+        [4, 9, "f" * 64, "en", [0.5]],
+        [4, 9, "f" * 64, "en", [7] * 65],
+        {"start": 0},
+        None,
+    ],
+)
+def test_runs_that_are_none_are_refused(wish: object) -> None:
+    with pytest.raises(ProtocolError):
+        parse_runs([wish], 100, PREAMBLES)
+    with pytest.raises(ProtocolError):
+        parse_run(wish, 100, PREAMBLES)
+
+
+def test_a_description_travels_as_json_and_another_version_is_named() -> None:
+    sent = json.loads(json.dumps(description().as_dict()))
+    assert Description.parse(sent) == description()
+    assert Description.parse({"other_connector": {}}) is None
+    version_1 = {"version": 1, "model": "m", "dtype": "d", "namespace": "n", "saves": True}
+    with pytest.raises(ProtocolError, match="version 1 .*this client version 2; install the same"):
+        Description.parse({LOAD: {**version_1, "refused": {}}})
+
+
+def test_preambles_that_differ_in_one_token_or_name_have_another_digest() -> None:
+    same = dict(reversed(PREAMBLES.items()))
+    assert preambles_digest(same) == preambles_digest(PREAMBLES)
+    renamed = {"fr" if name == "de" else name: ids for name, ids in PREAMBLES.items()}
+    for other in (PREAMBLES | {"en": (1, 2, 3, 4)}, renamed, PREAMBLES | {"fr": ()}):
+        assert preambles_digest(other) != preambles_digest(PREAMBLES)
 
 
 def test_a_model_card_travels_as_json(tiny: CausalLM) -> None:
     card = ModelCard.of(tiny)
     read = ModelCard.from_dict(card.as_dict())
     assert (read.model, read.dtype, read.stacks) == (tiny.fingerprint, "float32", tiny.stacks)
+    assert read.context_length == tiny.context_length == 2048
     for mine, own in zip(read.rotations, tiny.support.rotations or (), strict=True):
         assert isinstance(mine, Rotation)
         assert isinstance(own, Rotation)
