@@ -136,7 +136,7 @@ class TestText:
         report = report_of(
             SegmentReport("literal", None, "Answer:\n\n", 3, "prefix"),
             SegmentReport("document", "d1", SENTENCE, 9, "memory", repaired_tokens=4),
-            SegmentReport("document", "d2", SENTENCE, 9, "memory", note="why <so>"),
+            SegmentReport("document", "d2", SENTENCE, 9, "memory"),
             SegmentReport("literal", None, "\n\nQ:", 3, "computed"),
             SegmentReport("argument", "question", " When?", 2, "computed"),
         )
@@ -145,7 +145,7 @@ class TestText:
         assert dict.fromkeys(marks.titles).keys() == {
             "literal: 3 tokens, prefix",
             "document d1: 9 tokens, memory, 4 repaired",
-            "document d2: 9 tokens, memory; why <so>",
+            "document d2: 9 tokens, memory",
             "literal: 3 tokens, computed\nargument question: 2 tokens, computed",
         }
 
@@ -165,7 +165,7 @@ class TestText:
 
     def test_hostile_text_and_names_stay_text_in_the_notebook(self) -> None:
         report = report_of(
-            SegmentReport("document", HOSTILE, HOSTILE, 9, "disk", note=HOSTILE),
+            SegmentReport("document", HOSTILE, HOSTILE, 9, "disk"),
             SegmentReport("text", None, HOSTILE, 9, "computed"),
         )
         report.fallback_reason = HOSTILE
@@ -176,7 +176,7 @@ class TestText:
 
     @pytest.mark.parametrize("colour", [None, "truecolor"])
     def test_hostile_text_reaches_no_terminal_as_a_command(self, colour: str | None) -> None:
-        report = report_of(SegmentReport("document", HOSTILE, HOSTILE * 3, 9, "disk", note=HOSTILE))
+        report = report_of(SegmentReport("document", HOSTILE, HOSTILE * 3, 9, "disk"))
         report.fallback_reason = HOSTILE
         file = io.StringIO()
         console = Console(
@@ -232,9 +232,8 @@ class TestLongPrompts:
         assert "&lt;299&gt; The museum" in html
         assert "d150" not in html
 
-    def test_a_thousand_notes_and_names_of_any_length_stay_short(self) -> None:
-        note, name = "not loaded " * 100, "n" * 10_000
-        segments = [SegmentReport("document", name, "x", 1, "computed", note=note)] * 1000
+    def test_a_thousand_names_of_any_length_stay_short(self) -> None:
+        segments = [SegmentReport("document", "n" * 10_000, "x", 1, "computed")] * 1000
         html = report_of(*segments)._repr_html_()
         assert len(html) < 100_000
         assert "… and 992 more" in html
@@ -276,7 +275,7 @@ class TestBrowser:
     def test_a_narrow_page_needs_no_scrolling_to_the_side(self, tmp_path: Path) -> None:
         wide = "W" * 400 + " " + "\u6587" * 300
         report = report_of(
-            SegmentReport("document", "W" * 200, wide, 9, "memory", 3, note="n" * 500),
+            SegmentReport("document", "W" * 200, wide, 9, "memory", 3),
             SegmentReport("text", None, SENTENCE * 30, 9, "computed"),
             **{name: 5.0 for name in ("load_ms", "assemble_ms", "prefill_ms", "repair_ms")},
             ttft_ms=25.0,
@@ -291,7 +290,7 @@ class TestBrowser:
 
     def test_hostile_text_runs_no_script_and_makes_no_element(self, tmp_path: Path) -> None:
         report = report_of(
-            SegmentReport("document", HOSTILE, HOSTILE, 9, "disk", note=HOSTILE),
+            SegmentReport("document", HOSTILE, HOSTILE, 9, "disk"),
             SegmentReport("text", None, HOSTILE, 9, "computed"),
         )
         report.fallback_reason = HOSTILE

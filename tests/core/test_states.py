@@ -1,4 +1,4 @@
-"""States: after a constant preamble in the document's language, the same however they came to be."""
+"""States: after a constant preamble in their text's language, however they came to be."""
 
 from __future__ import annotations
 
@@ -64,11 +64,10 @@ def stored(engine: PromptCacheEngine, texts: Sequence[str] = TEXTS) -> dict[Modu
     store, found = engine.store, {}
     assert isinstance(store, MemoryStore)
     ids = {tuple(engine.lm.token_ids(text)) for text in texts}
-    for key in store.keys():
-        if key.token_ids in ids:
-            hit = store.get(key)
-            assert hit is not None
-            found[key] = hit.state
+    for key in [key for key in store.keys() if key.token_ids in ids]:
+        hit = store.get(key)
+        assert hit is not None
+        found[key] = hit.state
     return found
 
 
