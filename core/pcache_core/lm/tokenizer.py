@@ -90,6 +90,24 @@ class SegmentTokenizer:
         bos = self._tokenizer.bos_token
         return str(text).removeprefix(bos) if self.bos_ids and bos else str(text)
 
+    @property
+    def marks_roles(self) -> bool:
+        """Whether the chat template writes a user's turn and an assistant's differently.
+
+        One that doesn't is no dialogue format: it only joins the contents, and a completion
+        prompt says the same. False where there is no template.
+        """
+        if not self._tokenizer.chat_template:
+            return False
+        try:
+            user, assistant = (
+                self.apply_chat_template([{"role": role, "content": "Hello"}])
+                for role in ("user", "assistant")
+            )
+        except ChatTemplateError:  # It knows roles, or it could not refuse one.
+            return True
+        return user != assistant
+
     def _find_bos(self) -> tuple[int, ...]:
         """The one token the tokenizer puts before every text, if it does."""
         bos = self._tokenizer.bos_token_id
