@@ -11,8 +11,12 @@ from bisect import bisect_left, bisect_right, insort
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from pcache_core.prompt import Prompt, Segment, SegmentKind
+
+if TYPE_CHECKING:
+    from pcache_core.lm.tokenizer import SegmentTokenizer
 
 # A document is recognised by its first characters. Shorter ones would be found by accident, and
 # have fewer tokens than a module needs anyway.
@@ -105,6 +109,21 @@ def settle(segments: Iterable[Segment], text: str) -> Prompt:
     if "".join(segment.text for segment in given) != text:
         return Prompt.from_text(text)
     return Prompt(_merge(_move_spaces(given)))
+
+
+def holds_markup(text: SegmentTokenizer, segments: Iterable[Segment]) -> bool:
+    """Whether a prompt is a chat's rendering already, by what stands outside of its data."""
+    return any(text.holds_chat_markup(s.text) for s in segments if s.is_markup)
+
+
+def as_data(text: SegmentTokenizer, segments: Iterable[Segment]) -> list[Segment]:
+    """The parts of what a user says: none of them marks a role."""
+    return [
+        replace(s, kind="argument")
+        if s.kind == "text" or (s.kind == "literal" and text.holds_special(s.text))
+        else s
+        for s in segments
+    ]
 
 
 def _find(bucket: list[str], text: str, position: int) -> tuple[str, int] | None:

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from pcache_core.errors import OptionError
+from pcache_core.params import DEFAULT_MODEL
 from pcache_integrations.cli_bench import bench
 from pcache_integrations.cli_encode import encode
 from pcache_integrations.cli_errors import EXIT_STATUSES, INTERRUPTED, USER_ERROR, explain
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from pcache_core.evaluation.data import QuestionSet
 
 TOY = "builtin:tiny-rag"
-DEFAULT_MODEL = "builtin:smollm2"
 _QUESTIONS = 400  # one question is a quarter of a point
 _DOCUMENTS = 12  # of the corpus, in a prompt: about 1,150 tokens
 _WIDTH_OF_A_FILE = 120  # columns of output that is not a terminal
@@ -50,7 +50,10 @@ app.command(
 def demo(
     model: Annotated[
         str | None,
-        typer.Option(help="A built-in model, a directory or a hub id.", show_default=DEFAULT_MODEL),
+        typer.Option(
+            help="A built-in model, a directory, a hub id, a .gguf file or ollama:NAME.",
+            show_default=DEFAULT_MODEL,
+        ),
     ] = None,
     corpus: Annotated[
         Path | None,
@@ -115,7 +118,7 @@ def evaluate(  # noqa: PLR0913 (each is an option of the command)
     model: Annotated[
         str | None,
         typer.Option(
-            help="A built-in model, a directory or a hub id.",
+            help="A built-in model, a directory, a hub id, a .gguf file or ollama:NAME.",
             show_default="builtin:smollm2; builtin:tiny-rag for the tiny world",
         ),
     ] = None,

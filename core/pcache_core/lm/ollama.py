@@ -14,7 +14,11 @@ from pcache_core.errors import ModelError
 OLLAMA_PREFIX = "ollama:"
 _HOST, _NAMESPACE, _TAG = "registry.ollama.ai", "library", "latest"
 # A user's own, then where the service keeps them.
-_FOLDERS = ("~/.ollama/models", "/usr/share/ollama/.ollama/models", "/var/lib/ollama/.ollama/models")
+_FOLDERS = (
+    "~/.ollama/models",
+    "/usr/share/ollama/.ollama/models",
+    "/var/lib/ollama/.ollama/models",
+)
 _MODEL = "application/vnd.ollama.image.model"
 _ADAPTER = "application/vnd.ollama.image.adapter"
 _DIGEST = re.compile(r"sha256[:-]([0-9a-f]{64})")
