@@ -165,8 +165,8 @@ class SchemaOracle:
 
 def followed_by(rows: Rows, token_id: int) -> Rows:
     """The rows with one generated token more, behind every position in use."""
-    end = max(row.position for row in rows) + 1
-    return (*rows, Row(token_id, end, end, "computed", 0))
+    place, position = (max(row.place for row in rows), max(row.position for row in rows))
+    return (*rows, Row(token_id, place + 1, position + 1, "computed", 0))
 
 
 def greedy(model: PreTrainedModel, rows: Rows, num_tokens: int) -> list[int]:

@@ -13,11 +13,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 
 import schema_oracle
 import tiny_models
-from pcache_core import CausalLM, PMLError, PromptCacheEngine, RepairPolicy
+from pcache_core import CausalLM, PMLError, Preamble, PromptCacheEngine
 from pcache_core.lm.loading import resolve
 from pcache_core.pml import Positions
 from pcache_templates.use_cases import NAMES, render
 from schema_oracle import SchemaOracle
+from subjects import PREAMBLE
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -70,10 +71,12 @@ def test_schema_and_prompts_give_the_logits_of_one_masked_forward(
 ) -> None:
     case = case_of(name)
     model = random_model(tokenizer)
-    engine = PromptCacheEngine(CausalLM(model, tokenizer), reuse="fast")
+    engine = PromptCacheEngine(
+        CausalLM(model, tokenizer), reuse="fast", preamble=Preamble(*PREAMBLE)
+    )
     schema = engine.add_schema(case.schema, src_root=case.src_root)
     assert engine.encode_schema(schema, progress=False).encoded >= 5
-    oracle = SchemaOracle(case.schema, tokenizer, src_root=case.src_root)
+    oracle = SchemaOracle(case.schema, tokenizer, preamble=PREAMBLE, src_root=case.src_root)
     for pml in case.prompts[:2]:
         prompt = engine.prompt_from_pml(pml, positions=positions)
         prefill = engine.prefill(prompt)
@@ -83,8 +86,7 @@ def test_schema_and_prompts_give_the_logits_of_one_masked_forward(
         plain = schema_oracle.next_logits(model, oracle.plain(pml, positions))
         assert float((prefill.logits - expected).abs().max()) < TOLERANCE
         assert float((plain - expected).abs().max()) > VISIBLE_DIFFERENCE
-        all_of_it = RepairPolicy(head_tokens=0, query_ratio=1.0)
-        repaired = engine.prefill(prompt, reuse="balanced", repair=all_of_it)
+        repaired = engine.prefill(prompt, reuse="balanced", repair=1.0)
         assert float((repaired.logits - plain).abs().max()) < TOLERANCE
 
 

@@ -140,19 +140,21 @@ class ModuleLibrary:
             if not self._read(planned, stored, sequence, in_memory):
                 del found[planned.key]
         missing = {s.key: s.module for s in states if s.key not in found}
-        for key, state in self.encode(missing):
+        for key, state, source in self.encode(missing):
             in_memory[key.digest] = state
-            sources[key.digest] = "encoded"
+            sources[key.digest] = source
         load_ms = _ms_since(started)
         started = time.perf_counter()
         shared_tokens = self._place_all(states, in_memory, sequence, rows)
         return Loaded(sources, load_ms, _ms_since(started), shared_tokens)
 
-    def encode(self, modules: Mapping[ModuleKey, Module]) -> Iterator[tuple[ModuleKey, KVState]]:
+    def encode(
+        self, modules: Mapping[ModuleKey, Module]
+    ) -> Iterator[tuple[ModuleKey, KVState, Source]]:
         """Encode modules and put their states in the store; yield them as they are made.
 
-        What another thread is encoding is waited for instead. A state that the store can't keep is
-        still returned.
+        What another thread is encoding is waited for instead, and comes from memory. A state that
+        the store can't keep is still returned.
         """
         with self._lock:
             own = {key: module for key, module in modules.items() if key not in self._encoding}
@@ -166,8 +168,9 @@ class ModuleLibrary:
                 state = self._made.get(key.digest)
                 if state is not None and self._store.contains(key):
                     del own[key]
-                    yield key, state
-            yield from self._encode(own)
+                    yield key, state, "memory"
+            for key, state in self._encode(own):
+                yield key, state, "encoded"
         finally:
             with self._lock:
                 for key in claimed:
@@ -179,7 +182,7 @@ class ModuleLibrary:
             if state is None:
                 yield from self.encode({key: modules[key]})
             else:
-                yield key, state
+                yield key, state, "memory"
 
     def drop(self, texts: Mapping[tuple[int, ...], str]) -> int:
         """Delete every state of these texts that can be known; return how many.

@@ -119,7 +119,7 @@ def _encode_missing(
     total = sum(module.num_tokens for module in modules.values())
     disable = None if progress else True  # None: only on a terminal
     with tqdm(total=total, desc="encoding", unit="tok", unit_scale=True, disable=disable) as bar:
-        for key, _ in library.encode(modules):
+        for key, *_ in library.encode(modules):
             bar.update(modules[key].num_tokens)
     encoded = [text for text in wanted if any(key in modules for key in keys[text])]
     kept = sum(all(map(library.contains, keys[text])) for text in encoded)

@@ -113,7 +113,8 @@ class PrefixCache:
     ) -> tuple[KVSequence | None, int]:
         accepts = _filter(request)
         best, rows = None, 0
-        for sequence in self._idle:
+        # Among equals the one used last: the oldest may have to give its buffers.
+        for sequence in reversed(self._idle):
             if _continues(sequence, wanted, request.repair):
                 matching = _alike(sequence, wanted)
             else:

@@ -1,4 +1,4 @@
-"""The engine: modes, reports, slots and streams on a random Llama and on the built-in model."""
+"""The engine: modes, reports and streams on a random Llama and on the built-in model."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ from dataclasses import replace
 import pytest
 import torch
 
+import oracle
 import tiny_models
 from pcache_core import (
     CausalLM,
     MemoryStore,
+    Preamble,
     Prompt,
     PromptCacheEngine,
     SamplingParams,
     Segment,
 )
+from subjects import PREAMBLE
 
 OPENING = Segment("Answer from the notes.\n", "literal")
 DOCS = {
@@ -58,12 +61,13 @@ def test_documents_are_encoded_once_and_served_in_any_order_and_choice(
 
 
 def test_the_report_counts_every_token_once(engine: PromptCacheEngine) -> None:
-    engine.encode([DOCS["bees"]], anchor=OPENING.text, progress=False)
+    engine.encode([DOCS["bees"]], progress=False)
     report = engine.prefill(make_prompt("mill", "bees")).report
     assert sources(report) == {"mill": "encoded", "bees": "memory"}
     parts = report.cached_tokens + report.encoded_tokens + report.computed_tokens
     assert parts == report.prompt_tokens == 1 + sum(s.num_tokens for s in report.segments)
-    assert report.encoded_tokens == engine.lm.count_tokens(DOCS["mill"])
+    opening = 1 + engine.lm.count_tokens(OPENING.text)  # after the first token of all
+    assert report.encoded_tokens == opening + engine.lm.count_tokens(DOCS["mill"])
     assert report.ttft_ms >= report.load_ms + report.assemble_ms + report.prefill_ms > 0
     assert engine.reports[-1] is report
 
@@ -84,7 +88,7 @@ def test_a_prefix_ends_before_a_document_it_holds_in_part(engine: PromptCacheEng
     torch.testing.assert_close(whole.logits, fresh.logits, rtol=0, atol=1e-4)
 
 
-def test_a_slot_filled_from_states_serves_no_exact_request(engine: PromptCacheEngine) -> None:
+def test_a_sequence_filled_from_states_serves_no_exact_request(engine: PromptCacheEngine) -> None:
     prompt = make_prompt("bees", "boat", "mill")
     off = engine.prefill(prompt, reuse="off").logits
     fast = engine.prefill(prompt, reuse="fast").logits
@@ -125,10 +129,10 @@ def test_states_do_not_depend_on_what_was_asked_before(llama: CausalLM) -> None:
 
 def test_states_encoded_together_equal_states_encoded_alone(llama: CausalLM) -> None:
     together = PromptCacheEngine(llama, reuse="fast")
-    together.encode(list(DOCS.values()), anchor=OPENING.text, progress=False)
+    together.encode(list(DOCS.values()), progress=False)
     alone = PromptCacheEngine(llama, reuse="fast")
     for text in DOCS.values():
-        alone.encode([text], anchor=OPENING.text, progress=False)
+        alone.encode([text], progress=False)
     prompt = make_prompt("mill", "bees", "boat")
     expected = alone.prefill(prompt).logits
     torch.testing.assert_close(together.prefill(prompt).logits, expected, rtol=0, atol=1e-4)
@@ -177,8 +181,9 @@ def test_a_damaged_state_is_dropped_and_encoded_again(engine: PromptCacheEngine)
     expected = engine.prefill(prompt).logits
     store = engine.store
     assert isinstance(store, MemoryStore)
-    for digest, state in list(store._states.items()):
-        store._states[digest] = replace(state, keys=tuple(k[:, :, :-1] for k in state.keys))
+    for digest, (key, state) in list(store._states.items()):
+        cut = replace(state, keys=tuple(k[:, :, :-1] for k in state.keys))
+        store._states[digest] = key, cut
     fresh = PromptCacheEngine(engine.lm, store, "fast")
     prefill = fresh.prefill(prompt)
     assert set(sources(prefill.report).values()) == {"encoded"}
@@ -361,7 +366,7 @@ async def test_a_cancelled_request_ends_quietly_and_blocks_nobody(
 
 
 def test_texts_may_come_from_a_generator(engine: PromptCacheEngine) -> None:
-    report = engine.encode((text for text in DOCS.values()), None, False)  # type: ignore[arg-type]
+    report = engine.encode((text for text in DOCS.values()), False)  # type: ignore[arg-type]
     assert (report.texts, report.encoded, report.kept) == (3, 3, 3)
 
 
@@ -378,7 +383,8 @@ def test_a_store_that_gives_another_documents_state_is_not_believed(llama: Causa
     class Confused(MemoryStore):
         def get(self, key):  # type: ignore[no-untyped-def]
             hit = super().get(key)
-            others = [state for state in self._states.values() if state.token_ids != key.token_ids]
+            states = [state for _, state in self._states.values()]
+            others = [state for state in states if state.token_ids != key.token_ids]
             return replace(hit, state=others[0]) if hit and others else hit
 
     store = Confused()
@@ -406,14 +412,14 @@ def test_requests_without_reuse_evict_no_prefix(engine: PromptCacheEngine) -> No
     assert engine.prefill(prompt, reuse="exact").report.computed_tokens == 1
 
 
-def test_an_answer_longer_than_its_slot_continues_in_a_larger_one(
+def test_an_answer_longer_than_its_buffers_continues_in_larger_ones(
     tiny_lm: Callable[..., CausalLM], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompt = make_prompt("bees")
     params = SamplingParams(max_tokens=300, temperature=1.0, seed=5)
     expected = PromptCacheEngine(tiny_lm("llama")).generate(prompt, params)
     monkeypatch.setattr("pcache_core.request._USUAL_ANSWER_TOKENS", 1)
-    monkeypatch.setattr("pcache_core.slots._ROUND_UP", 1)
+    monkeypatch.setattr("pcache_core.prefix_cache._ROUND_UP", 1)
     assert PromptCacheEngine(tiny_lm("llama")).generate(prompt, params).text == expected.text
 
 
@@ -425,11 +431,10 @@ def test_a_long_document_is_read_in_blocks_with_the_logits_of_one_forward(
         prompt = Prompt(
             [Segment("So:\n", "literal"), Segment("xy z" * 100, "document"), Segment("?")]
         )
-        engine = PromptCacheEngine(lm, reuse="fast")
-        ids = torch.tensor([engine.tokenise(prompt).token_ids])
-        assert ids.shape[1] > 300
-        expected = tiny_models.build(name)(ids).logits[0, -1]
-        # The only document stands directly behind its anchor, so its state is exact.
+        engine = PromptCacheEngine(lm, reuse="fast", preamble=Preamble(*PREAMBLE))
+        rows = oracle.lay_out(lm.tokenizer, prompt, preamble=PREAMBLE)
+        assert len(rows) > 300
+        expected = oracle.next_logits(tiny_models.build(name), rows)
         torch.testing.assert_close(engine.prefill(prompt).logits, expected, rtol=0, atol=1e-4)
 
 

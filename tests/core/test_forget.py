@@ -1,4 +1,4 @@
-"""`engine.forget`: no state of a text is left, whatever it was encoded behind and by whom."""
+"""`engine.forget`: no state of a text is left, whatever it was encoded after and by whom."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from pcache_core import (
     CausalLM,
     DiskStore,
     MemoryStore,
+    ModuleStore,
+    Preamble,
     Prompt,
     PromptCacheEngine,
     PromptError,
@@ -19,9 +21,17 @@ from pcache_core import (
     TieredStore,
 )
 from pcache_core.store.inspect import stored_states
+from subjects import PREAMBLE
 
 BEES, BOAT = "Ann keeps bees in Oslo.", "Ben sold a red boat to a friend."
 OPENINGS = ("Answer from the notes.\n", "You are given this:\n")
+
+
+def new_engine(
+    lm: CausalLM, store: ModuleStore | None = None, namespace: str = "default"
+) -> PromptCacheEngine:
+    """With company: a text has one state for where it comes first, and one for elsewhere."""
+    return PromptCacheEngine(lm, store, namespace=namespace, preamble=Preamble(*PREAMBLE))
 
 
 def ask(engine: PromptCacheEngine, opening: str, *documents: str) -> dict[str, str]:
@@ -43,11 +53,14 @@ def llama(tiny_lm: Callable[..., CausalLM]) -> CausalLM:
     return tiny_lm("llama")
 
 
-def test_states_behind_every_opening_go_and_other_texts_stay(llama: CausalLM) -> None:
-    engine = PromptCacheEngine(llama)
+def test_both_states_of_a_text_go_whatever_preamble_they_have_and_other_texts_stay(
+    llama: CausalLM,
+) -> None:
+    engine = new_engine(llama)
     for opening in OPENINGS:
         ask(engine, opening, BOAT, BEES)
     engine.encode([BEES], progress=False)
+    PromptCacheEngine(llama, engine.store, preamble=Preamble.none()).encode([BEES], progress=False)
     before = engine.stats()
     report = engine.forget([BEES, BEES])
     assert (report.texts, report.states) == (1, 3)
@@ -55,14 +68,15 @@ def test_states_behind_every_opening_go_and_other_texts_stay(llama: CausalLM) ->
     assert report.freed_bytes == 3 * per_state
     assert before.nbytes is not None
     assert engine.stats().nbytes == before.nbytes - 3 * per_state
-    other = PromptCacheEngine(llama, store=engine.store)  # without the slots of this one
+    other = new_engine(llama, engine.store)  # without the prefixes of this one
     assert ask(other, OPENINGS[0], BOAT, BEES) == {BOAT: "memory", BEES: "encoded"}
+    assert ask(other, OPENINGS[1], BEES, BOAT) == {BEES: "encoded", BOAT: "encoded"}
 
 
 def test_forgetting_again_or_what_was_never_met_is_nothing(llama: CausalLM) -> None:
-    engine = PromptCacheEngine(llama)
+    engine = new_engine(llama)
     engine.encode([BEES], progress=False)
-    assert engine.forget([BEES]).states == 1
+    assert engine.forget([BEES]).states == 2
     assert engine.forget([BEES, BOAT, ""]).states == 0
     assert engine.forget([]).texts == 0
 
@@ -70,7 +84,7 @@ def test_forgetting_again_or_what_was_never_met_is_nothing(llama: CausalLM) -> N
 def test_states_at_every_position_go_where_none_can_be_moved(
     tiny_lm: Callable[..., CausalLM],
 ) -> None:
-    engine = PromptCacheEngine(tiny_lm("gpt2"))
+    engine = new_engine(tiny_lm("gpt2"))
     ask(engine, OPENINGS[0], BEES, BOAT)
     ask(engine, OPENINGS[0], BOAT, BEES)
     before = states(engine)
@@ -81,19 +95,22 @@ def test_states_at_every_position_go_where_none_can_be_moved(
 def test_in_a_folder_the_states_of_other_processes_go_too(llama: CausalLM, tmp_path: Path) -> None:
     longer = BEES + " And wasps."
     for namespace in ("default", "other"):
-        writer = PromptCacheEngine(llama, DiskStore(tmp_path), namespace=namespace)
+        writer = new_engine(llama, DiskStore(tmp_path), namespace)
         ask(writer, OPENINGS[1], BEES, longer)
-    reader = PromptCacheEngine(llama, TieredStore([MemoryStore(), DiskStore(tmp_path)]))
+    writer.encode([BEES], progress=False)
+    other = PromptCacheEngine(llama, DiskStore(tmp_path), preamble=Preamble.none())
+    other.encode([BEES], progress=False)
+    reader = new_engine(llama, TieredStore([MemoryStore(), DiskStore(tmp_path)]))
     assert ask(reader, OPENINGS[1], BEES)[BEES] == "disk"
     report = reader.forget([BEES])
-    assert report.states == 1
+    assert report.states == 2  # where it came first, and the one after another preamble
     assert report.freed_bytes > 0
     left = [(s.record.namespace, s.record.token_ids) for s in stored_states(tmp_path) if s.record]
     bees, wasps = (tuple(llama.token_ids(text)) for text in (BEES, longer))
     assert ("default", bees) not in left
     assert ("default", wasps) in left
     assert ("other", bees) in left
-    fresh = PromptCacheEngine(llama, reader.store)
+    fresh = new_engine(llama, reader.store)
     assert ask(fresh, OPENINGS[1], BEES)[BEES] == "encoded"
 
 

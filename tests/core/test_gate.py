@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from pcache_core.gate import Gate
 
 from pcache_core import CausalLM, Prompt, PromptCacheEngine, SamplingParams
 from pcache_core.errors import DeadlineExceededError, OptionError, OverloadedError
+from pcache_core.scheduler import Gate
 
 PROMPT = Prompt.from_text("Who keeps bees? A:")
 SHORT = SamplingParams(max_tokens=4)
@@ -57,8 +57,8 @@ def test_one_request_too_many_is_refused_at_once_and_the_others_are_answered(
     engine = PromptCacheEngine(llama, reuse="off", max_running=2, max_waiting=3)
     with ThreadPoolExecutor(5) as threads:
         answers = [threads.submit(engine.generate, PROMPT, SHORT) for _ in range(5)]
-        wait_until(lambda: engine._gate.running + engine._gate.waiting == 5)
-        assert engine._gate.running == 2
+        wait_until(lambda: engine._scheduler._gate.running + engine._scheduler._gate.waiting == 5)
+        assert engine._scheduler._gate.running == 2
         with pytest.raises(OverloadedError, match="2 requests are at work and 3 wait.*max_waiting"):
             engine.generate(PROMPT, SHORT)
         with pytest.raises(OverloadedError):
@@ -68,7 +68,7 @@ def test_one_request_too_many_is_refused_at_once_and_the_others_are_answered(
         held.set()
         texts = {answer.result(20).token_ids for answer in answers}
     assert len(texts) == 1
-    assert (engine._gate.running, engine._gate.waiting) == (0, 0)
+    assert (engine._scheduler._gate.running, engine._scheduler._gate.waiting) == (0, 0)
     assert engine.generate(PROMPT, SHORT).token_ids in texts
 
 
@@ -86,7 +86,7 @@ async def test_tasks_that_wait_count_and_leave_when_they_are_cancelled(
     await asyncio.sleep(0.05)
     held.set()
     assert (await tasks[0]).token_ids == (await tasks[2]).token_ids == (await fourth).token_ids
-    assert (engine._gate.running, engine._gate.waiting) == (0, 0)
+    assert (engine._scheduler._gate.running, engine._scheduler._gate.waiting) == (0, 0)
 
 
 def test_requests_begin_in_the_order_they_came(llama: CausalLM) -> None:
@@ -122,7 +122,7 @@ def test_streams_that_nobody_reads_on_hold_up_nobody(llama: CausalLM) -> None:
     assert all(pieces)
     for stream in open_streams:
         stream.close()
-    assert (engine._gate.running, engine._gate.waiting) == (0, 0)
+    assert (engine._scheduler._gate.running, engine._scheduler._gate.waiting) == (0, 0)
 
 
 def test_an_answer_that_takes_too_long_ends_with_what_was_allowed(llama: CausalLM) -> None:
@@ -148,14 +148,14 @@ def test_a_request_that_waits_too_long_for_its_turn_is_given_up(
     engine = PromptCacheEngine(llama, reuse="off", max_running=1)
     with ThreadPoolExecutor(1) as threads:
         first = threads.submit(engine.generate, PROMPT, SHORT)
-        wait_until(lambda: engine._gate.running == 1)
+        wait_until(lambda: engine._scheduler._gate.running == 1)
         with pytest.raises(DeadlineExceededError):
             engine.generate(PROMPT, SamplingParams(max_tokens=4, timeout_s=0.1))
         with pytest.raises(DeadlineExceededError):
             asyncio.run(engine.agenerate(PROMPT, SamplingParams(max_tokens=4, timeout_s=0.1)))
         held.set()
         assert first.result(20).token_ids
-    assert (engine._gate.running, engine._gate.waiting) == (0, 0)
+    assert (engine._scheduler._gate.running, engine._scheduler._gate.waiting) == (0, 0)
 
 
 @pytest.mark.parametrize("options", [{"max_running": 0}, {"max_waiting": -1}, {"max_running": 1.5}])

@@ -12,10 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pcache_core import CausalLM, Prompt, PromptCacheEngine, SamplingParams, Segment
-from pcache_core.params import RepairPolicy, ReuseMode
+from pcache_core.params import ReuseMode
 
 TOLERANCE = 1e-4
-MODES: tuple[ReuseMode, ...] = ("fast", "balanced", "high")
+Way = tuple[ReuseMode, float | None]
+"""A mode and what it repairs: less than half of these prompts, where all would be computed."""
+FAST: Way = ("fast", None)
+BALANCED: Way = ("balanced", 8)
+HIGH: Way = ("high", 0.25)
+EXACT: Way = ("exact", None)
+WAYS = (FAST, BALANCED, HIGH)
+all_ways = pytest.mark.parametrize("way", WAYS, ids=lambda way: way[0])
+repairing_ways = pytest.mark.parametrize("way", [BALANCED, HIGH], ids=lambda way: way[0])
 OPENING = Segment("Answer from the notes.\n", "literal")
 BEES = Segment("Ann keeps bees in Oslo.", "document", "bees")
 BOAT = Segment("Ben sold a red boat to a friend.", "document", "boat")
@@ -32,8 +40,8 @@ PROMPTS = (
     ask("\nWhy is that? A:", BEES, BOAT, MILL),
     ask("\nWho? A:", MILL, BEES, BOAT),
 )
-Asked = tuple[ReuseMode, int]
-"""A mode and which of `PROMPTS`."""
+Asked = tuple[Way, int]
+"""A way and which of `PROMPTS`."""
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +51,10 @@ def llama(tiny_lm: Callable[..., CausalLM]) -> CausalLM:
 
 @pytest.fixture(scope="module")
 def fresh(llama: CausalLM) -> dict[Asked, torch.Tensor]:
-    """Logits of every mode and prompt, each from an engine that was asked nothing before."""
+    """Logits of every way and prompt, each from an engine that was asked nothing before."""
     return {
-        (mode, index): PromptCacheEngine(llama).prefill(prompt, mode).logits
-        for mode in (*MODES, "exact")
+        (way, index): PromptCacheEngine(llama).prefill(prompt, *way).logits
+        for way in (*WAYS, EXACT)
         for index, prompt in enumerate(PROMPTS)
     }
 
@@ -57,11 +65,11 @@ def alike(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 def test_the_modes_differ_on_these_prompts(fresh: dict[Asked, torch.Tensor]) -> None:
     for index in range(len(PROMPTS)):
-        for one, other in itertools.pairwise(("exact", *MODES)):
+        for one, other in itertools.pairwise((EXACT, *WAYS)):
             assert not alike(fresh[one, index], fresh[other, index])
 
 
-ASKED = st.tuples(st.sampled_from(MODES), st.integers(0, len(PROMPTS) - 1))
+ASKED = st.tuples(st.sampled_from(WAYS), st.integers(0, len(PROMPTS) - 1))
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
@@ -70,8 +78,8 @@ def test_modes_that_reuse_states_give_what_a_fresh_engine_gives(
     llama: CausalLM, fresh: dict[Asked, torch.Tensor], asked: list[Asked]
 ) -> None:
     engine = PromptCacheEngine(llama)
-    for mode, index in asked:
-        assert alike(engine.prefill(PROMPTS[index], mode).logits, fresh[mode, index])
+    for way, index in asked:
+        assert alike(engine.prefill(PROMPTS[index], *way).logits, fresh[way, index])
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
@@ -80,96 +88,91 @@ def test_exact_gives_what_off_gives_whatever_was_asked_before(
     llama: CausalLM, fresh: dict[Asked, torch.Tensor], asked: list[Asked], index: int
 ) -> None:
     engine = PromptCacheEngine(llama)
-    for mode, before in asked:
-        engine.prefill(PROMPTS[before], mode)
+    for way, before in asked:
+        engine.prefill(PROMPTS[before], *way)
     exact = engine.prefill(PROMPTS[index], "exact")
     assert alike(exact.logits, engine.prefill(PROMPTS[index], "off").logits)
-    assert alike(exact.logits, fresh["exact", index])
+    assert alike(exact.logits, fresh[EXACT, index])
 
 
-@pytest.mark.parametrize("mode", MODES)
+@all_ways
 def test_an_exact_prefix_is_better_than_any_state(
-    llama: CausalLM, fresh: dict[Asked, torch.Tensor], mode: ReuseMode
+    llama: CausalLM, fresh: dict[Asked, torch.Tensor], way: Way
 ) -> None:
     engine = PromptCacheEngine(llama)
     engine.prefill(PROMPTS[0], "exact")
     for index in (0, 1):  # the same documents in the same order, all of them exact
-        prefill = engine.prefill(PROMPTS[index], mode)
-        assert alike(prefill.logits, fresh["exact", index])
+        prefill = engine.prefill(PROMPTS[index], *way)
+        assert alike(prefill.logits, fresh[EXACT, index])
         assert prefill.report.repaired_tokens == 0
 
 
-@pytest.mark.parametrize("mode", ["balanced", "high"])
-@pytest.mark.parametrize("between", [(), (("fast", 2),), (("high", 2), ("balanced", 2))])
+@repairing_ways
+@pytest.mark.parametrize("between", [(), ((FAST, 2),), ((HIGH, 2), (BALANCED, 2))])
 def test_the_very_same_prompt_is_repaired_once(
-    llama: CausalLM, mode: ReuseMode, between: tuple[Asked, ...]
+    llama: CausalLM, way: Way, between: tuple[Asked, ...]
 ) -> None:
     engine = PromptCacheEngine(llama)
-    first = engine.generate(PROMPTS[0], SamplingParams(max_tokens=5), mode)
+    first = engine.generate(PROMPTS[0], SamplingParams(max_tokens=5), *way)
     for other, index in between:
-        engine.prefill(PROMPTS[index], other)
-    before = PromptCacheEngine(llama).prefill(PROMPTS[0], mode)
-    again = engine.prefill(PROMPTS[0], mode)
+        engine.prefill(PROMPTS[index], *other)
+    before = PromptCacheEngine(llama).prefill(PROMPTS[0], *way)
+    again = engine.prefill(PROMPTS[0], *way)
     assert first.report.repaired_tokens == before.report.repaired_tokens > 0
     assert again.report.repaired_tokens == 0
     assert again.report.computed_tokens == 1
     assert alike(again.logits, before.logits)
 
 
-@pytest.mark.parametrize("mode", ["balanced", "high"])
-def test_a_prompt_that_goes_on_keeps_what_was_repaired(llama: CausalLM, mode: ReuseMode) -> None:
+@repairing_ways
+def test_a_prompt_that_goes_on_keeps_what_was_repaired(llama: CausalLM, way: Way) -> None:
     longer = Prompt([*PROMPTS[0].segments, Segment(" Ann.\n"), CARD, Segment("\nWhere? A:")])
     served = {}
-    for used in (mode, "exact"):
+    for used in (way, EXACT):
         engine = PromptCacheEngine(llama)
-        first = engine.prefill(PROMPTS[0], used)
-        report = engine.prefill(longer, used).report
+        first = engine.prefill(PROMPTS[0], *used)
+        report = engine.prefill(longer, *used).report
         served[used] = report.cached_tokens
         assert {s.source for s in report.segments if s.name in ("bees", "boat")} == {"prefix"}
-    assert served[mode] >= served["exact"] >= first.report.prompt_tokens - 1
-    fresh = PromptCacheEngine(llama).prefill(longer, mode).report
-    assert fresh.cached_tokens < served[mode]
+    assert served[way] >= served[EXACT] >= first.report.prompt_tokens - 1
+    fresh = PromptCacheEngine(llama).prefill(longer, *way).report
+    assert fresh.cached_tokens < served[way]
 
 
 def test_all_of_it_repaired_is_full_prefill_in_every_turn(llama: CausalLM) -> None:
-    everything = RepairPolicy(head_tokens=0, query_ratio=1.0)
-    engine = PromptCacheEngine(llama, repair=everything)
+    engine = PromptCacheEngine(llama, repair=1.0)
     prompt = ask("\nWho? A:", BEES, BOAT)
-    for stale, document in ((BOAT, MILL), (MILL, BOAT), (BOAT, BEES)):
+    for document in (MILL, BOAT, BEES):
         off = PromptCacheEngine(llama).prefill(prompt, "off")
         prefill = engine.prefill(prompt)
         assert alike(prefill.logits, off.logits)
-        assert prefill.report.repaired_tokens == engine.lm.count_tokens(stale.text)
+        assert not any(part.preamble_tokens for part in prefill.report.segments)
         prompt = Prompt([*prompt.segments, Segment(" Ann.\n"), document, Segment("\nWhere? A:")])
 
 
-@pytest.mark.parametrize(
-    "policy",
-    [RepairPolicy(4, 0.1), RepairPolicy(5, 0.2), RepairPolicy(4, 0.2, 0.5)],
-    ids=["fewer chosen", "longer heads", "limited"],
-)
-def test_another_policy_does_not_go_on_from_what_one_repaired(
-    llama: CausalLM, policy: RepairPolicy
+@pytest.mark.parametrize("budget", [8, 24, 0.2], ids=["fewer", "more", "a share"])
+def test_another_budget_does_not_go_on_from_what_one_repaired(
+    llama: CausalLM, budget: float
 ) -> None:
-    fresh = PromptCacheEngine(llama).prefill(PROMPTS[0], repair=policy)
-    engine = PromptCacheEngine(llama, repair=RepairPolicy(4, 0.2))
+    fresh = PromptCacheEngine(llama).prefill(PROMPTS[0], repair=budget)
+    engine = PromptCacheEngine(llama, repair=16)
     engine.prefill(PROMPTS[0])
-    prefill = engine.prefill(PROMPTS[0], repair=policy)
+    prefill = engine.prefill(PROMPTS[0], repair=budget)
     assert prefill.report.repaired_tokens == fresh.report.repaired_tokens > 0
     assert alike(prefill.logits, fresh.logits)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@all_ways
 def test_threads_get_the_logits_they_would_get_alone(
-    llama: CausalLM, fresh: dict[Asked, torch.Tensor], mode: ReuseMode
+    llama: CausalLM, fresh: dict[Asked, torch.Tensor], way: Way
 ) -> None:
-    engine = PromptCacheEngine(llama, reuse=mode)
+    engine = PromptCacheEngine(llama, reuse=way[0], repair=way[1])
     wrong: list[int] = []
 
     def work(worker: int) -> None:
         for turn in range(6):
             index = (worker + turn) % len(PROMPTS)
-            if not alike(engine.prefill(PROMPTS[index]).logits, fresh[mode, index]):
+            if not alike(engine.prefill(PROMPTS[index]).logits, fresh[way, index]):
                 wrong.append(index)
 
     threads = [threading.Thread(target=work, args=(worker,)) for worker in range(6)]
@@ -183,8 +186,11 @@ def test_threads_get_the_logits_they_would_get_alone(
 
 def test_streams_of_repaired_prompts_that_interleave_stay_apart(llama: CausalLM) -> None:
     params = SamplingParams(max_tokens=8)
-    expected = [PromptCacheEngine(llama).generate(prompt, params).text for prompt in PROMPTS]
-    engine = PromptCacheEngine(llama)
+    alone = [PromptCacheEngine(llama, repair=8) for _ in PROMPTS]
+    pairs = zip(alone, PROMPTS, strict=True)
+    expected = [engine.generate(prompt, params).text for engine, prompt in pairs]
+    assert all(engine.reports[-1].repaired_tokens == 8 for engine in alone)
+    engine = PromptCacheEngine(llama, repair=8)
     rounds = itertools.zip_longest(*(engine.stream(prompt, params) for prompt in PROMPTS))
     texts = [""] * len(PROMPTS)
     for chunks in rounds:
@@ -193,11 +199,12 @@ def test_streams_of_repaired_prompts_that_interleave_stay_apart(llama: CausalLM)
     assert texts == expected
 
 
-def test_a_slot_that_holds_only_the_start_of_the_opening_does_not_keep_its_state_out(
+def test_a_prefix_that_holds_only_the_start_of_the_opening_does_not_keep_its_state_out(
     llama: CausalLM,
 ) -> None:
-    engine = PromptCacheEngine(llama, reuse="fast")
-    engine.encode([BEES.text], OPENING.text, progress=False)
+    writer = PromptCacheEngine(llama, reuse="fast")
+    writer.prefill(ask("\nWho? A:", BEES))
+    engine = PromptCacheEngine(llama, writer.store, "fast")
     other = Segment("Answer in one word.\n", "literal")
     engine.prefill(Prompt([other, MILL, Segment("\nWho? A:")]))
     found = engine.prefill(ask("\nWho? A:", BEES)).report

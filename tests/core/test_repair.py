@@ -1,7 +1,8 @@
-"""What a repair policy may ask for, what is repaired, and what the report says of it."""
+"""What a repair budget may be, what is repaired, and what the report says of it."""
 
 from __future__ import annotations
 
+import json
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -11,12 +12,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pcache_core import CausalLM, OptionError, Prompt, PromptCacheEngine, PromptCacheError, Segment
-from pcache_core.params import REPAIR, RepairPolicy, ReuseMode
+from pcache_core import (
+    CausalLM,
+    MemoryStore,
+    OptionError,
+    Preamble,
+    Prompt,
+    PromptCacheEngine,
+    PromptCacheError,
+    Segment,
+)
+from pcache_core.params import REPAIR, ReuseMode, check_repair
 from pcache_integrations.langchain import ChatPromptCache
 from pcache_integrations.langchain import PromptCacheLLM as LangChainLLM
 from pcache_integrations.llama_index import PromptCacheLLM as LlamaIndexLLM
-from subjects import repaired_rows
 
 TOLERANCE = 1e-4
 OPENING = Segment("Answer from the notes.\n", "literal")
@@ -25,8 +34,8 @@ BOAT = Segment("Ben sold a red boat to a friend.", "document", "boat")
 MILL = Segment("The mill by the lake burned down.", "document", "mill")
 QUESTION = Segment("\nWho? A:", "argument")
 PROMPT = Prompt([OPENING, BEES, BOAT, Segment("\n\n"), MILL, QUESTION])
-EVERYTHING = RepairPolicy(head_tokens=0, query_ratio=1.0)
-A_FEW = RepairPolicy(head_tokens=3, query_ratio=0.1)
+BUDGETS = (12, 0.15)
+MODES: tuple[ReuseMode, ...] = ("balanced", "high")
 MODELS = [LangChainLLM, ChatPromptCache, LlamaIndexLLM]
 
 
@@ -44,171 +53,197 @@ def difference(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((one - other).abs().max())
 
 
-def stale_runs(engine: PromptCacheEngine, prompt: Prompt) -> list[range]:
-    """Rows of each document but one that stands directly behind the opening."""
-    tokens = engine.tokenise(prompt)
-    return [
-        range(piece.start, piece.stop)
-        for piece in tokens.pieces
-        if piece.segment.kind == "document" and piece.start > tokens.opening
-    ]
+def document_tokens(lm: CausalLM, prompt: Prompt = PROMPT) -> int:
+    return sum(lm.count_tokens(part.text) for part in prompt.segments if part.kind == "document")
 
 
-class TestPolicy:
+class TestBudget:
     @pytest.mark.parametrize(
-        ("name", "value", "allowed"),
+        ("value", "said"),
         [
-            ("head_tokens", -1, "0 or more"),
-            ("head_tokens", 1.5, "an integer"),
-            ("head_tokens", True, "an integer"),
-            ("head_tokens", "16", "an integer"),
-            ("head_tokens", None, "an integer"),
-            *(
-                (name, value, "from 0 to 1")
-                for name in ("query_ratio", "max_ratio")
-                for value in (-0.1, 1.1, 10, float("nan"), float("inf"), True, "0.1", None)
-            ),
+            (1, r"write repair=1\.0 to compute all .* or repair=2 \(or more\)"),
+            (-1, "repair=-1 is out of range; use 0 or more tokens"),
+            (2**31 + 1, "out of range"),
+            (-0.1, "a share from 0.0 to 1.0"),
+            (1.1, "a share from 0.0 to 1.0, or a whole number of tokens"),
+            (64.0, "a share from 0.0 to 1.0, or a whole number of tokens"),
+            (float("nan"), "out of range"),
+            (float("inf"), "out of range"),
+            (True, "a number of tokens such as 64, or a share .* 0.15, got bool"),
+            ("64", "got str"),
+            ((3, 0.1), "got tuple"),
         ],
     )
-    def test_a_value_out_of_range_is_an_error_that_names_it(
-        self, name: str, value: object, allowed: str
+    def test_what_is_no_budget_is_refused_everywhere(
+        self, engine: PromptCacheEngine, value: Any, said: str
     ) -> None:
-        values: dict[str, Any] = {"head_tokens": 4, "query_ratio": 0.1, name: value}
-        with pytest.raises(OptionError, match=f"{name}.*{allowed}") as caught:
-            RepairPolicy(**values)
-        assert repr(value) in str(caught.value)
-
-    @pytest.mark.parametrize("policy", [0.1, "high", {"head_tokens": 4, "query_ratio": 0.1}])
-    def test_what_is_no_policy_is_refused(self, engine: PromptCacheEngine, policy: object) -> None:
-        with pytest.raises(OptionError, match="must be a RepairPolicy, got"):
-            PromptCacheEngine(engine.lm, repair=policy)  # type: ignore[arg-type]
+        with pytest.raises(OptionError, match=said):
+            PromptCacheEngine(engine.lm, repair=value)
         for call in (engine.prefill, engine.generate, engine.stream):
-            with pytest.raises(OptionError, match="must be a RepairPolicy, got"):
-                call(PROMPT, repair=policy)  # type: ignore[arg-type]
+            with pytest.raises(OptionError, match=said):
+                call(PROMPT, repair=value)
+        assert not engine.reports
+
+    @pytest.mark.parametrize("value", [None, 0, 2, 64, 2**31, 0.0, 0.15, 1.0])
+    def test_a_budget_stays_the_number_it_is(self, value: float | None) -> None:
+        found = check_repair(value)
+        assert (found, type(found)) == (value, type(value))
 
     @pytest.mark.parametrize("mode", ["off", "exact", "fast"])
-    def test_a_mode_that_repairs_nothing_takes_no_policy(
+    def test_a_mode_that_repairs_nothing_takes_no_budget(
         self, engine: PromptCacheEngine, mode: ReuseMode
     ) -> None:
         for call in (engine.prefill, engine.generate, engine.stream):
             with pytest.raises(OptionError, match=f"{mode}.*balanced"):
-                call(PROMPT, reuse=mode, repair=A_FEW)
+                call(PROMPT, reuse=mode, repair=12)
         assert not engine.reports
         assert engine.store.stats().states == 0
 
     @pytest.mark.parametrize("mode", ["off", "exact", "fast", "balanced", "high"])
-    def test_a_policy_alone_means_a_mode_that_repairs(
+    def test_a_budget_alone_means_a_mode_that_repairs(
         self, llama: CausalLM, mode: ReuseMode
     ) -> None:
-        report = PromptCacheEngine(llama, reuse=mode).prefill(PROMPT, repair=EVERYTHING).report
+        report = PromptCacheEngine(llama, reuse=mode).prefill(PROMPT, repair=12).report
         assert report.reuse == ("high" if mode == "high" else "balanced")
-        assert report.repaired_tokens > 0
+        assert report.repaired_tokens == 12
 
-    def test_the_engines_policy_takes_the_place_of_the_modes_own(self, llama: CausalLM) -> None:
-        engine = PromptCacheEngine(llama, repair=EVERYTHING)
-        off = engine.prefill(PROMPT, "off").logits
-        for mode in REPAIR:
-            assert difference(engine.prefill(PROMPT, mode).logits, off) < TOLERANCE
-        assert engine.prefill(PROMPT, "fast").report.repaired_tokens == 0
+    def test_the_engines_budget_takes_the_place_of_the_modes_own(self, llama: CausalLM) -> None:
+        for mode, repaired in (("balanced", 7), ("high", 7), ("fast", 0)):
+            engine = PromptCacheEngine(llama, repair=7)
+            found = engine.prefill(PROMPT, mode)  # type: ignore[arg-type]
+            assert found.report.repaired_tokens == repaired
 
-    def test_a_requests_policy_takes_the_place_of_the_engines(self, llama: CausalLM) -> None:
-        nothing = RepairPolicy(head_tokens=0, query_ratio=0)
-        engine = PromptCacheEngine(llama, repair=EVERYTHING)
-        assert engine.prefill(PROMPT, repair=nothing).report.repaired_tokens == 0
+    def test_a_requests_budget_takes_the_place_of_the_engines(self, llama: CausalLM) -> None:
+        engine = PromptCacheEngine(llama, repair=7)
+        for budget, repaired in ((0, 0), (0.0, 0), (9, 9)):
+            assert engine.prefill(PROMPT, repair=budget).report.repaired_tokens == repaired
 
+
+class TestLanguageModels:
     @pytest.mark.parametrize("make", MODELS)
-    def test_language_models_take_a_policy(self, make: Callable[..., Any]) -> None:
-        assert make(repair=A_FEW).engine.repair == A_FEW
-        assert pickle.loads(pickle.dumps(make(repair=A_FEW))).repair == A_FEW
-        assert make().engine.repair is None
-
-    @pytest.mark.parametrize("make", MODELS)
-    def test_language_models_refuse_what_is_no_policy(self, make: Callable[..., Any]) -> None:
-        with pytest.raises(PromptCacheError, match="RepairPolicy"):
-            make(repair=0.1)
-
-    @pytest.mark.parametrize("make", MODELS)
-    def test_an_engine_brings_its_own_policy(
-        self, make: Callable[..., Any], llama: CausalLM
+    @pytest.mark.parametrize("budget", [12, 1.0, 0.15])
+    def test_take_a_budget_and_a_preamble_and_keep_them_when_they_are_pickled(
+        self, make: Callable[..., Any], budget: float
     ) -> None:
-        engine = PromptCacheEngine(llama, repair=A_FEW)
-        assert make(engine=engine).repair == A_FEW
+        preamble = Preamble("Read.\n", ["Tea is warm."])
+        made = make(repair=budget, preamble=preamble)
+        for llm in (made, pickle.loads(pickle.dumps(made))):
+            assert (llm.repair, type(llm.repair)) == (budget, type(budget))
+            assert llm.preamble == preamble
+            assert llm.engine.repair == budget
+            assert llm.engine.preamble == preamble
+
+    def test_take_what_came_through_json(self) -> None:
+        for budget in (12, 0.15, 1.0):
+            data = json.loads(json.dumps(LlamaIndexLLM(repair=budget).to_dict()))
+            found = LlamaIndexLLM.from_dict(data).repair
+            assert (found, type(found)) == (budget, type(budget))
+
+    def test_of_llama_index_keep_their_preamble_through_json(self) -> None:
+        preamble = Preamble("Read.\n", ["Tea is warm."])
+        data = json.loads(json.dumps(LlamaIndexLLM(preamble=preamble).to_dict()))
+        llm = LlamaIndexLLM.from_dict(data)
+        assert llm.preamble == llm.engine.preamble == preamble
+
+    @pytest.mark.parametrize("make", MODELS)
+    def test_leave_both_to_the_engine_by_default(self, make: Callable[..., Any]) -> None:
+        llm = make()
+        assert llm.repair is llm.engine.repair is None
+        assert llm.preamble is None
+        assert llm.engine.preamble.company is None or llm.engine.preamble == Preamble()
+
+    @pytest.mark.parametrize("make", MODELS)
+    @pytest.mark.parametrize("budget", [1, "much", True])
+    def test_refuse_what_is_no_budget(self, make: Callable[..., Any], budget: Any) -> None:
+        with pytest.raises(PromptCacheError, match="repair"):
+            make(repair=budget)
+
+    @pytest.mark.parametrize("make", MODELS)
+    def test_refuse_what_is_no_preamble(self, make: Callable[..., Any]) -> None:
+        with pytest.raises((PromptCacheError, ValueError), match="preamble"):
+            make(preamble=5)
+
+    @pytest.mark.parametrize("make", MODELS)
+    def test_take_those_of_a_given_engine(self, make: Callable[..., Any], llama: CausalLM) -> None:
+        engine = PromptCacheEngine(llama, repair=12, preamble=Preamble.none())
+        assert make(engine=engine).repair == 12
+        assert make(engine=engine).preamble == Preamble.none()
         with pytest.raises(OptionError, match="brings its own repair"):
-            make(engine=engine, repair=EVERYTHING)
+            make(engine=engine, repair=9)
+        with pytest.raises(OptionError, match="brings its own preamble"):
+            make(engine=engine, preamble=Preamble())
+
+    def test_of_different_budgets_have_different_cached_answers(self) -> None:
+        keys = [str(LangChainLLM(repair=budget)._identifying_params) for budget in (3, 9, 0.3)]
+        assert len(set(keys)) == 3
 
 
 class TestShares:
     @settings(max_examples=15, deadline=None, derandomize=True)
-    @given(lengths=st.lists(st.integers(8, 60), min_size=1, max_size=8))
-    def test_presets_keep_their_share_of_the_reused_tokens(
+    @given(lengths=st.lists(st.integers(8, 60), min_size=1, max_size=7))
+    def test_presets_are_64_tokens_and_a_quarter_or_all_is_computed(
         self, llama: CausalLM, lengths: list[int]
     ) -> None:
         texts = [chr(ord("A") + number) * length for number, length in enumerate(lengths)]
         documents = [Segment(text, "document") for text in texts]
         prompt = Prompt([OPENING, *documents, QUESTION])
-        engine = PromptCacheEngine(llama)
-        engine.encode(texts, progress=False)
-        shares = {}
-        for mode, policy in REPAIR.items():
-            report = engine.prefill(prompt, mode).report
-            assert report.encoded_tokens == 0
-            assert report.repaired_tokens <= policy.max_ratio * report.cached_tokens
-            shares[mode] = report.repaired_tokens
-        assert shares["balanced"] <= 0.15 * report.cached_tokens
-        assert shares["balanced"] <= shares["high"]
+        store = MemoryStore()
+        PromptCacheEngine(llama, store).encode(texts, progress=False)
+        reused = sum(map(llama.count_tokens, texts))
+        for mode, budget in (("balanced", 64), ("high", int(0.25 * reused))):
+            report = PromptCacheEngine(llama, store).prefill(prompt, mode).report  # type: ignore[arg-type]
+            kept = 2 * budget < reused
+            assert report.encoded_tokens <= llama.count_tokens(OPENING.text) + 1
+            assert report.repaired_tokens == (budget if kept else 0)
+            sources = {part.source for part in report.segments if part.kind == "document"}
+            assert ("computed" not in sources) == kept
 
-    @settings(max_examples=15, deadline=None, derandomize=True)
-    @given(
-        lengths=st.lists(st.integers(8, 60), min_size=2, max_size=8),
-        head_tokens=st.integers(0, 40),
-        max_ratio=st.floats(0, 1),
+    @pytest.mark.parametrize("mode", MODES)
+    @pytest.mark.parametrize(
+        ("budget", "is_all"), [(38, False), (39, True), (0.49, False), (0.5, True), (10**6, True)]
     )
-    def test_the_limit_shortens_all_heads_alike(
-        self, llama: CausalLM, lengths: list[int], head_tokens: int, max_ratio: float
+    def test_half_of_the_reused_tokens_or_more_is_one_forward_of_all_but_the_opening(
+        self, llama: CausalLM, mode: ReuseMode, budget: float, *, is_all: bool
     ) -> None:
-        documents = [Segment("abcdefgh"[n % 8] * length, "document") for n, length in
-                     enumerate(lengths)]  # fmt: skip
-        prompt = Prompt([OPENING, *documents, QUESTION])
+        assert document_tokens(llama) == 78
         engine = PromptCacheEngine(llama)
-        engine.prefill(prompt, repair=RepairPolicy(head_tokens, 0, max_ratio))
-        rows = set(repaired_rows(engine))
-        runs = stale_runs(engine, prompt)
-        heads = [len(rows.intersection(run)) for run in runs]
-        longest = max(heads)
-        assert heads == [min(longest, len(run)) for run in runs]
-        assert all(set(run[:head]) <= rows for run, head in zip(runs, heads, strict=True))
-        assert longest <= head_tokens
-        if max_ratio == 1 and head_tokens <= min(lengths):
-            assert longest == head_tokens
+        prefill = engine.prefill(PROMPT, mode, budget)
+        report = prefill.report
+        documents = {part.source for part in report.segments if part.kind == "document"}
+        assert (documents == {"computed"}) == is_all
+        assert (report.repaired_tokens == 0) == is_all
+        assert (report.repair_ms == 0) == is_all
+        off = engine.prefill(PROMPT, "off").logits
+        assert (difference(prefill.logits, off) < TOLERANCE) == is_all
+        assert engine.store.stats().states == (1 if is_all else 4)  # the opening's, the documents'
 
     def test_nothing_to_repair_is_what_fast_gives(self, engine: PromptCacheEngine) -> None:
         fast = engine.prefill(PROMPT, "fast").logits
-        for policy in (RepairPolicy(0, 0), RepairPolicy(9, 0.5, max_ratio=0)):
-            prefill = PromptCacheEngine(engine.lm).prefill(PROMPT, repair=policy)
+        for budget in (0, 0.0, 0.001):
+            prefill = PromptCacheEngine(engine.lm).prefill(PROMPT, repair=budget)
             assert prefill.report.repaired_tokens == 0
             assert prefill.report.repair_ms == 0
             assert difference(prefill.logits, fast) < TOLERANCE
 
-    @pytest.mark.parametrize("policy", [None, EVERYTHING])
+    @pytest.mark.parametrize("budget", [None, 2, 1.0])
     @pytest.mark.parametrize(
         "prompt",
-        [
-            Prompt([OPENING, BEES, QUESTION]),
-            Prompt([BEES, QUESTION]),
-            Prompt([OPENING, BEES, Segment("\n"), Segment("short", "document"), QUESTION]),
-            Prompt.from_text(PROMPT.text),
-            Prompt([OPENING, QUESTION]),
-            Prompt([OPENING, BEES]),
-        ],
-        ids=["behind its opening", "behind bos", "short", "flat", "no document", "last"],
+        [Prompt.from_text(PROMPT.text), Prompt([OPENING, QUESTION]), Prompt([OPENING, BEES])],
+        ids=["flat", "no document", "last"],
     )
     def test_what_saw_everything_before_it_is_not_repaired(
-        self, engine: PromptCacheEngine, prompt: Prompt, policy: RepairPolicy | None
+        self, engine: PromptCacheEngine, prompt: Prompt, budget: float | None
     ) -> None:
-        prefill = engine.prefill(prompt, "high", policy)
+        prefill = engine.prefill(prompt, "high", budget)
         assert prefill.report.repaired_tokens == 0
         assert prefill.report.repair_ms == 0
         assert difference(prefill.logits, engine.prefill(prompt, "off").logits) < TOLERANCE
+
+    def test_a_document_right_after_the_opening_is_repaired_too(
+        self, engine: PromptCacheEngine
+    ) -> None:
+        report = engine.prefill(Prompt([OPENING, BEES, QUESTION]), repair=5).report
+        assert [part.repaired_tokens for part in report.segments] == [0, 5, 0]
 
     def test_an_exact_prefix_is_not_repaired(self, engine: PromptCacheEngine) -> None:
         exact = engine.prefill(PROMPT, "exact")
@@ -217,27 +252,31 @@ class TestShares:
         assert prefill.report.computed_tokens == 1
         assert difference(prefill.logits, exact.logits) < TOLERANCE
 
-    def test_a_state_behind_bos_alone_is_stale_behind_a_longer_opening(
-        self, engine: PromptCacheEngine
+    @pytest.mark.parametrize("budget", BUDGETS)
+    def test_what_an_earlier_question_chose_does_not_change_what_the_next_chooses(
+        self, llama: CausalLM, budget: float
     ) -> None:
-        engine.encode([BEES.text], progress=False)
-        prompt = Prompt([OPENING, BEES, QUESTION])
-        off = PromptCacheEngine(engine.lm).prefill(prompt, "off").logits
-        assert difference(engine.prefill(prompt, "fast").logits, off) > 1e-2
-        repaired = PromptCacheEngine(engine.lm, engine.store).prefill(prompt, repair=EVERYTHING)
-        assert repaired.report.repaired_tokens == engine.lm.count_tokens(BEES.text)
-        assert difference(repaired.logits, off) < TOLERANCE
+        # The second prompt differs from the first one's in its last token alone.
+        for question in ("\nWhy so? A:", "\nWho? A;"):
+            other = Prompt([*PROMPT.segments[:-1], Segment(question, "argument")])
+            fresh = PromptCacheEngine(llama).prefill(other, repair=budget)
+            engine = PromptCacheEngine(llama)
+            engine.prefill(PROMPT, repair=budget)
+            again = engine.prefill(other, repair=budget)
+            assert again.report.repaired_rows == fresh.report.repaired_rows != ()
+            assert difference(again.logits, fresh.logits) < TOLERANCE
 
 
 class TestReport:
-    @pytest.mark.parametrize("mode", ["balanced", "high"])
-    @pytest.mark.parametrize("policy", [None, A_FEW, RepairPolicy(6, 0.2)])
+    @pytest.mark.parametrize("mode", MODES)
+    @pytest.mark.parametrize("budget", [*BUDGETS, 35])
     def test_repaired_tokens_are_part_of_the_reused_ones(
-        self, engine: PromptCacheEngine, mode: ReuseMode, policy: RepairPolicy | None
+        self, engine: PromptCacheEngine, mode: ReuseMode, budget: float
     ) -> None:
-        report = engine.prefill(PROMPT, mode, policy).report
-        rows = repaired_rows(engine)
-        assert 0 < report.repaired_tokens == len(rows)
+        report = engine.prefill(PROMPT, mode, budget).report
+        rows = report.repaired_rows
+        assert 0 < report.repaired_tokens == len(set(rows))
+        assert list(rows) == sorted(rows)
         assert report.repaired_tokens <= report.cached_tokens + report.encoded_tokens
         parts = report.cached_tokens + report.encoded_tokens + report.computed_tokens
         assert parts == report.prompt_tokens
@@ -246,20 +285,20 @@ class TestReport:
             assert segment.repaired_tokens == sum(piece.start <= row < piece.stop for row in rows)
             most = segment.repaired_tokens > segment.num_tokens / 2
             assert (segment.source == "repaired") == most
+            assert segment.kind == "document" or segment.repaired_tokens == 0
         assert report.ttft_ms >= sum(
             (report.load_ms, report.assemble_ms, report.prefill_ms, report.repair_ms)
         )
 
     def test_what_is_shown_says_how_much_was_repaired(self, engine: PromptCacheEngine) -> None:
-        report = engine.prefill(PROMPT, repair=EVERYTHING).report
-        sources = {segment.name: segment.source for segment in report.segments}
-        assert (sources["bees"], sources["boat"], sources["mill"]) == (
-            "encoded",
-            "repaired",
-            "repaired",
-        )
-        said = f"computed, {report.repaired_tokens} repaired"
+        report = engine.prefill(PROMPT, repair=35).report
+        said = "computed, 35 repaired"
         assert said in str(report)
         assert said in report._repr_html_()
-        boat = engine.lm.count_tokens(BOAT.text)
-        assert f"document boat: {boat} tokens, repaired, {boat} repaired" in report._repr_html_()
+        for part in report.segments:
+            if part.repaired_tokens:
+                shown = f"{part.num_tokens} tokens, {part.source}, {part.repaired_tokens} repaired"
+                assert f"document {part.name}: {shown}" in report._repr_html_()
+
+    def test_the_presets_are_what_the_documentation_says(self) -> None:
+        assert REPAIR == {"balanced": 64, "high": 0.25}

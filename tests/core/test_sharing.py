@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from pcache_core.slots import REPAIRED
 
 import oracle
 import tiny_models
@@ -20,6 +19,8 @@ from pcache_core import (
     CausalLM,
     DiskStore,
     MemoryStore,
+    ModuleStore,
+    Preamble,
     Prompt,
     PromptCacheEngine,
     SamplingParams,
@@ -27,7 +28,8 @@ from pcache_core import (
 )
 from pcache_core.lm import Batch, Span
 from pcache_core.lm.kernels import Scratch, attend, attend_by_matmul, attend_with_lse, merge
-from pcache_core.params import RepairPolicy
+from pcache_core.params import ReuseMode
+from subjects import PREAMBLE
 
 TOLERANCE = 1e-4
 OPENING = Segment("Answer from the notes.\n", "literal")
@@ -53,7 +55,14 @@ def ask(order: Sequence[int], question: str = "\nWho is it? A:") -> Prompt:
 
 def expected(name: str, prompt: Prompt, repaired: Sequence[int] = ()) -> torch.Tensor:
     model, tokenizer = tiny_models.build(name, seed=3), tiny_models.tiny_tokenizer()
-    return oracle.next_logits(model, oracle.lay_out(tokenizer, prompt, repaired=repaired))
+    rows = oracle.lay_out(tokenizer, prompt, preamble=PREAMBLE, repaired=repaired)
+    return oracle.next_logits(model, rows)
+
+
+def new_engine(
+    lm: CausalLM, store: ModuleStore | None = None, reuse: ReuseMode = "fast"
+) -> PromptCacheEngine:
+    return PromptCacheEngine(lm, store, reuse, preamble=Preamble(*PREAMBLE))
 
 
 @contextmanager
@@ -72,7 +81,7 @@ def test_a_document_in_use_by_another_request_gives_the_logits_of_one_masked_for
     tiny_lm: Callable[..., CausalLM], name: str
 ) -> None:
     lm = tiny_lm(name, seed=3)
-    engine = PromptCacheEngine(lm, reuse="fast")
+    engine = new_engine(lm)
     documents = sum(lm.count_tokens(document.text) for document in DOCS)
     with begun(engine, ask([0, 1, 2, 3])):
         for order in ([2, 0, 3, 1], [3, 2, 1, 0]):
@@ -83,33 +92,24 @@ def test_a_document_in_use_by_another_request_gives_the_logits_of_one_masked_for
     assert alone.report.shared_tokens == 0
 
 
-POLICIES = [
-    RepairPolicy(head_tokens=0, query_ratio=0.15),
-    RepairPolicy(head_tokens=3, query_ratio=0.0),
-    RepairPolicy(head_tokens=2, query_ratio=0.3),
-    RepairPolicy(head_tokens=0, query_ratio=0.75),
-    RepairPolicy(head_tokens=0, query_ratio=1.0),
-]
-
-
-@pytest.mark.parametrize("policy", POLICIES, ids=str)
+@pytest.mark.parametrize("budget", [2, 25, 0.15, 0.49])
 @pytest.mark.parametrize("name", ["llama", "gpt_neox", "mixtral"])
 def test_tokens_on_loan_that_are_computed_again_give_the_logits_of_one_masked_forward(
-    tiny_lm: Callable[..., CausalLM], name: str, policy: RepairPolicy
+    tiny_lm: Callable[..., CausalLM], name: str, budget: float
 ) -> None:
     lm = tiny_lm(name, seed=3)
-    engine = PromptCacheEngine(lm)
+    engine = new_engine(lm)
     with begun(engine, ask([0, 1, 2, 3])):
         for order in ([2, 0, 3, 1], [3, 2, 1, 0], [0, 1, 3, 2]):
             prompt = ask(order)
-            found = engine.prefill(prompt, repair=policy)
-            lease = engine._reader._pool._idle[-1]
-            repaired = [row for row, label in enumerate(lease.labels) if label == REPAIRED]
+            found = engine.prefill(prompt, repair=budget)
+            repaired = found.report.repaired_rows
             right = expected(name, prompt, repaired=repaired)
             assert (found.logits - right).abs().max() < TOLERANCE
-            alone = PromptCacheEngine(lm, engine.store).prefill(prompt, repair=policy)
+            alone = new_engine(lm, engine.store).prefill(prompt, repair=budget)
             assert found.report.shared_tokens > 0 == alone.report.shared_tokens
-            assert found.report.repaired_tokens == alone.report.repaired_tokens == len(repaired)
+            assert 0 < len(repaired) == found.report.repaired_tokens
+            assert repaired == alone.report.repaired_rows
             assert (found.logits - alone.logits).abs().max() < TOLERANCE
 
 
@@ -118,8 +118,8 @@ def test_what_a_question_looks_at_is_the_same_on_loan_and_in_copies(
     tiny_lm: Callable[..., CausalLM], order: list[int]
 ) -> None:
     lm = tiny_lm("llama", seed=3)
-    engine = PromptCacheEngine(lm, reuse="fast")
-    engine.encode([document.text for document in DOCS], OPENING.text, progress=False)
+    engine = new_engine(lm)
+    engine.encode([document.text for document in DOCS], progress=False)
     watched: dict[bool, torch.Tensor] = {}
     compute = lm._forwards._compute
 
@@ -131,9 +131,9 @@ def test_what_a_question_looks_at_is_the_same_on_loan_and_in_copies(
     patch = pytest.MonkeyPatch()
     with patch.context() as context:
         context.setattr(lm._forwards, "_compute", noted)
-        PromptCacheEngine(lm, engine.store).prefill(ask(order), "balanced")
+        new_engine(lm, engine.store).prefill(ask(order), "balanced", 20)
         with begun(engine, ask([0, 1, 2, 3])):
-            engine.prefill(ask(order), "balanced")
+            engine.prefill(ask(order), "balanced", 20)
     torch.testing.assert_close(watched[True], watched[False], rtol=1e-4, atol=1e-5)
     assert float(watched[True].sum()) > 1
 
@@ -142,25 +142,26 @@ def test_what_a_question_looks_at_is_the_same_on_loan_and_in_copies(
 def test_models_that_cannot_lend_copy_and_are_right(
     tiny_lm: Callable[..., CausalLM], name: str
 ) -> None:
-    engine = PromptCacheEngine(tiny_lm(name, seed=3), reuse="fast")
+    engine = new_engine(tiny_lm(name, seed=3))
     with begun(engine, ask([0, 1, 2, 3])):
         found = engine.prefill(ask([0, 1, 3, 2]))
     assert found.report.shared_tokens == 0
-    alone = PromptCacheEngine(tiny_lm(name, seed=3), reuse="fast").prefill(ask([0, 1, 3, 2]))
+    alone = new_engine(tiny_lm(name, seed=3)).prefill(ask([0, 1, 3, 2]))
     assert (found.logits - alone.logits).abs().max() < TOLERANCE
 
 
 def test_an_answer_that_outgrows_its_slot_keeps_what_is_on_loan(
-    tiny_lm: Callable[..., CausalLM],
+    tiny_lm: Callable[..., CausalLM], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lm = tiny_lm("llama", seed=3)
-    engine = PromptCacheEngine(lm, reuse="fast")
+    engine = new_engine(lm)
     long = SamplingParams(max_tokens=200, stop_token_ids=[])
     prompt = ask([2, 0, 3, 1])
-    alone = PromptCacheEngine(lm, engine.store, reuse="fast").generate(prompt, long)
+    alone = new_engine(lm, engine.store).generate(prompt, long)
     with begun(engine, ask([0, 1, 2, 3])):
+        monkeypatch.setattr("pcache_core.request._USUAL_ANSWER_TOKENS", 1)
+        monkeypatch.setattr("pcache_core.prefix_cache._ROUND_UP", 1)
         stream = engine.stream(prompt, long)
-        engine._reader._pool._make_slot = lambda capacity: lm.new_slot(max(1, capacity // 4))
         answer = [token for chunk in stream for token in chunk.token_ids]
     assert tuple(answer) == alone.token_ids
 
@@ -169,13 +170,13 @@ def test_an_answer_that_outgrows_its_slot_keeps_what_is_on_loan(
 def test_a_conversation_goes_on_over_documents_on_loan(
     tiny_lm: Callable[..., CausalLM], mode: str
 ) -> None:
-    engine = PromptCacheEngine(tiny_lm("llama", seed=3), reuse="fast")
+    engine = new_engine(tiny_lm("llama", seed=3))
     first, second = ask([2, 0, 3, 1]), ask([2, 0, 3, 1], "\nWho is it? A: no. Who then? A:")
     with begun(engine, ask([0, 1, 2, 3])):
         assert engine.prefill(first).report.shared_tokens
     found = engine.prefill(second, reuse=mode)  # type: ignore[arg-type]
     if mode == "exact":
-        # Nothing but rows with full sight may serve it: the first document's and those before.
+        # Nothing but rows with full sight may serve it: those of the opening.
         plain = oracle.stock_logits(
             tiny_models.build("llama", seed=3), list(engine.tokenise(second).token_ids)
         )
@@ -189,10 +190,10 @@ def test_what_a_store_drops_meanwhile_still_serves_those_who_have_it_on_loan(
     tiny_lm: Callable[..., CausalLM],
 ) -> None:
     lm = tiny_lm("llama", seed=3)
-    engine = PromptCacheEngine(lm, reuse="fast")
+    engine = new_engine(lm)
     answer = SamplingParams(max_tokens=12)
     prompt = ask([2, 0, 3, 1])
-    alone = PromptCacheEngine(lm, reuse="fast").generate(prompt, answer).token_ids
+    alone = new_engine(lm).generate(prompt, answer).token_ids
     with begun(engine, ask([0, 1, 2, 3])):
         stream = engine.stream(prompt, answer)
         tokens = list(next(stream).token_ids)
@@ -207,35 +208,35 @@ def test_sixteen_running_requests_hold_less_than_a_third_of_sixteen_copies(
 ) -> None:
     lm = tiny_lm("llama", seed=3)
     store = MemoryStore() if kind == "memory" else DiskStore(tmp_path)
-    engine = PromptCacheEngine(lm, store, reuse="fast", admission="always")
+    engine = new_engine(lm, store)
     long = [
         Segment(f"{number}: {document.text * 3}", "document")
         for number, document in enumerate(DOCS)
     ]
     question = Segment("\nWho? A:", "argument")
     prompts = [
-        Prompt([OPENING, *(long[(number + shift) % 4] for shift in range(3)), question])
+        Prompt([OPENING, long[0], *(long[1 + (number + more) % 3] for more in range(2)), question])
         for number in range(16)
     ]
     with begun(engine, prompts[0]):
         alone = engine.kv_bytes()
     with begun(engine, *prompts):
         assert engine.kv_bytes() < 16 * alone / 3
-        running = engine._reader._pool._running
-        shared = {id(loan.state) for lease in running for loan in lease.slot.loans}
+        running = engine._prefix_cache._running
+        shared = {id(loan.state) for sequence in running for loan in sequence.slot.loans}
         assert len(shared) == 4  # also where a file gives each reader an object of its own
 
 
 def test_a_failed_reading_leaves_no_document_in_use(tiny_lm: Callable[..., CausalLM]) -> None:
     lm = tiny_lm("llama", seed=3)
-    engine = PromptCacheEngine(lm, reuse="fast")
+    engine = new_engine(lm)
     patch = pytest.MonkeyPatch()
     with patch.context() as context:
         context.setattr(lm._forwards, "_compute", lambda batches: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             engine.prefill(ask([0, 1, 2, 3]))
     assert engine.prefill(ask([0, 1, 2, 3])).report.shared_tokens == 0
-    assert engine._reader._pool._running == set()
+    assert engine.kv_bytes() == 0
 
 
 def softmax_attention(
@@ -285,12 +286,12 @@ def test_rows_that_a_kernel_takes_as_seen_by_all_are_hidden_from_nobody(
     tiny_lm: Callable[..., CausalLM], window: int | None
 ) -> None:
     slot = tiny_lm("llama", seed=3).new_slot(400)
-    behind_anchor = Span(0, 20, ((0, 7), (90, 110)))
+    after_preamble = Span(0, 20, ((0, 7), (90, 110)))
     batches = [
         Batch.of_rows(slot, [5] * 40, range(60, 100), range(60, 100)),
         Batch.of_rows(slot, [5] * 4, [3, 4, 50, 51], [3, 4, 50, 51]),
         Batch.of_rows(slot, [5] * 300, range(40, 340), range(40, 340)),
-        Batch(slot, [5] * 20, range(90, 110), range(7, 27), [behind_anchor]),
+        Batch(slot, [5] * 20, range(90, 110), range(7, 27), [after_preamble]),
     ]
     for batch in batches:
         for span in batch.spans:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
 import pytest
@@ -13,9 +13,10 @@ from transformers import PreTrainedModel
 import oracle
 import schema_oracle
 import tiny_models
-from pcache_core import CausalLM, Prompt, PromptCacheEngine, RepairPolicy, SamplingParams
+from pcache_core import CausalLM, Preamble, Prompt, PromptCacheEngine, SamplingParams
 from pcache_core.pml import Positions
 from schema_oracle import Encoded, SchemaOracle
+from subjects import PREAMBLE
 
 TOLERANCE = 1e-4
 VISIBLE_DIFFERENCE = 1e-2
@@ -69,7 +70,7 @@ class Subject:
     oracle: SchemaOracle
 
     def engine(self) -> PromptCacheEngine:
-        engine = PromptCacheEngine(self.lm, reuse="fast")
+        engine = PromptCacheEngine(self.lm, reuse="fast", preamble=Preamble(*PREAMBLE))
         engine.add_schema(SCHEMA)
         return engine
 
@@ -85,10 +86,10 @@ class Subject:
 
 
 def make_subject(
-    name: str, tiny_lm: Callable[..., CausalLM], encoded: Encoded = "behind the anchor"
+    name: str, tiny_lm: Callable[..., CausalLM], encoded: Encoded = "after the preamble"
 ) -> Subject:
     lm = tiny_lm(name)
-    return Subject(name, lm, SchemaOracle(SCHEMA, tiny_models.tiny_tokenizer(), encoded))
+    return Subject(name, lm, SchemaOracle(SCHEMA, tiny_models.tiny_tokenizer(), encoded, PREAMBLE))
 
 
 TEXT_BETWEEN, DOCUMENTS = PROMPTS["text between"], PROMPTS["documents"]
@@ -103,7 +104,7 @@ CASES = [
 @pytest.fixture(scope="module")
 def subject_of(tiny_lm: Callable[..., CausalLM]) -> Callable[..., Subject]:
     """A factory: a subject for each name and way of encoding, made once."""
-    return cache(lambda name, encoded="behind the anchor": make_subject(name, tiny_lm, encoded))
+    return cache(lambda name, encoded="after the preamble": make_subject(name, tiny_lm, encoded))
 
 
 def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
@@ -120,7 +121,9 @@ def check(subject: Subject, pml: str, positions: Positions, reason: str | None =
         prefill = engine.prefill(prompt)
         assert reason in (prefill.report.fallback_reason or "") if reason else True
         assert error(prefill.logits, expected) < TOLERANCE
-        engine = PromptCacheEngine(subject.lm, store=engine.store, reuse="fast")
+        engine = PromptCacheEngine(
+            subject.lm, store=engine.store, reuse="fast", preamble=engine.preamble
+        )
     assert prefill.report.encoded_tokens == 0
     assert prefill.report.cached_tokens > 8
 
@@ -173,7 +176,7 @@ def test_models_that_reuse_no_modules_read_the_prompt_compactly(
     model: str, tiny_lm: Callable[..., CausalLM]
 ) -> None:
     with pytest.warns(UserWarning, match="documents can't be reused"):
-        subject = make_subject(model, tiny_lm, "behind the anchor")
+        subject = make_subject(model, tiny_lm, "after the preamble")
     engine = subject.engine()
     prefill = engine.prefill(engine.prompt_from_pml(TEXT_BETWEEN))
     assert prefill.report.fallback_reason
@@ -242,13 +245,12 @@ def test_repairing_everything_is_a_full_prefill(
     for pml in (TEXT_BETWEEN, DOCUMENTS):
         engine = subject.engine()
         prompt = engine.prompt_from_pml(pml, positions=positions)
-        everything = RepairPolicy(head_tokens=0, query_ratio=1.0)
-        prefill = engine.prefill(prompt, reuse="balanced", repair=everything)
-        assert prefill.report.repaired_tokens > 0
+        prefill = engine.prefill(prompt, reuse="balanced", repair=1.0)
+        assert not any(part.preamble_tokens for part in prefill.report.segments)
         assert error(prefill.logits, subject.plain(pml, positions)) < TOLERANCE
 
 
-def test_a_slot_with_the_same_tokens_in_other_positions_is_not_continued(
+def test_a_sequence_with_the_same_tokens_in_other_positions_is_not_continued(
     subject_of: Callable[..., Subject],
 ) -> None:
     subject = subject_of("llama")
@@ -277,7 +279,7 @@ def test_a_stand_in_is_seen_while_encoding_and_then_dropped(
 ) -> None:
     subject = subject_of("llama")
     pml = PROMPTS["short argument"]
-    bare = SchemaOracle(SCHEMA.replace(' scaffold="two"', ""), subject.oracle.tokenizer)
+    bare = replace(subject.oracle, schema=SCHEMA.replace(' scaffold="two"', ""))
     without = schema_oracle.next_logits(subject.twin, bare.rows(pml))
     assert error(subject.expected(pml, "schema"), without) > VISIBLE_DIFFERENCE / 10
     rows = subject.oracle.rows(pml)
@@ -286,9 +288,7 @@ def test_a_stand_in_is_seen_while_encoding_and_then_dropped(
 
 def test_states_of_a_scaffold_are_other_states(subject_of: Callable[..., Subject]) -> None:
     subject = subject_of("llama")
-    alone = SchemaOracle(
-        SCHEMA.replace('<scaffold modules="rain pet"/>', ""), subject.oracle.tokenizer
-    )
+    alone = replace(subject.oracle, schema=SCHEMA.replace('<scaffold modules="rain pet"/>', ""))
     pml = PROMPTS["scaffold"]
     separate = schema_oracle.next_logits(subject.twin, alone.rows(pml))
     assert error(subject.expected(pml, "schema"), separate) > VISIBLE_DIFFERENCE

@@ -81,7 +81,7 @@ for prompt, expected in zip(prompts, right):
     names = [name for _, _, names in os.walk(folder) for name in names]
     cut_off += sum(name.endswith(".tmp") for name in names) > 0
     store = DiskStore(folder)
-    prefill = PromptCacheEngine(lm, store, "fast", admission="always").prefill(prompt)
+    prefill = PromptCacheEngine(lm, store, "fast").prefill(prompt)
     answered += 1
     wrong += not torch.allclose(prefill.logits, expected, rtol=0, atol=1e-4)
     damaged += store.stats().damaged
@@ -100,7 +100,7 @@ from pcache_core import CausalLM, DiskStore, Prompt, PromptCacheEngine, Segment
 
 lm = CausalLM(tiny_models.build("llama", seed=3), tiny_models.tiny_tokenizer())
 store = DiskStore(sys.argv[1])
-engine = PromptCacheEngine(lm, store, "fast", admission="always")
+engine = PromptCacheEngine(lm, store, "fast")
 texts = [f"Document {n}: the river runs past mill number {n}, and on." for n in range(40)]
 start = sys.stdin.readline()
 encoded = engine.encode(texts, progress=False) if start.strip() == "encode" else None

@@ -13,7 +13,7 @@ import torch
 
 from pcache_core import CausalLM, DiskStore, MemoryStore, Prompt, PromptCacheEngine, Segment
 from pcache_core.key import ModuleKey
-from pcache_core.store import Hit, TieredStore
+from pcache_core.store import Hit, ModuleStore, TieredStore
 from pcache_core.store.base import everything
 from pcache_core.store.redis import RedisStore
 from redis_server import Server
@@ -54,26 +54,31 @@ def lm(tiny_lm: Callable[..., CausalLM]) -> CausalLM:
     return tiny_lm()
 
 
-@pytest.mark.parametrize(("anchor", "looks"), [(OPENING.text, 1), (None, 2)])
+def encode_all(lm: CausalLM, store: ModuleStore) -> None:
+    """The states of the documents, and of the opening, which a first prompt makes."""
+    engine = PromptCacheEngine(lm, store, "fast")
+    engine.encode(TEXTS, progress=False)
+    engine.prefill(Prompt([OPENING, PROMPT.segments[1], Segment("?")]))
+
+
 def test_all_states_of_a_prompt_come_in_one_question_and_one_answer(
-    lm: CausalLM, server: Server, sent: list[bytes], anchor: str | None, looks: int
+    lm: CausalLM, server: Server, sent: list[bytes]
 ) -> None:
-    """Names first, then bytes. Where documents were encoded behind the beginning of the sequence
-    alone, they are looked for behind the opening first."""
-    PromptCacheEngine(lm, RedisStore(server.url)).encode(TEXTS, anchor, progress=False)
+    """Names first, then bytes."""
+    encode_all(lm, RedisStore(server.url))
     sent.clear()
     store = RedisStore(server.url)
     report = PromptCacheEngine(lm, store, "fast").prefill(PROMPT).report
     assert [s.source for s in report.segments if s.kind == "document"] == ["remote"] * len(TEXTS)
     assert report.encoded_tokens == 0
-    assert sum(b"MGET" in packed for packed in sent) == looks
-    assert len(sent) == looks + 1
+    assert sum(b"MGET" in packed for packed in sent) == 1
+    assert len(sent) == 2
 
 
 def test_memory_in_front_is_asked_first_and_the_server_once_for_the_rest(
     lm: CausalLM, server: Server, sent: list[bytes]
 ) -> None:
-    PromptCacheEngine(lm, RedisStore(server.url)).encode(TEXTS, OPENING.text, progress=False)
+    encode_all(lm, RedisStore(server.url))
     engine = PromptCacheEngine(lm, TieredStore([MemoryStore(), RedisStore(server.url)]), "fast")
     few = Prompt([PROMPT.segments[0], *PROMPT.segments[1:4], PROMPT.segments[-1]])
     engine.prefill(few)
@@ -96,7 +101,7 @@ def test_a_store_of_the_users_own_is_asked_for_all_at_once(lm: CausalLM) -> None
             return [self.get(key) for key in keys]
 
     store = Counting()
-    PromptCacheEngine(lm, store).encode(TEXTS, OPENING.text, progress=False)
+    encode_all(lm, store)
     store.asked.clear()
     PromptCacheEngine(lm, store, "fast").prefill(PROMPT)
     assert store.asked == [1 + len(TEXTS)]

@@ -63,7 +63,7 @@ def test_the_file_is_safetensors_with_the_state_in_it(tmp_path: Path) -> None:
         assert torch.equal(file.get_tensor("values.0"), state.values[0])
         assert bytes(file.get_tensor("seal").numpy()) == path.read_bytes()[-16:]
         assert file.metadata() == {
-            "format": "pcache-state-1",
+            "format": "pcache-state-2",
             "key": key.digest,
             "model": "a" * 64,
             "model_name": "random",
@@ -75,7 +75,7 @@ def test_the_file_is_safetensors_with_the_state_in_it(tmp_path: Path) -> None:
             "position": "3",
             "stacks": "[[2, 8, 2, 8, [0, 1, 2]], [1, 4, 1, 6, [3]]]",
             "text": "w5 w6 w7",
-            "anchor_ids": "[1, 2, 3]",
+            "preamble_ids": "[1, 2, 3]",
             "token_ids": "[5, 6, 7]",
         }
 
@@ -113,7 +113,8 @@ def test_a_file_cut_anywhere_is_found() -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        lambda table: table["__metadata__"].update(format="pcache-state-2"),
+        lambda table: table["__metadata__"].update(format="pcache-state-1"),
+        lambda table: table["__metadata__"].update(format="pcache-state-3"),
         lambda table: table["__metadata__"].update(key="f" * 64),
         lambda table: table["__metadata__"].update(model="b" * 64),
         lambda table: table["__metadata__"].update(namespace="other"),

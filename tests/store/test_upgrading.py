@@ -30,14 +30,14 @@ FORMATS = Path(__file__).parent / "formats"
 def of_version(content: bytes, version: int) -> bytes:
     """A state as another version might write it, with a checksum that fits.
 
-    A version before this one knew less to say of a state, one after it says more.
+    Version 1 named what a state was encoded after otherwise, one after this says more.
     """
     (length,) = struct.unpack("<Q", content[:8])
     table = json.loads(content[8 : 8 + length])
     metadata = table["__metadata__"]
     metadata["format"] = f"pcache-state-{version}"
     if version < FORMAT_VERSION:
-        del metadata["namespace"], metadata["anchor_ids"]
+        metadata["anchor_ids"] = metadata.pop("preamble_ids")
     else:
         metadata["compression"] = "none"
     header = json.dumps(table, separators=(",", ":")).encode()
@@ -108,7 +108,7 @@ def test_what_encodes_ahead_finds_the_file_and_the_first_request_replaces_it(
     for file in tmp_path.rglob("*.safetensors"):
         file.write_bytes(rewrite(file.read_bytes()))
     engine = PromptCacheEngine(lm, DiskStore(tmp_path), "fast")
-    engine.encode(DOCUMENTS[:3], anchor=OPENING, progress=False)
+    engine.encode(DOCUMENTS[:3], progress=False)
     for _ in range(2):
         report = engine.prefill(prompt()).report
     assert report.encoded_tokens == 0
@@ -197,5 +197,40 @@ def test_a_file_that_this_version_wrote_when_it_was_new_is_read_bit_by_bit(tmp_p
 
 
 def test_the_key_of_a_state_is_what_it_was_when_the_version_was_new() -> None:
-    digests = {1: "315abe4f4ee9667bf87ebdc941c25292aa86bc1686821a0fa3a518c02904c2cf"}
+    digests = {2: "65f4ad4484eacd14aefc9f401fa0d5a4cc15509b67e30dc48657c2d8584ae53c"}
     assert SPACE.key((1, 2, 3), (5, 6), None).digest == digests[FORMAT_VERSION]
+
+
+# --- versions before ----------------------------------------------------------------------------
+
+OLD_DIGESTS = {1: "315abe4f4ee9667bf87ebdc941c25292aa86bc1686821a0fa3a518c02904c2cf"}
+"""Of the same state, under the keys of that version."""
+
+
+@pytest.mark.parametrize("version", range(1, FORMAT_VERSION))
+def test_a_file_that_an_old_version_wrote_is_a_miss_and_can_be_cleared(
+    version: int, tmp_path: Path
+) -> None:
+    key, digest = SPACE.key((1, 2, 3), (5, 6), None), OLD_DIGESTS[version]
+    content = (FORMATS / f"pcache-state-{version}.safetensors").read_bytes()
+    path = tmp_path / digest[:2] / f"{digest}.safetensors"
+    path.parent.mkdir()
+    path.write_bytes(content)
+    assert key.digest != digest
+    store = DiskStore(tmp_path)
+    assert store.get(key) is None
+    assert (store.stats().damaged, path.exists()) == (0, True)  # nobody asked for that key
+    assert [state.record for state in stored_states(tmp_path)] == [None]
+    assert [state.path for state in clear_states(tmp_path, Selection(older_than_s=0))] == [path]
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("version", range(1, FORMAT_VERSION))
+def test_a_file_of_an_old_version_under_a_new_name_is_dropped(version: int, tmp_path: Path) -> None:
+    key = SPACE.key((1, 2, 3), (5, 6), None)
+    path = tmp_path / key.digest[:2] / f"{key.digest}.safetensors"
+    path.parent.mkdir()
+    path.write_bytes((FORMATS / f"pcache-state-{version}.safetensors").read_bytes())
+    store = DiskStore(tmp_path)
+    assert store.get(key) is None
+    assert (store.stats().damaged, path.exists()) == (1, False)

@@ -27,11 +27,11 @@ from pcache_core import (
     MemoryStore,
     Message,
     ModuleStore,
+    Preamble,
     Prefill,
     Prompt,
     PromptCacheEngine,
     PromptCacheError,
-    RepairPolicy,
     Report,
     SamplingParams,
     Segment,
@@ -68,23 +68,28 @@ def engine_of(folder: str) -> PromptCacheEngine:
     store = TieredStore([MemoryStore(budget_bytes=2**30), DiskStore(folder, storage_dtype="int8")])
     assert_type(store.tiers, tuple[ModuleStore, ...])
     assert_type(store.stats(), StoreStats)
-    return PromptCacheEngine(lm, store=store, reuse="balanced", namespace="docs")
+    preamble = Preamble(company=["A short text.", "Another one."])
+    return PromptCacheEngine(
+        lm, store=store, reuse="balanced", namespace="docs", preamble=preamble, repair=64
+    )
 
 
 def ask(engine: PromptCacheEngine) -> str:
-    assert_type(engine.encode(["a", "b"], anchor="Answer:\n", progress=False), EncodeReport)
+    assert_type(engine.encode(["a", "b"], progress=False), EncodeReport)
+    assert_type(engine.preamble, Preamble)
+    assert_type(engine.preamble_for("a"), tuple[int, ...])
     prompt = Prompt(
         [Segment("Answer:\n", "literal"), Segment("a", "document", name="d"), Segment("?")]
     )
     assert_type(prompt.segments, tuple[Segment, ...])
     params = SamplingParams(max_tokens=4, stop=["\n"], grammar=Grammar.json({"type": "object"}))
-    answer = engine.generate(
-        prompt, params, reuse="high", repair=RepairPolicy(head_tokens=8, query_ratio=0.2)
-    )
+    answer = engine.generate(prompt, params, reuse="high", repair=0.2)
     assert_type(answer, Generation)
     assert_type(answer.report, Report)
     assert_type(answer.report.segments, tuple[SegmentReport, ...])
     assert_type(answer.report.fallback_reason, str | None)
+    assert_type(answer.report.repaired_rows, tuple[int, ...])
+    assert_type(answer.report.segments[0].preamble_tokens, int)
     read = engine.prefill(prompt)
     assert_type(read, Prefill)
     assert_type(read.logits, torch.Tensor)
@@ -126,7 +131,7 @@ def look_up(store: ModuleStore, engine: PromptCacheEngine) -> Hit | None:
 
 
 def langchain(documents: list[Document], vectors: InMemoryVectorStore) -> str:
-    llm = LangChainLLM(model="builtin:tiny-rag", reuse="balanced", store="memory", max_tokens=8)
+    llm = LangChainLLM(model="builtin:tiny-rag", reuse="balanced", store="memory", max_tokens=8, repair=64)
     assert_type(llm.engine, PromptCacheEngine | RemoteEngine)
     assert_type(llm.cache_documents(documents), EncodeReport)
     template = LangChainTemplate.from_template("From {context}: {question}")
@@ -139,7 +144,9 @@ def langchain(documents: list[Document], vectors: InMemoryVectorStore) -> str:
 
 
 def llama_index(nodes: list[TextNode]) -> str:
-    llm = LlamaIndexLLM(model="builtin:tiny-rag", reuse="fast", store="./states")
+    llm = LlamaIndexLLM(
+        model="builtin:tiny-rag", store="./states", preamble=Preamble.none(), repair=0.2
+    )
     assert_type(llm.engine, PromptCacheEngine | RemoteEngine)
     assert_type(llm.cache_documents(nodes, progress=False), EncodeReport)
     PromptCachePrecompute(llm=llm)

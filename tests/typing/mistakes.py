@@ -12,7 +12,9 @@ from pcache_templates import PromptProgram
 
 def mistakes(lm: CausalLM, engine: PromptCacheEngine, program: PromptProgram[[str]]) -> None:
     PromptCacheEngine(lm, reuse="fastest")  # pyright: ignore[reportArgumentType]
-    PromptCacheEngine(lm, None, "fast", "space", 8)  # pyright: ignore[reportCallIssue]
+    PromptCacheEngine(lm, None, "fast", "space", None, 64, 8)  # pyright: ignore[reportCallIssue]
+    PromptCacheEngine(lm, repair="64")  # pyright: ignore[reportArgumentType]
+    PromptCacheEngine(lm, preamble="Read:")  # pyright: ignore[reportArgumentType]
     PromptCacheEngine("builtin:tiny-rag")  # pyright: ignore[reportArgumentType]
     Segment("text", "doc")  # pyright: ignore[reportArgumentType]
     SamplingParams(max_token=4)  # pyright: ignore[reportCallIssue]
