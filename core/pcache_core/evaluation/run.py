@@ -2,8 +2,9 @@
 
 Each request runs in an engine of its own, over the same model and one store for a question's
 states, or for those of all questions where they are encoded ahead. No prefix of an earlier request
-can serve it then: an engine continues prompts that it has just read, and the second mode to be asked would look like a prefix cache. So `exact` computes the
-whole prompt here, which is what it does for a question that meets its documents for the first time.
+can serve it then: an engine continues prompts that it has just read, and the second mode to be
+asked would look like a prefix cache. So `exact` computes the whole prompt here, which is what it
+does for a question that meets its documents for the first time.
 """
 
 from __future__ import annotations
