@@ -87,6 +87,8 @@ def precompute_units(
             elif library.lm.support.reuses_modules:
                 modules = _fitting(library, passage, text, position)
                 wanted[passage, modules[0].position] = modules
+            else:
+                wanted[passage, 0] = []
     if not library.lm.support.reuses_modules:
         return _nothing(len(wanted) + len(short), started, library.lm.support.reason)
     report = _encode_missing(library, wanted, progress=progress)

@@ -136,6 +136,21 @@ def _refuse(path: object) -> None:
     raise PermissionError(13, "Permission denied", str(path))
 
 
+def test_clearing_drops_every_state_and_prefix_of_this_model_and_namespace_alone(
+    llama: CausalLM, tmp_path: Path
+) -> None:
+    store = TieredStore([MemoryStore(), DiskStore(tmp_path)])
+    other = new_engine(llama, store, "other")
+    other.encode([BEES], progress=False)
+    engine = new_engine(llama, store)
+    first = ask(engine, OPENINGS[0], BEES, BOAT)
+    store.flush()
+    engine.clear()
+    assert ask(engine, OPENINGS[0], BEES, BOAT) == first == {BEES: "encoded", BOAT: "encoded"}
+    assert engine.reports[-1].cached_tokens == 0
+    assert other.encode([BEES], progress=False).already_stored == 1
+
+
 def test_a_single_text_is_refused(llama: CausalLM) -> None:
     with pytest.raises(PromptError, match="list of texts, got str"):
         PromptCacheEngine(llama).forget(BEES)

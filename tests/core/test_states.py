@@ -28,7 +28,11 @@ TEXTS = (
     "Ben sold a red boat to a friend.",
     "The mill by the lake burned down.",
 )
-OPENINGS = ("", "Answer from the notes.\n", "You are kind, brief and exact. Here is all you know:\n")
+OPENINGS = (
+    "",
+    "Answer from the notes.\n",
+    "You are kind, brief and exact. Here is all you know:\n",
+)
 ENGLISH = "The bees are at home in the garden, and nobody has seen them since."
 GERMAN = "Die Bienen sind im Garten, und niemand hat sie seitdem gesehen."
 FIRST, LATER = oracle.preamble_ids(tiny_models.tiny_tokenizer(), *PREAMBLE)

@@ -67,21 +67,22 @@ def test_states_can_be_kept_in_fewer_bits_between_encoding_and_use() -> None:
     assert "files that keep them as int8" in " ".join(kept["int8"]["notes"])
 
 
-def test_a_curve_repairs_growing_shares(tmp_path: Path) -> None:
+def test_a_curve_repairs_growing_numbers_of_tokens(tmp_path: Path) -> None:
     file = tmp_path / "curve.svg"
     asked = ("--questions", "1", "--modes", "fast", "--max-tokens", "2", "--json")
     figures = json.loads(run(*asked, "--curve", str(file)))
-    assert "repaired, % of the reused tokens" in file.read_text("utf-8")
+    assert "tokens computed again" in file.read_text("utf-8")
     rows = {row["reuse"]: row for row in figures["rows"]}
-    for kind in ("heads", "asked"):
-        shares = [
-            (row["repaired_tokens"] / row["cached_tokens"], float(name.strip("%headsk")) / 100)
-            for name, row in rows.items()
-            if name.startswith(kind)
-        ]
-        assert shares == sorted(shares)
-        assert all(repaired <= wanted for repaired, wanted in shares)
-        assert shares[-1][0] > 0.3
+    repaired = {
+        int(name.removeprefix("repair ")): row["repaired_tokens"]
+        for name, row in rows.items()
+        if name.startswith("repair ")
+    }
+    assert list(repaired) == [8, 16, 32, 64, 128, 256]
+    reused = rows["fast"]["cached_tokens"]
+    for budget, count in repaired.items():
+        # Half of the reused tokens or more: all are computed, and none is repaired.
+        assert count == (budget if budget < reused / 2 - 20 else 0)
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,15 @@ def test_a_drawing_names_its_lines_and_marks_and_is_the_same_for_the_same_rows(
     for file in (first, second, picture):
         plot(EVALUATION, file)
     text = first.read_text("utf-8")
-    for words in ("balanced", "fast", "off", "what the question attends to", "tokens computed again", "a made-up set", "TTFT p50, ms"):
+    for words in (
+        "balanced",
+        "fast",
+        "off",
+        "what the question attends to",
+        "tokens computed again",
+        "a made-up set",
+        "TTFT p50, ms",
+    ):
         assert words in text
     assert first.read_bytes() == second.read_bytes()
     assert picture.read_bytes().startswith(b"\x89PNG")

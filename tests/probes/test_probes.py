@@ -145,19 +145,23 @@ def test_a_fact_of_one_document_is_found_through_another(
 def test_a_state_is_the_same_whatever_else_is_encoded(lm: CausalLM) -> None:
     first, *others = DOCUMENTS
     alone, before, after, together = (MemoryStore() for _ in range(4))
-    PromptCacheEngine(lm, alone).encode([first], OPENING, progress=False)
-    PromptCacheEngine(lm, together).encode(DOCUMENTS, OPENING, progress=False)
-    PromptCacheEngine(lm, before).encode([first], OPENING, progress=False)
+    PromptCacheEngine(lm, alone).encode([first], progress=False)
+    PromptCacheEngine(lm, together).encode(DOCUMENTS, progress=False)
+    PromptCacheEngine(lm, before).encode([first], progress=False)
     for mode in MODES:
         PromptCacheEngine(lm, before).prefill(make_prompt(DOCUMENTS, "Who is it?"), mode)
-    PromptCacheEngine(lm, after).encode(others, OPENING, progress=False)
-    PromptCacheEngine(lm, after).encode([first], OPENING, progress=False)
-    assert len(alone._states) == 2  # the opening's and the document's
-    for digest, state in alone._states.items():
+    PromptCacheEngine(lm, after).encode(others, progress=False)
+    PromptCacheEngine(lm, after).encode([first], progress=False)
+    assert len(alone.keys()) == 2  # where the document comes first, and elsewhere
+    for key in alone.keys():
         for store, tolerance in ((before, 0), (after, 0), (together, 1e-5)):
-            other = store._states[digest]
+            state, other = (s.get(key) for s in (alone, store))
+            assert state is not None
+            assert other is not None
             for mine, theirs in zip(
-                (*state.keys, *state.values), (*other.keys, *other.values), strict=True
+                (*state.state.keys, *state.state.values),
+                (*other.state.keys, *other.state.values),
+                strict=True,
             ):
                 torch.testing.assert_close(mine, theirs, rtol=0, atol=tolerance)
 
@@ -167,9 +171,9 @@ def test_a_document_that_is_left_out_changes_nothing(lm: CausalLM, mode: ReuseMo
     left_out, *documents = DOCUMENTS
     prompt = make_prompt(documents, "What does Quartgen make?")
     without = PromptCacheEngine(lm)
-    without.encode(documents, OPENING, progress=False)
+    without.encode(documents, progress=False)
     with_it = PromptCacheEngine(lm)
-    with_it.encode([left_out, *documents], OPENING, progress=False)
+    with_it.encode([left_out, *documents], progress=False)
     with_it.prefill(make_prompt(DOCUMENTS, "Who runs Quartgen?"), mode)
     expected = without.prefill(prompt, mode).logits
     torch.testing.assert_close(

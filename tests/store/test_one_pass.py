@@ -15,7 +15,6 @@ from pcache_core.kv import KVState, Slot
 from pcache_core.lm import place
 from pcache_core.lm.relocation import Rotation
 from pcache_core.store import Opened
-from pcache_core.store.base import everything
 from stored_states import STACKS, make
 
 ROTATION = Rotation("keys", torch.tensor([1.0, 0.1]), "half", 0, 1)
@@ -50,7 +49,7 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 def opened(store: DiskStore, token_ids: tuple[int, ...]) -> tuple[Opened, KVState]:
     key, state = make(*token_ids, copies=TOKENS // len(token_ids))
     assert store.put(key, state)
-    (found,) = store.open_many([key], everything)
+    (found,) = store.open_many([key])
     assert found is not None
     return found, state
 
@@ -121,7 +120,7 @@ def test_a_byte_that_changed_before_or_after_the_first_read_is_found_each_time(
         byte = file.read(1)[0]
         file.seek(-1, 1)
         file.write(bytes([byte ^ 16]))
-    (again,) = store.open_many([make(2, 7, copies=TOKENS // 2)[0]], everything)
+    (again,) = store.open_many([make(2, 7, copies=TOKENS // 2)[0]])
     assert again is not None
     with pytest.raises(StateMismatchError, match="not those that were written"):
         place(slot, START, again.rows, (None,) * 4)

@@ -14,7 +14,6 @@ import torch
 from pcache_core import CausalLM, DiskStore, MemoryStore, Prompt, PromptCacheEngine, Segment
 from pcache_core.key import ModuleKey
 from pcache_core.store import Hit, ModuleStore, TieredStore
-from pcache_core.store.base import everything
 from pcache_core.store.redis import RedisStore
 from redis_server import Server
 from stored_states import make
@@ -130,12 +129,12 @@ def test_the_disk_is_told_of_every_file_before_the_first_is_read(
     monkeypatch.setattr(
         torch, "frombuffer", lambda *a, **k: (events.append("read"), view(*a, **k))[1]
     )
-    opened = store.open_many([key for key, _ in pairs], everything)
+    opened = store.open_many([key for key, _ in pairs])
     assert events == ["told"] * 6 + ["read"] * 6
     assert all(opened)
     events.clear()
     for each in opened:
         assert each is not None
         each.rows.whole()
-    store.open_many([key for key, _ in pairs], everything)
+    store.open_many([key for key, _ in pairs])
     assert events == ["read"] * 6, "what is in memory already need not be asked for"

@@ -131,7 +131,9 @@ def look_up(store: ModuleStore, engine: PromptCacheEngine) -> Hit | None:
 
 
 def langchain(documents: list[Document], vectors: InMemoryVectorStore) -> str:
-    llm = LangChainLLM(model="builtin:tiny-rag", reuse="balanced", store="memory", max_tokens=8, repair=64)
+    llm = LangChainLLM(
+        model="builtin:tiny-rag", reuse="balanced", store="memory", max_tokens=8, repair=64
+    )
     assert_type(llm.engine, PromptCacheEngine | RemoteEngine)
     assert_type(llm.cache_documents(documents), EncodeReport)
     template = LangChainTemplate.from_template("From {context}: {question}")
