@@ -82,8 +82,8 @@ def test_results_come_as_json_from_every_command_that_has_some() -> None:
         (("TMP/a.txt", "--store", "redis://127.0.0.1:1"), "server at redis://127.0.0.1:1 can't be"),
         (("TMP/a.txt", "--store", "redis://127.0.0.1:x"), "is no address"),
         (("TMP/a.txt", "--store", "nosuch://x"), "Protocol not known: nosuch"),
-        (("TMP/a.txt", "--store", "TMP/s", "--anchor", "A", "--template", "b"), "leave one of"),
-        (("TMP/a.txt", "--store", "TMP/s", "--template", "TMP/q.txt"), "does not begin with text"),
+        (("TMP/a.txt", "--store", "TMP/s", "--preamble", "TMP/q.txt"), "q.txt holds no preamble"),
+        (("TMP/a.txt", "--store", "TMP/s", "--preamble", "TMP/no"), "no holds no preamble: .*No s"),
         (("TMP/a.txt", "--store", "TMP/s", "--model", "TMP"), "has no config.json"),
         (("TMP/a.txt", "--store", "TMP/s", "--storage-dtype", "int4"), "int4"),
         (("TMP/a.txt", "--store", "TMP/s", "--device", "tpu9"), "unknown device 'tpu9'; use auto"),
@@ -94,7 +94,7 @@ def test_encode_says_what_is_wrong_and_what_to_do(
 ) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "a.txt").write_text("A text of more than eight words, so that it has a state.")
-    (tmp_path / "q.txt").write_text("{question} is the question.")
+    (tmp_path / "q.txt").write_text("Read this.")
     (tmp_path / "bad.txt").write_bytes(b"abc\xff")
     (tmp_path / "fields.jsonl").write_text('{"text": "fine"}\n{"foo": 1}\n')
     (tmp_path / "cut.jsonl").write_text('{"text": "not')

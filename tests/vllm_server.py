@@ -37,10 +37,13 @@ def interpreter() -> str:
 class VllmServer:
     """A server that `pcache serve` gives the command for; runs from `start` to `stop`.
 
-    name: that clients know the model by. options: of vLLM's own.
+    name: that clients know the model by. options: of vLLM's own. preamble: a file, for one that is
+    not the model's own.
     """
 
-    def __init__(self, folder: Path, model: str, store: str, *options: str) -> None:
+    def __init__(
+        self, folder: Path, model: str, store: str, *options: str, preamble: Path | None = None
+    ) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -49,6 +52,7 @@ class VllmServer:
         self.log = folder / f"vllm-{self.port}.log"
         self._store = store
         self._options = options
+        self._preamble = () if preamble is None else ("--preamble", str(preamble))
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -90,7 +94,7 @@ class VllmServer:
             [
                 *(sys.executable, "-c", "from pcache_integrations.cli import main; main()"),
                 *("serve", "--model", self.name, "--store", self._store),
-                *("--port", str(self.port), "--python", interpreter(), "--"),
+                *("--port", str(self.port), "--python", interpreter(), *self._preamble, "--"),
                 *("--enforce-eager", "--max-num-seqs", "8", *self._options),
             ],
             env=self._environment(),
@@ -119,7 +123,8 @@ class VllmServer:
 class Cluster:
     """first, second: replicas of the tiny model; the second has blocks for 1,536 tokens only.
 
-    random: serves a random model in bfloat16, with grouped heads and normed keys, over a folder.
+    random: serves a random model in bfloat16, with grouped heads and normed keys, over a folder,
+    and with a preamble of its own.
     """
 
     redis: Server
@@ -127,6 +132,7 @@ class Cluster:
     second: VllmServer
     random: VllmServer
     random_store: Path
+    random_preamble: Path
 
 
 def client(server: VllmServer, **options: Any) -> RemoteEngine:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import AsyncGenerator, Generator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Generator, Iterable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from functools import cached_property, partial
@@ -17,7 +17,7 @@ from functools import cached_property, partial
 import torch
 
 from pcache_core.chat import Message, render_chat
-from pcache_core.errors import BudgetError, OptionError
+from pcache_core.errors import BudgetError, ContextLengthError, OptionError
 from pcache_core.generate import AnswerText, decode_loop
 from pcache_core.library import ModuleLibrary
 from pcache_core.lm import CausalLM
@@ -180,19 +180,25 @@ class PromptCacheEngine:
         prompt: Prompt,
         reuse: ReuseMode | None = None,
         repair: float | None = None,
+        continuation: Sequence[int] = (),
     ) -> Prefill:
         """Read a prompt and return the logits of the token after it.
 
+        continuation: token ids to go on with, whatever the model would have chosen; it is asked how
+            likely each of them was.
         Raises: ContextLengthError, OptionError, PromptError: before any work.
         """
         started = time.perf_counter()
-        request = self._check(prompt, SamplingParams(max_tokens=1), reuse, repair)
+        params = SamplingParams(max_tokens=max(1, len(continuation)))
+        request = self._check(prompt, params, reuse, repair)
+        self._check_continuation(request, continuation)
 
         def read(asked_at: float) -> Generator[Prefill, None, None]:
             with self._prefix_cache.sequence(request) as sequence:
                 logits, report = self._read(request, sequence)
-            report.ttft_ms = _ms_since(asked_at)
-            yield Prefill(logits, report)
+                report.ttft_ms = _ms_since(asked_at)
+                logprobs = tuple(self._follow(sequence, logits, continuation))
+            yield Prefill(logits, report, logprobs)
 
         (found,) = self._scheduler.run(read, asked_at=started, timeout_s=None)
         self.reports.append(found.report)
@@ -371,7 +377,7 @@ class PromptCacheEngine:
             yield from self._decode(request, sequence, logits, report)
 
     def _read(self, request: Request, sequence: KVSequence) -> tuple[torch.Tensor, Report]:
-        """Bring the prompt into the sequence; return the next token's logits [vocab] and a report."""
+        """Bring the prompt into the sequence; return the next token's logits, [vocab]."""
         plan = plan_prefill(request, sequence)
         loaded = self._library.load(plan.states, sequence, len(request.tokens.token_ids))
         return prefill(self.lm, plan, loaded, sequence)
@@ -398,6 +404,24 @@ class PromptCacheEngine:
                 self.reports.append(report)
                 chunk = replace(chunk, report=report)
             yield chunk
+
+    def _check_continuation(self, request: Request, continuation: Sequence[int]) -> None:
+        self.lm.check_ids(continuation)
+        if len(continuation) > request.params.max_tokens:  # the context's rest, if that is less
+            raise ContextLengthError(
+                f"the continuation has {len(continuation)} tokens, but after the prompt "
+                f"{self.lm.name} has room for {request.params.max_tokens}; use a shorter one, "
+                "or fewer or shorter documents"
+            )
+
+    def _follow(
+        self, sequence: KVSequence, logits: torch.Tensor, continuation: Sequence[int]
+    ) -> Iterator[float]:
+        """Log probabilities of given tokens, each after the prompt and the tokens before it."""
+        for number, token_id in enumerate(continuation, 1):
+            yield float(logits.log_softmax(-1)[token_id])
+            if number < len(continuation):
+                logits = append_token(self.lm, sequence, token_id)
 
     def _check_budget(self) -> None:
         budget = self.store.stats().budget_bytes

@@ -178,7 +178,7 @@ class _End(Generic[T]):
 
 
 class Scheduler:
-    """Runs requests in turn, in the caller's thread or, for an event loop, in threads of its own."""
+    """Runs requests in turn: in the caller's thread, or for an event loop in threads of its own."""
 
     def __init__(self, lm: CausalLM, max_running: int, max_waiting: int) -> None:
         self._lm = lm
@@ -192,7 +192,7 @@ class Scheduler:
         asked_at: float,
         timeout_s: float | None,
     ) -> Generator[T, None, None]:
-        """Yield what `answer` makes when its turn has come; its turn ends while nobody asks for more.
+        """Yield what `answer` makes when its turn has come; while nobody asks for more, it pauses.
 
         answer: is told when the request came, which may have been before this was called.
         asked_at: when it came, by `time.perf_counter`.

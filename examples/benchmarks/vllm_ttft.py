@@ -72,7 +72,7 @@ def main() -> None:
         prompts = [_prompt(order, text) for order, text in zip(orders, questions, strict=True)]
         command = _command(args.python, folder)
         with _server(command, folder) as engine:
-            print(engine.encode(documents, anchor=OPENING, progress=False))
+            print(engine.encode(documents, progress=False))
             engine.generate(prompts[0], _ONE_TOKEN)  # warms up; has the opening encoded
             engine.flush()
             states = [engine.generate(prompt, _ONE_TOKEN).report for prompt in prompts[1:]]

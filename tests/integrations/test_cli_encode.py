@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 import tiny_models
 from command import MAIN, environment, pcache
-from corpus import DOCUMENTS, OPENING, TEMPLATE
+from corpus import DOCUMENTS, TEMPLATE
 from pcache_core import CausalLM, DiskStore, Prompt, PromptCacheEngine, Segment
 from pcache_core.key import ModuleKey
 from pcache_core.store.inspect import StoredState, stored_states
@@ -168,31 +168,35 @@ def test_an_engine_over_the_same_store_finds_every_document(
     assert (again["encoded"], again["already_stored"]) == (0, 8)
 
 
-def test_documents_are_encoded_behind_a_known_opening(texts: Path, tmp_path: Path) -> None:
-    """The opening is encoded as well, so that the first request computes the question alone."""
-    (tmp_path / "qa.txt").write_text(TEMPLATE)
-    given = ("--store", tmp_path / "s", "--template", tmp_path / "qa.txt")
+def test_documents_are_encoded_after_the_preamble_of_a_file(texts: Path, tmp_path: Path) -> None:
+    """One state where a document comes first, after the opening alone; one for later places."""
+    chosen = {"opening": "Look here.\n", "company": ["The bells were cast in a field."]}
+    (tmp_path / "preamble.json").write_text(json.dumps(chosen))
+    given = ("--store", tmp_path / "s", "--preamble", tmp_path / "preamble.json")
     assert encode(texts, *given)["encoded"] == 8
-    by_anchor = encode(texts, "--store", tmp_path / "s", "--anchor", OPENING)
-    assert (by_anchor["encoded"], by_anchor["already_stored"]) == (0, 8)
+    assert encode(texts, *given)["already_stored"] == 8
+    assert encode(texts, "--store", tmp_path / "s")["encoded"] == 8
     text = CausalLM.from_pretrained("builtin:tiny-rag").text
-    opening = text.bos_ids + text.ids(Segment(OPENING, "literal"))
+    opening = text.bos_ids + text.ids(Segment(chosen["opening"], "literal"))
+    company = text.ids(Segment(chosen["company"][0], "document"))
     stored = [state.record for state in stored_states(tmp_path / "s") if state.record]
-    assert {record.anchor_ids for record in stored if len(record.token_ids) > 12} == {opening}
-    assert opening in {record.token_ids for record in stored}
-    asked = ask("langchain", str(tmp_path / "s"))
-    assert (asked["sources"], asked["opening"]) == (["disk"] * 3, "disk")
-    assert asked["encoded_tokens"] == 0
+    first = [record for record in stored if record.preamble_ids == opening]
+    later = [record for record in stored if record.preamble_ids[: len(opening)] == opening]
+    assert len(first) == 8
+    assert len(later) == 16
+    assert (
+        sum(record.preamble_ids[len(opening) :][: len(company)] == company for record in later) == 8
+    )
 
 
 def test_a_separator_is_encoded_with_the_document_before_it(texts: Path, tmp_path: Path) -> None:
     encode(texts, "--store", tmp_path, "--separator", "\n\n")
     lm = CausalLM.from_pretrained("builtin:tiny-rag")
     question = Segment("Question: Who?\nAnswer:")
-    for behind, source in (("\n\n", "disk"), ("\n", "encoded")):
+    for after, source in (("\n\n", "disk"), ("\n", "encoded")):
         engine = PromptCacheEngine(lm, DiskStore(tmp_path), "fast")
         report = engine.prefill(
-            Prompt([Segment(DOCUMENTS[0] + behind, "document"), question])
+            Prompt([Segment(DOCUMENTS[0] + after, "document"), question])
         ).report
         assert report.segments[0].source == source
 
@@ -212,7 +216,7 @@ def test_a_text_too_long_is_named_and_left_out(texts: Path, tmp_path: Path) -> N
     assert figures["left_out"] == [str(tmp_path / "long.txt")]
     assert figures["encoded"] == 1
     again = CliRunner().invoke(app, ["encode", *TINY, *map(str, arguments)])
-    assert f"longer than 2,046 tokens: {tmp_path / 'long.txt'}; split" in again.stderr
+    assert f"for the model (2,048 tokens): {tmp_path / 'long.txt'}; split" in again.stderr
 
 
 def test_a_model_that_has_no_states_ahead_of_time_is_no_success(
@@ -251,7 +255,8 @@ def test_a_bar_shows_progress_on_a_terminal_and_none_elsewhere(texts: Path, tmp_
 
 # --- interrupted --------------------------------------------------------------------------------
 
-MANY = 400
+MANY = 200
+STATES = 2 * MANY  # of each text one for where it comes first, and one for later places
 
 
 def whole(folder: Path) -> list[StoredState]:
@@ -296,9 +301,11 @@ def test_ctrl_c_leaves_whole_states_and_the_next_run_encodes_only_what_is_missin
         assert errors == (
             f"interrupted; what was encoded is in {folder}, the same command goes on from there\n"
         )
-        assert done_before < len(whole(folder)) < MANY
+        assert done_before < len(whole(folder)) < STATES
         done_before = len(whole(folder))
+    before = {state.path: state.path.stat().st_ino for state in whole(folder)}
     last = encode(*command[1:])
-    assert last["already_stored"] == done_before
-    assert last["encoded"] == last["kept"] == MANY - done_before
-    assert len(whole(folder)) == MANY
+    assert last["kept"] == last["encoded"] == MANY - last["already_stored"]
+    after = {state.path: state.path.stat().st_ino for state in whole(folder)}
+    assert len(after) == STATES
+    assert before.items() <= after.items()

@@ -332,12 +332,13 @@ async def test_the_context_extractor_of_an_ingestion_reads_each_document_once(
     llm: PromptCacheLLM,
 ) -> None:
     """It marks the document in its messages, and sends headers that only a server understands."""
-    source = Document(text=" ".join(DOCUMENTS[:4]), id_="whole")
+    texts = [f"Chapter {i}: the ferry of Extracton sank, was raised and sank again." for i in "12"]
+    source = Document(text=" ".join(texts), id_="whole")
     docstore = SimpleDocumentStore()
     docstore.add_documents([source])
     chunks = [
         TextNode(text=text, relationships={NodeRelationship.SOURCE: source.as_related_node_info()})
-        for text in DOCUMENTS[:2]
+        for text in texts
     ]
     llm.engine.reports.clear()
     extractor = DocumentContextExtractor(docstore=docstore, llm=llm, max_output_tokens=3)

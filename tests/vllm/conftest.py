@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -16,6 +17,10 @@ from redis_server import Server
 from tiny_models import excite, tiny_tokenizer
 from vllm_server import Cluster, VllmServer, interpreter
 
+RANDOM_PREAMBLE = {
+    "opening": "These are the papers of the town:\n",
+    "company": ["The bells of the old church were cast in a field beside the river."],
+}
 FEW_BLOCKS = (
     *("--block-size", "32", "--num-gpu-blocks-override", "49", "--max-model-len", "1024"),
 )
@@ -29,19 +34,20 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     model = folder / "random"
     _save_random(model)
     tiny, store = "builtin:tiny-rag", folder / "states"
+    preamble = folder / "preamble.json"
+    preamble.write_text(json.dumps(RANDOM_PREAMBLE))
     with ExitStack() as stack:
         stack.callback(redis.kill)
-        wanted: list[tuple[str, str, tuple[str, ...]]] = [
-            (tiny, redis.url, ()),
-            (tiny, redis.url, FEW_BLOCKS),
-            (str(model), str(store), ()),
+        servers = [
+            VllmServer(folder, tiny, redis.url),
+            VllmServer(folder, tiny, redis.url, *FEW_BLOCKS),
+            VllmServer(folder, str(model), str(store), preamble=preamble),
         ]
-        servers = [VllmServer(folder, name, where, *options) for name, where, options in wanted]
         with ThreadPoolExecutor(len(servers)) as pool:
             for server in servers:
                 stack.callback(server.stop)
             list(pool.map(VllmServer.start, servers))
-        yield Cluster(redis, *servers, store)
+        yield Cluster(redis, *servers, store, preamble)
 
 
 @pytest.fixture(scope="session")

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
 import pytest
 
-from pcache_core import CausalLM, DiskStore, Prompt, PromptCacheEngine, SamplingParams, Segment
+from pcache_core import (
+    CausalLM,
+    DiskStore,
+    Preamble,
+    Prompt,
+    PromptCacheEngine,
+    SamplingParams,
+    Segment,
+)
 from pcache_core.key import KeySpace
 from vllm_server import Cluster, client, first_distance
 
@@ -26,12 +35,15 @@ def test_states_of_transformers_and_of_vllm_are_interchangeable(
     lm = CausalLM.from_pretrained(cluster.random.name)
     own, served = DiskStore(tmp_path), DiskStore(cluster.random_store)
     texts = [text + "\n\n" for text in RANDOM_DOCUMENTS]
-    PromptCacheEngine(lm, store=own).encode(texts, progress=False)
-    report = client(cluster.random).encode(RANDOM_DOCUMENTS, progress=False)
+    preamble = Preamble.of_file(cluster.random_preamble)
+    engine = PromptCacheEngine(lm, store=own, preamble=preamble)
+    engine.encode(texts, progress=False)
+    report = client(cluster.random, preamble=preamble).encode(RANDOM_DOCUMENTS, progress=False)
     assert report.kept == 3
     space = KeySpace(lm.fingerprint, str(lm.dtype), "default")
-    for text in texts:
-        key = space.key(lm.text.bos_ids, lm.text.ids(Segment(text, "document")), None)
+    opening = lm.text.bos_ids + lm.text.ids(Segment(str(preamble.opening), "literal"))
+    for text, before in product(texts, (opening, engine.preamble_for(texts[0]))):
+        key = space.key(before, lm.text.ids(Segment(text, "document")), None)
         ours, theirs = own.get(key), served.get(key)
         assert ours is not None
         assert theirs is not None
@@ -47,8 +59,9 @@ def test_states_of_transformers_and_of_vllm_are_interchangeable(
 
 def test_a_random_model_in_bfloat16_answers_as_our_engine_does_in_fast(cluster: Cluster) -> None:
     lm = CausalLM.from_pretrained(cluster.random.name)
-    local = PromptCacheEngine(lm, reuse="fast", admission="always")
-    engine = client(cluster.random)
+    preamble = Preamble.of_file(cluster.random_preamble)
+    local = PromptCacheEngine(lm, reuse="fast", preamble=preamble)
+    engine = client(cluster.random, preamble=preamble)
     opening = Segment("Read the documents, then go on.\n\n", "literal")
 
     def asked(order: Sequence[int]) -> Prompt:

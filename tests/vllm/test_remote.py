@@ -7,20 +7,42 @@ import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise, permutations
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pcache_core import CausalLM, ContextLengthError, Prompt, SamplingParams, Segment
+from pcache_core import (
+    CausalLM,
+    ContextLengthError,
+    DiskStore,
+    Preamble,
+    Prompt,
+    PromptCacheEngine,
+    SamplingParams,
+    Segment,
+)
 from pcache_core.errors import DeadlineExceededError, OptionError
 from pcache_core.key import KeySpace
-from pcache_core.plan import tokenise
+from pcache_core.lm import ServedModel
+from pcache_core.preamble import PreambleIds
+from pcache_core.store.inspect import stored_states
+from pcache_core.tokens import tokenise
 from pcache_integrations.langchain import PromptCacheLLM as LangChainLLM
 from pcache_integrations.llama_index import PromptCacheLLM as LlamaIndexLLM
 from pcache_integrations.remote import Address, RemoteEngine
-from pcache_integrations.remote.modules import PromptModules, join_separators
+from pcache_integrations.remote.modules import ModuleMaker, PromptModules, join_separators
+from pcache_integrations.vllm.protocol import (
+    LOAD,
+    SAVE,
+    Description,
+    Preambles,
+    named_preambles,
+    preambles_digest,
+)
 
-SPACE = KeySpace("model", "torch.float32", "default")
+GERMAN = "Das Haus in der Gasse ist nicht groß, und es steht seit dem Jahr 1931 auf dem Hügel."
 FACTS = [
     "Ann Ostenfurt was born in Nadbridge in 1931 and worked there as a glazier.",
     "Berth Krickward sells umbrellas in Stommarch, and has done so since 1950.",
@@ -29,11 +51,16 @@ FACTS = [
 
 
 class _PlainServer(ThreadingHTTPServer):
-    """An OpenAI-compatible server that knows nothing of prompt caches; answers with one word."""
+    """An OpenAI-compatible server; answers with one word.
+
+    says: the parameters of its answers; None for a server that knows nothing of prompt caches.
+    """
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.waits_s = 0.0
+        self.most = 64
+        self.says: dict[str, Any] | None = None
         self.bodies: list[dict[str, Any]] = []
 
 
@@ -41,7 +68,9 @@ class _Handler(BaseHTTPRequestHandler):
     server: _PlainServer
 
     def do_GET(self) -> None:
-        self._send(json.dumps({"data": [{"id": "builtin:tiny-rag", "max_model_len": 64}]}))
+        self._send(
+            json.dumps({"data": [{"id": "builtin:tiny-rag", "max_model_len": self.server.most}]})
+        )
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -50,7 +79,8 @@ class _Handler(BaseHTTPRequestHandler):
         choice = {"index": 0, "text": "word", "finish_reason": "stop", "token_ids": [5]}
         usage = {"prompt_tokens": len(body["prompt"]), "completion_tokens": 1}
         if not body.get("stream"):
-            self._send(json.dumps({"choices": [choice], "usage": usage}))
+            answer = {"choices": [choice], "usage": usage, "kv_transfer_params": self.server.says}
+            self._send(json.dumps(answer))
             return
         events = [{"choices": [choice]}, {"choices": [], "usage": usage}]
         lines = [f"data: {json.dumps(event)}\n\n" for event in events]
@@ -77,9 +107,10 @@ def plain() -> Iterator[_PlainServer]:
 
 
 def rag_prompt(order: tuple[int, ...], separator: str = "\n\n", kind: str = "text") -> Prompt:
-    segments = [Segment("Read this.\n\n", "literal")]
+    segments = [Segment("Read the two or three documents.\n\n", "literal")]
+    texts = [*FACTS, GERMAN]
     for index in order:
-        segments += [Segment(FACTS[index], "document"), Segment(separator, kind)]  # type: ignore[arg-type]
+        segments += [Segment(texts[index], "document"), Segment(separator, kind)]  # type: ignore[arg-type]
     segments[-1] = Segment(separator + "Question: Who sells umbrellas?", "argument")
     return Prompt(segments)
 
@@ -148,29 +179,140 @@ def test_what_separates_documents_belongs_to_the_one_before(
     assert documents == [FACTS[0] + (separator if is_joined else ""), FACTS[1]]
 
 
-def test_a_documents_state_is_the_same_wherever_it_stands(tiny: CausalLM) -> None:
-    """In the middle it is asked for whole, at the end without the separator."""
-
-    def keys(order: tuple[int, ...]) -> tuple[set[str], set[str], int]:
-        joined = join_separators(rag_prompt(order), tiny.text.holds_special)
-        tokens = tokenise(joined.prompt, tiny.text.ids, tiny.text.bos_ids)
-        modules = PromptModules(joined, tokens, tiny.text.ids, 8)
-        made = {SPACE.key(m.anchor_ids, m.token_ids, None).digest for m in modules.modules()}
-        runs = modules.runs(SPACE)
-        for run in runs:
-            assert run.module_key(tokens.token_ids, SPACE).digest == run.key
-        question = tokens.pieces[-1].start
-        return made, {run.key for run in runs}, max(run.end for run in runs) - question
-
-    made, _, _ = keys((0, 1, 2))
-    _, asked, behind = keys((2, 0, 1))
-    assert made <= asked
-    assert behind >= -1  # at most the last token before the question is read otherwise
+def modules_of(lm: CausalLM, prompt: Prompt, preamble: Preamble | None = None) -> PromptModules:
+    served = ServedModel.from_pretrained("builtin:tiny-rag", lm.context_length)
+    joined = join_separators(prompt, lm.text.holds_special)
+    tokens = tokenise(joined.prompt, lm.text.ids, lm.text.bos_ids)
+    maker = ModuleMaker(served, preamble or Preamble(), lm.context_length)
+    return PromptModules(joined, tokens, maker, 8)
 
 
-def test_documents_encoded_behind_no_opening_are_asked_for_too(tiny: CausalLM) -> None:
-    joined = join_separators(rag_prompt((0, 1)), tiny.text.holds_special)
-    tokens = tokenise(joined.prompt, tiny.text.ids, tiny.text.bos_ids)
-    runs = PromptModules(joined, tokens, tiny.text.ids, 8).runs(SPACE)
-    alone = tiny.text.ids(Segment(FACTS[0], "document"))
-    assert SPACE.key(tiny.text.bos_ids, alone, None).digest in {run.key for run in runs}
+def space_of(lm: CausalLM) -> KeySpace:
+    return KeySpace(lm.fingerprint, str(lm.dtype), "default")
+
+
+def digests(folder: Path) -> set[str]:
+    return {state.record.digest for state in stored_states(folder) if state.record}
+
+
+@pytest.mark.parametrize(
+    "preamble", [None, Preamble("Look here.\n", [FACTS[2]]), Preamble.none()], ids=repr
+)
+@pytest.mark.parametrize("order", [(0, 1, 3), (3, 1, 0), (1, 0)])
+def test_a_prompt_asks_for_the_very_states_that_an_engine_in_process_makes_of_it(
+    tiny: CausalLM, tmp_path: Path, order: tuple[int, ...], preamble: Preamble | None
+) -> None:
+    """The opening's, the first document's and those of later ones, each in its language."""
+    prompt = rag_prompt(order)
+    joined = join_separators(prompt, tiny.text.holds_special).prompt
+    engine = PromptCacheEngine(tiny, DiskStore(tmp_path), "fast", preamble=preamble)
+    engine.prefill(joined)
+    made = digests(tmp_path)
+    assert len(made) == 1 + len(order)
+    assert made <= {run.key for run in modules_of(tiny, prompt, preamble).runs(space_of(tiny))}
+
+
+def test_documents_encoded_ahead_are_asked_for_wherever_they_stand(
+    tiny: CausalLM, tmp_path: Path
+) -> None:
+    """With their separator in the middle, and at the end of the documents without it."""
+    texts = [text + "\n\n" for text in (*FACTS, GERMAN)]
+    PromptCacheEngine(tiny, DiskStore(tmp_path)).encode(texts, progress=False)
+    encoded = digests(tmp_path)
+    assert len(encoded) == 8
+    for order in ((0, 1, 2, 3), (3, 2, 1, 0)):
+        runs = modules_of(tiny, rag_prompt(order)).runs(space_of(tiny))
+        found = [run for run in runs if run.key in encoded]
+        assert len(found) == 4
+        assert [run.preamble for run in found][:2] == ["opening", "en"]
+        assert found[-1].tail or found[-1].end == found[-1].start + len(
+            tiny.text.ids(Segment(texts[order[-1]], "document"))
+        )
+        assert all(a.end == b.start for a, b in pairwise(found))
+
+
+def test_the_server_is_asked_to_keep_what_every_order_of_the_documents_wants(
+    tiny: CausalLM,
+) -> None:
+    space = space_of(tiny)
+    made = {module.key(space) for module in modules_of(tiny, rag_prompt((0, 1, 3))).modules()}
+    for order in permutations((0, 1, 3)):
+        runs = modules_of(tiny, rag_prompt(order)).runs(space)
+        starts = {run.start for run in runs}
+        assert {run.start for run in runs if run.key in made} == starts
+
+
+def preambles_of(lm: CausalLM, preamble: Preamble | None = None) -> Preambles:
+    return named_preambles(PreambleIds(lm.text, lm.context_length, preamble))
+
+
+def connector(lm: CausalLM, preambles: Preambles) -> dict[str, Any]:
+    own = (lm.fingerprint, str(lm.dtype), "default", preambles_digest(preambles))
+    return Description(*own, lm.context_length, saves=True, refused={}).as_dict()
+
+
+def test_a_server_of_the_same_preambles_is_asked_for_states_and_to_keep_them(
+    plain: _PlainServer, tiny: CausalLM
+) -> None:
+    mine = Preamble("Look here.\n", ["A text of some length about nothing much at all."])
+    ids = preambles_of(tiny, mine)
+    plain.says, plain.most = connector(tiny, ids), 2048
+    address = Address(f"http://127.0.0.1:{plain.server_port}")
+    engine = RemoteEngine(address, "builtin:tiny-rag", reuse="fast", preamble=mine)
+    assert engine.preamble == mine
+    assert engine.preamble_for(GERMAN) == ids["all"]
+    report = engine.generate(rag_prompt((0, 1)), SamplingParams(max_tokens=4)).report
+    engine.flush()
+    assert (report.reuse, report.fallback_reason) == ("fast", None)
+    sent = [body.get("kv_transfer_params", {}) for body in plain.bodies]
+    asked = [run[3] for params in sent for run in params.get(LOAD, [])]
+    assert set(asked) == {"", "opening", "all"}
+    kept = [(b["prompt"], b["kv_transfer_params"][SAVE]) for b in plain.bodies if SAVE in str(b)]
+    assert sorted(wish[3] for _, wish in kept) == ["", "all", "all", "opening", "opening"]
+    for prompt, (start, end, _, name) in kept:
+        assert (tuple(prompt[:start]), end) == (ids[name], len(prompt))
+
+
+@pytest.mark.parametrize("other", ["preamble", "version"])
+def test_a_server_of_other_preambles_or_version_gives_no_states_and_one_warning(
+    plain: _PlainServer, tiny: CausalLM, caplog: pytest.LogCaptureFixture, other: str
+) -> None:
+    plain.says, plain.most = connector(tiny, preambles_of(tiny, Preamble.none())), 2048
+    if other == "version":
+        plain.says[LOAD] |= {"version": 1}
+    engine = RemoteEngine(
+        Address(f"http://127.0.0.1:{plain.server_port}"), "builtin:tiny-rag", reuse="fast"
+    )
+    reports = [engine.generate(rag_prompt((0, 1))).report for _ in range(3)]
+    engine.flush()
+    remedy = "pcache serve --preamble" if other == "preamble" else "install the same pcache-integ"
+    for report in reports:
+        assert report.reuse == "exact"
+        assert remedy in str(report.fallback_reason)
+    assert [b["kv_transfer_params"] for b in plain.bodies if "kv_transfer_params" in b] == [
+        {LOAD: []}
+    ]
+    assert len([r for r in caplog.records if remedy in r.getMessage()]) == 1
+    encoded = engine.encode(FACTS, progress=False)
+    assert (encoded.kept, remedy in str(encoded.reason)) == (0, True)
+
+
+def test_encoding_counts_texts_and_refuses_one_that_can_never_be_used(
+    plain: _PlainServer, tiny: CausalLM
+) -> None:
+    plain.says, plain.most = connector(tiny, preambles_of(tiny)), 500
+    engine = RemoteEngine(Address(f"http://127.0.0.1:{plain.server_port}"), "builtin:tiny-rag")
+    report = engine.encode([*FACTS, "Short."], progress=False)
+    assert (report.texts, report.encoded, report.kept, report.too_short) == (4, 3, 3, 1)
+    again = engine.encode(FACTS, progress=False)
+    assert (again.encoded, again.already_stored) == (0, 3)
+    before = len(plain.bodies)
+    with pytest.raises(ContextLengthError, match=r"don't fit after a preamble .*500 tokens"):
+        engine.encode([FACTS[0], "word " * 500], progress=False)
+    assert len(plain.bodies) == before
+
+
+def test_something_else_than_a_preamble_is_refused(plain: _PlainServer) -> None:
+    address = Address(f"http://127.0.0.1:{plain.server_port}")
+    with pytest.raises(OptionError, match="preamble must be a Preamble, got str"):
+        RemoteEngine(address, "builtin:tiny-rag", preamble="Read.")  # type: ignore[arg-type]

@@ -45,6 +45,18 @@ def test_a_folder_is_named_from_the_root_on() -> None:
     assert transfer["kv_connector_extra_config"]["store"] == str(Path("states").absolute())
 
 
+def test_a_preamble_of_a_file_goes_to_the_connector(tmp_path: Path) -> None:
+    chosen = {"opening": "Look here.\n", "company": ["A text of some length."]}
+    file = tmp_path / "preamble.json"
+    file.write_text(json.dumps(chosen))
+    command = serve("--store", str(tmp_path), "--preamble", str(file))
+    transfer = json.loads(command[command.index("--kv-transfer-config") + 1])
+    assert transfer["kv_connector_extra_config"]["preamble"] == chosen
+    file.write_text('["Look here."]')
+    with pytest.raises(OptionError, match=r"preamble.json holds no preamble: .*; write"):
+        serve("--store", str(tmp_path), "--preamble", str(file))
+
+
 def test_memory_is_no_store_of_another_process() -> None:
     with pytest.raises(OptionError, match="'memory' is no other process's"):
         serve("--store", "memory")

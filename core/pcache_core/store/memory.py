@@ -76,7 +76,7 @@ class MemoryStore:
         with self._lock:
             self._remove(key.digest)
 
-    def keys(self) -> list[ModuleKey]:
+    def held_keys(self) -> list[ModuleKey]:
         """The keys of all states."""
         with self._lock:
             return [key for key, _ in self._states.values()]

@@ -26,7 +26,7 @@ def find_stored(
         for tier in store.tiers:
             yield from find_stored(tier, space, texts)
     elif isinstance(store, MemoryStore):
-        for key in store.keys():
+        for key in store.held_keys():
             if key.space == space and (texts is None or key.token_ids in texts):
                 yield key
     elif isinstance(store, DiskStore) and store.path.is_dir():  # it may have been removed meanwhile
