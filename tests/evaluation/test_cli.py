@@ -92,7 +92,7 @@ def test_a_curve_repairs_growing_numbers_of_tokens(tmp_path: Path) -> None:
     [
         (("--curve", "curve.txt"), r"must end in \.png or \.svg"),
         (("--curve", "no/such/curve.svg"), "make no/such first"),
-        (("--data", "q.json", "--documents", "8"), "--documents is for questions of the tiny"),
+        (("--data", "q.json", "--documents", "8"), "--documents is for questions without --data"),
         (("--data", "q.json", "--split", "--seed", "0"), "--split, --seed is for questions"),
         (("--data", "missing.json"), r"missing\.json can't be read"),
         (("--split", "--hops", "2"), "hops=2 and split"),
