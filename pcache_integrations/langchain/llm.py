@@ -223,7 +223,7 @@ class PromptCacheLLM(CachedModel, BaseLLM):
         """The prompt in parts; in a user's turn of the chat template, if that is to be used."""
         segments = self._segments(text, "text")
         lm = self.engine.lm
-        wanted = self.chat_template and segments and lm.tokenizer.chat_template
+        wanted = self.chat_template and segments and lm.text.marks_roles
         if not wanted or holds_markup(lm.text, segments):
             # Special tokens written out count: it may be a chat's rendering.
             return Prompt(segments)

@@ -1,9 +1,10 @@
 """Asking every question in every reuse mode, so that the modes can be compared.
 
 Each request runs in an engine of its own, over the same model and one store for a question's
-states, or for those of all questions where they are encoded ahead. No slot of an earlier request can serve it then: an engine continues prompts that it has
-just read, and the second mode to be asked would look like a prefix cache. So `exact` computes the
-whole prompt here, which is what it does for a question that meets its documents for the first time.
+states, or for those of all questions where they are encoded ahead. No slot of an earlier request
+can serve it then: an engine continues prompts that it has just read, and the second mode to be
+asked would look like a prefix cache. So `exact` computes the whole prompt here, which is what it
+does for a question that meets its documents for the first time.
 """
 
 from __future__ import annotations
@@ -153,7 +154,7 @@ def _store_for(
         return
     engine = PromptCacheEngine(lm)
     tokens = sum(len(engine.tokenise(each.prompt).token_ids) for each in asked)
-    yield MemoryStore(budget_bytes=max(lm.bytes_per_token, 2 * tokens * lm.bytes_per_token))
+    yield MemoryStore(budget_bytes=max(1, (2 * tokens + 1) * lm.bytes_per_token))
 
 
 def kl_divergence(reference: torch.Tensor, other: torch.Tensor) -> float:

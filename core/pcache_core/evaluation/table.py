@@ -40,8 +40,8 @@ class Row:
     hold a right one. agreement: the share of answers equal to those of `off`, letter by letter.
     empty: the share of answers without text. kl_mean, kl_max: of the first token of the answer from
     `off`, in nats. gold_nll: mean negative log likelihood of a token of the right answer, in nats;
-    the mean over the questions. cached, repaired and computed tokens: means over the requests. rouge_l: None
-    where the library for it is missing.
+    the mean over the questions. cached, repaired and computed tokens: means over the requests.
+    rouge_l: None where the library for it is missing.
     """
 
     reuse: str
