@@ -115,10 +115,10 @@ def _scaling(rope: dict[str, Any], config: Any) -> dict[str, Any]:
 
 def tokenizer_values() -> dict[str, Any]:
     """The metadata of the byte tokenizer and the control tokens."""
-    vocabulary = tiny_models.tinytokenizer_values()
+    vocabulary = tiny_models.tiny_tokenizer()
     tokens = sorted(vocabulary.get_vocab(), key=vocabulary.get_vocab().__getitem__)
-    kinds = [gguf.TokenType.CONTROL if number < 3 else gguf.TokenType.NORMAL
-             for number in range(len(tokens))] + [gguf.TokenType.CONTROL] * len(CONTROL)  # fmt: skip
+    control, normal = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
+    kinds = [control] * 3 + [normal] * (len(tokens) - 3) + [control] * len(CONTROL)
     return {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "gpt-2",

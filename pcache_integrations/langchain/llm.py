@@ -222,12 +222,12 @@ class PromptCacheLLM(CachedModel, BaseLLM):
     def _prompt(self, text: str) -> Prompt:
         """The prompt in parts; in a user's turn of the chat template, if that is to be used."""
         segments = self._segments(text, "text")
-        lm = self.engine.lm
-        wanted = self.chat_template and segments and lm.text.marks_roles
-        if not wanted or holds_markup(lm.text, segments):
+        text_of_model = self.engine.lm.text
+        wanted = self.chat_template and segments and text_of_model.marks_roles()
+        if not wanted or holds_markup(text_of_model, segments):
             # Special tokens written out count: it may be a chat's rendering.
             return Prompt(segments)
-        return self.engine.prompt_from_chat([Message("user", as_data(lm.text, segments))])
+        return self.engine.prompt_from_chat([Message("user", as_data(text_of_model, segments))])
 
     @property
     def _identifying_params(self) -> dict[str, Any]:

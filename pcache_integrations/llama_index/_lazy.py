@@ -14,8 +14,8 @@ class LazyEngine(EngineHandle):
 
     @cached_property
     def marks_roles(self) -> bool:
-        """Whether the model's chat template writes a user's turn and an assistant's differently."""
-        return self.get().lm.text.marks_roles
+        """Whether the model is a chat model, by its chat template."""
+        return self.get().lm.text.marks_roles()
 
     @cached_property
     def calls_functions(self) -> bool:

@@ -15,8 +15,16 @@ import torch
 from transformers import AutoModelForCausalLM, GgufConfig
 
 import gguf_models
-from pcache_core import CausalLM, DependencyError, Message, ModelError, Prompt, PromptCacheEngine
-from pcache_core import SamplingParams, Segment
+from pcache_core import (
+    CausalLM,
+    DependencyError,
+    Message,
+    ModelError,
+    Prompt,
+    PromptCacheEngine,
+    SamplingParams,
+    Segment,
+)
 from pcache_core.lm import gguf as loader
 
 TEXT = "the cat sat on the mat and then it went home again, as it had done on each day before"

@@ -125,7 +125,7 @@ def test_every_call_is_mapped_to_its_own_documents(tiny_lm: Callable[..., Causal
 
 
 def test_watching_and_mapping_a_call_takes_less_than_five_milliseconds() -> None:
-    llm = PromptCacheLLM(max_tokens=1)
+    llm = PromptCacheLLM(model="builtin:tiny-rag", max_tokens=1)
     llm.engine  # noqa: B018 (loads the model)
     recorder = RecordingLLM()
     chain = rag_chain(PromptTemplate.from_template(TEMPLATE), recorder)

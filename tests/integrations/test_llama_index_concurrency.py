@@ -169,7 +169,7 @@ async def astream_chat(llm: PromptCacheLLM) -> None:
 async def test_loading_the_model_does_not_block_the_event_loop(
     ask: Callable[[PromptCacheLLM], Awaitable[None]],
 ) -> None:
-    llm = PromptCacheLLM(max_tokens=1)
+    llm = PromptCacheLLM(model="builtin:tiny-rag", max_tokens=1)
     holding, turned = threading.Event(), threading.Event()
 
     def load_something_else() -> bool:

@@ -274,7 +274,7 @@ class TestWorkers:
     def test_with_a_folder_the_workers_encode(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        llm = PromptCacheLLM(store=str(tmp_path / "states"), max_tokens=4)
+        llm = PromptCacheLLM(model="builtin:tiny-rag", store=str(tmp_path / "states"), max_tokens=4)
         steps = self.steps(PromptCachePrecompute(llm))
         with monkeypatch.context() as patch:
             patch.setattr(PromptCachePrecompute, "catch_up", lambda self, nodes: None)

@@ -334,7 +334,7 @@ def test_a_store_that_keeps_the_nodes_beside_copies_is_believed(llm: PromptCache
 
 def test_in_a_folder_after_a_restart(tmp_path: Path) -> None:
     def start() -> PromptCacheLLM:
-        return PromptCacheLLM(store=str(tmp_path), max_tokens=1)
+        return PromptCacheLLM(model="builtin:tiny-rag", store=str(tmp_path), max_tokens=1)
 
     index = index_of(nodes())
     first = start()

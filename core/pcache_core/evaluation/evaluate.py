@@ -48,7 +48,7 @@ def evaluate(  # noqa: PLR0913 (each is an option of the command)
         KeyboardInterrupt: before the first question was done.
     """
     if layout is None:
-        layout = "chat" if lm.text.marks_roles else "completion"
+        layout = "chat" if lm.text.marks_roles() else "completion"
     chosen = (Way(mode, mode) for mode in modes)
     ways = list(dict.fromkeys((BASELINE, *chosen, *sweep)))
     params = SamplingParams(max_tokens=max_tokens, stop=["\n"])

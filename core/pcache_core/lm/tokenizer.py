@@ -54,6 +54,23 @@ class SegmentTokenizer:
         """Whether a text spells a special token."""
         return any(token in text for token in self._tokenizer.all_special_tokens)
 
+    def marks_roles(self) -> bool:
+        """Whether the chat template writes a user's turn and an assistant's differently.
+
+        One that doesn't is no dialogue format: it only joins the contents, and a completion prompt
+        says the same.
+        """
+        if not self._tokenizer.chat_template:
+            return False
+        try:
+            user, assistant = (
+                self.apply_chat_template([{"role": role, "content": "Hello"}])
+                for role in ("user", "assistant")
+            )
+        except ChatTemplateError:  # It knows roles, or it could not refuse one.
+            return True
+        return user != assistant
+
     def holds_chat_markup(self, text: str) -> bool:
         """Whether a text holds what the chat template writes around a message; no without one.
 
@@ -117,24 +134,6 @@ class SegmentTokenizer:
             ) from error
         bos = self._tokenizer.bos_token
         return str(text).removeprefix(bos) if self.bos_ids and bos else str(text)
-
-    @property
-    def marks_roles(self) -> bool:
-        """Whether the chat template writes a user's turn and an assistant's differently.
-
-        One that doesn't is no dialogue format: it only joins the contents, and a completion
-        prompt says the same. False where there is no template.
-        """
-        if not self._tokenizer.chat_template:
-            return False
-        try:
-            user, assistant = (
-                self.apply_chat_template([{"role": role, "content": "Hello"}])
-                for role in ("user", "assistant")
-            )
-        except ChatTemplateError:  # It knows roles, or it could not refuse one.
-            return True
-        return user != assistant
 
     def _find_bos(self) -> tuple[int, ...]:
         """The one token the tokenizer puts before every text, if it does."""
