@@ -64,7 +64,7 @@ def stored(engine: PromptCacheEngine, texts: Sequence[str] = TEXTS) -> dict[Modu
     store, found = engine.store, {}
     assert isinstance(store, MemoryStore)
     ids = {tuple(engine.lm.token_ids(text)) for text in texts}
-    for key in [key for key in store.keys() if key.token_ids in ids]:
+    for key in [key for key in store.held_keys() if key.token_ids in ids]:
         hit = store.get(key)
         assert hit is not None
         found[key] = hit.state

@@ -68,7 +68,7 @@ def stored(engine: PromptCacheEngine, text: str) -> KVState:
     assert isinstance(engine.store, MemoryStore)
     (key,) = (
         key
-        for key in engine.store.keys()
+        for key in engine.store.held_keys()
         if (key.token_ids, key.preamble_ids) == (ids, preamble_ids)
     )
     hit = engine.store.get(key)
