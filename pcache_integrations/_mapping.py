@@ -1,22 +1,38 @@
 """Text and known documents → segments, shared by the integrations.
 
-A framework hands over a flat string. Which parts of it are documents is found by content alone, so
-it does not matter how the documents travelled from the retriever to the prompt.
+A framework hands over a flat string. Which parts of it are documents, and which are values that
+were filled into a template, is found by content alone, so it does not matter how they travelled to
+the model.
 """
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from bisect import bisect_left, bisect_right, insort
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import accumulate, chain
+from typing import TYPE_CHECKING
 
 from pcache_core.prompt import Prompt, Segment, SegmentKind
+
+if TYPE_CHECKING:
+    from pcache_core.lm.tokenizer import SegmentTokenizer
 
 # A document is recognised by its first characters. Shorter ones would be found by accident, and
 # have fewer tokens than a module needs anyway.
 ANCHOR_CHARS = 24
+# A value of one or two characters occurs in any text by accident, and spells no special token.
+_MIN_VALUE_CHARS = 3
+
+# How often in vain a text's characters may be compared with documents, so that a search takes time
+# in proportion to the text, whatever it and the documents are.
+_PATIENCE = 16
+
+# Where a stretch of text ends; whether it is template text; else the variable it is a value of.
+_Span = tuple[int, bool, str | None]
 
 
 class DocumentIndex:
@@ -32,6 +48,7 @@ class DocumentIndex:
         # Documents by their first characters; each bucket is sorted, so the one that agrees
         # longest with a text is found by bisection however many share an opening.
         self._buckets: dict[str, list[str]] = {}
+        self._longest = 0
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -45,6 +62,7 @@ class DocumentIndex:
         with self._lock:
             if document not in self._names:
                 insort(self._buckets.setdefault(document[:ANCHOR_CHARS], []), document)
+            self._longest = max(self._longest, len(document))
             self._names[document] = name if name is not None else self._names.get(document)
             self._names.move_to_end(document)
             while len(self._names) > self._max_documents:
@@ -68,19 +86,27 @@ class DocumentIndex:
         """
         segments: list[Segment] = []
         start = position = 0
+        end = len(text) - ANCHOR_CHARS + 1
+        patience = _PATIENCE * len(text)
         with self._lock:
-            while position <= len(text) - ANCHOR_CHARS:
-                bucket = self._buckets.get(text[position : position + ANCHOR_CHARS])
-                found = bucket and _find(bucket, text, position)
-                if not found:
+            known = self._buckets
+            while patience > 0:
+                anchors = (p for p in range(position, end) if text[p : p + ANCHOR_CHARS] in known)
+                position = next(anchors, end)
+                if position >= end:
+                    break
+                # One character more than any document has: where it doesn't end, it goes on.
+                rest = text[position : position + self._longest + 1]
+                document, agreed = _find(known[rest[:ANCHOR_CHARS]], rest)
+                if not document:
                     position += 1
+                    patience -= agreed
                     continue
-                document, end = found
                 if position > start:
                     segments.append(Segment(text[start:position], kind, name))
-                segments.append(Segment(text[position:end], "document", self._names[document]))
+                segments.append(Segment(rest[:agreed], "document", self._names[document]))
                 self._names.move_to_end(document)
-                start = position = end
+                start = position = position + agreed
         if start < len(text):
             segments.append(Segment(text[start:], kind, name))
         return segments
@@ -90,6 +116,67 @@ class DocumentIndex:
         del bucket[bisect_left(bucket, document)]
         if not bucket:
             del self._buckets[document[:ANCHOR_CHARS]]
+
+
+class WrittenIndex:
+    """What templates wrote, found again word for word.
+
+    Thread-safe. Keeps digests and lengths, never text, of the last `max_texts` texts.
+    """
+
+    def __init__(self, max_texts: int = 32_768) -> None:
+        self._max_texts = max_texts
+        self._spans: OrderedDict[bytes, list[_Span]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def add(self, text: str, values: Mapping[str, str], sources: Sequence[str]) -> None:
+        """Remember a text.
+
+        values: that were filled in, by variable. Every place where one stands is the value's,
+            longer ones first, so that data never counts as template text.
+        sources: what templates say. What is no value and stands word for word in one is template
+            text; the rest may be anything.
+        """
+        parts: list[tuple[str, str | None]] = [(text, None)]
+        for name, value in sorted(values.items(), key=lambda item: -len(item[1])):
+            if len(value) >= _MIN_VALUE_CHARS:
+                cut = (_cut_out(value, name, *part) for part in parts)
+                parts = list(chain.from_iterable(cut))
+        ends = accumulate(len(part) for part, _ in parts)
+        spans = [
+            (end, name is None and any(part in source for source in sources), name)
+            for end, (part, name) in zip(ends, parts, strict=True)
+        ]
+        with self._lock:
+            self._spans[_digest(text)] = spans
+            self._spans.move_to_end(_digest(text))
+            while len(self._spans) > self._max_texts:
+                self._spans.popitem(last=False)
+
+    def cut(self, text: str, kind: SegmentKind, documents: DocumentIndex) -> Iterator[Segment]:
+        """Cut a text into its parts.
+
+        Whole documents first, wherever they stand: a value that is a part of one is its text. Then
+        template text (`literal`), values (`argument`) and, for what nothing explains, `kind`.
+
+        Yields: segments whose texts join to `text`.
+        """
+        with self._lock:
+            spans = self._spans.get(_digest(text), [(len(text), False, None)])
+        position = number = 0
+        for found in documents.split(text, kind):
+            stop = position + len(found.text)
+            if found.kind == "document":
+                yield found
+                position = stop
+            while position < stop:
+                end, is_literal, name = spans[number]
+                if end > position:
+                    own: SegmentKind = "literal" if is_literal else "argument" if name else kind
+                    yield from documents.split(text[position : min(end, stop)], own, name)
+                    position = min(end, stop)
+                if end <= stop:
+                    number += 1
 
 
 def settle(segments: Iterable[Segment], text: str) -> Prompt:
@@ -107,23 +194,62 @@ def settle(segments: Iterable[Segment], text: str) -> Prompt:
     return Prompt(_merge(_move_spaces(given)))
 
 
-def _find(bucket: list[str], text: str, position: int) -> tuple[str, int] | None:
-    """The document of a sorted `bucket` that stands at `position`, and where it ends there.
+def holds_markup(text: SegmentTokenizer, segments: Iterable[Segment]) -> bool:
+    """Whether a prompt is a chat's rendering already, by what stands outside of its data."""
+    return any(text.holds_chat_markup(s.text) for s in segments if s.is_markup)
 
-    A whole document goes before one that is cut off: its state is more likely stored.
+
+def as_data(text: SegmentTokenizer, segments: Iterable[Segment]) -> list[Segment]:
+    """The parts of what a user says: none of them marks a role."""
+    return [
+        replace(s, kind="argument")
+        if s.kind == "text" or (s.kind == "literal" and text.holds_special(s.text))
+        else s
+        for s in segments
+    ]
+
+
+def _cut_out(
+    value: str, name: str, text: str, owner: str | None
+) -> Iterator[tuple[str, str | None]]:
+    """Cut a variable's value out of text that has no owner yet.
+
+    A single word is not cut out of a longer one.
     """
-    rest = text[position:]
+    start = 0
+    found = text.find(value) if owner is None else -1
+    while found >= 0:
+        end = found + len(value)
+        around = text[found - 1 : found] + text[end : end + 1]
+        if not (value.isalnum() and any(char.isalnum() for char in around)):
+            yield text[start:found], None
+            yield value, name
+            start = end
+        found = text.find(value, end)
+    yield text[start:], owner
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+
+
+def _find(bucket: list[str], rest: str) -> tuple[str, int]:
+    """The document of a sorted `bucket` that `rest` begins with, and how much of it is there.
+
+    A whole document goes before one that is cut off: its state is more likely stored. If there is
+    none: an empty text, and how many characters had to be compared.
+    """
     after = bisect_right(bucket, rest)
     # Nothing between the two neighbours in sorting order agrees longer with the rest than they do.
     neighbours = bucket[max(after - 1, 0) : after + 1]
     best = max(neighbours, key=lambda document: common_prefix_chars(document, rest))
     agreed = common_prefix_chars(best, rest)
     if whole := _longest_beginning(bucket, rest[:agreed]):
-        return whole, position + len(whole)
+        return whole, len(whole)
     ends_text = agreed == len(rest)
     if ends_text or (2 * agreed >= len(best) and not rest[agreed].isalnum()):
-        return best, position + agreed
-    return None
+        return best, agreed
+    return "", agreed
 
 
 def _longest_beginning(bucket: list[str], text: str) -> str | None:

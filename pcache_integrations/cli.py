@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from pcache_core.errors import OptionError
+from pcache_core.params import DEFAULT_MODEL
 from pcache_integrations.cli_bench import bench
 from pcache_integrations.cli_encode import encode
 from pcache_integrations.cli_errors import EXIT_STATUSES, INTERRUPTED, USER_ERROR, explain
@@ -45,8 +46,9 @@ app.command(
 @app.command(epilog="Example: pcache demo --model Qwen/Qwen2.5-0.5B-Instruct --top-k 6")
 def demo(
     model: Annotated[
-        str, typer.Option(help="A built-in model, a directory or a hub id.")
-    ] = "builtin:tiny-rag",
+        str,
+        typer.Option(help="A built-in model, a directory, a hub id, a .gguf file or ollama:NAME."),
+    ] = DEFAULT_MODEL,
     corpus: Annotated[
         Path | None, typer.Option(help="A folder of .txt files and questions.tsv.")
     ] = None,
@@ -68,8 +70,9 @@ def demo(
 @app.command("eval", epilog="Example: pcache eval --documents 8 --split --modes fast,balanced")
 def evaluate(  # noqa: PLR0913 (each is an option of the command)
     model: Annotated[
-        str, typer.Option(help="A built-in model, a directory or a hub id.")
-    ] = "builtin:tiny-rag",
+        str,
+        typer.Option(help="A built-in model, a directory, a hub id, a .gguf file or ollama:NAME."),
+    ] = DEFAULT_MODEL,
     data: Annotated[
         Path | None,
         typer.Option(

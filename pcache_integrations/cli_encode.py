@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pcache_core import Preamble, PromptCacheEngine, Segment
+from pcache_core.params import DEFAULT_MODEL
 from pcache_integrations._engines import lasting_store, load_lm
 from pcache_integrations.cli_errors import INTERRUPTED, NOT_ALL_DONE
 from pcache_integrations.cli_texts import PREAMBLE_HELP, SourceText, read_texts
@@ -40,8 +41,9 @@ def encode(  # noqa: PLR0913 (each is an option of the command)
         ),
     ],
     model: Annotated[
-        str, typer.Option(help="A built-in model, a directory or a hub id.")
-    ] = "builtin:tiny-rag",
+        str,
+        typer.Option(help="A built-in model, a directory, a hub id, a .gguf file or ollama:NAME."),
+    ] = DEFAULT_MODEL,
     preamble: Annotated[Path | None, typer.Option(help=PREAMBLE_HELP)] = None,
     separator: Annotated[
         str,

@@ -19,7 +19,7 @@ EXIT_STATUSES = (
 
 _NO_HUB = (
     "The hub can't be reached from here, and its cache has no copy of the model. Connect to the "
-    "network; or save the model where there is one (hf download) and give its folder; "
+    "network; or save the model where there is one (hf download) and give its folder or GGUF file; "
     "builtin:tiny-rag needs neither."
 )
 _UNKNOWN = (

@@ -91,8 +91,14 @@ def _options(
             **chosen,
         },
     }
+    source = resolve(model)
+    if Path(source).is_file():
+        raise ModelError(
+            f"{source} is a GGUF file, whose weights vLLM would compute with in another way than "
+            "they were encoded with; give a directory or a hub id"
+        )
     return [
-        *("--model", resolve(model)),
+        *("--model", source),
         *("--served-model-name", model),
         *("--dtype", card.dtype),
         "--disable-hybrid-kv-cache-manager",

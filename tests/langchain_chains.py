@@ -19,14 +19,35 @@ from corpus import DOCUMENTS, QUESTIONS
 from pcache_core import Report
 
 
+def marked(question: str, mark: str) -> str:
+    """A question of the corpus whose documents nobody else's question has; `mark` tells whose."""
+    return f"{question} ({mark})"
+
+
+def corpus_for(question: str) -> tuple[str, ...]:
+    """The corpus in the words of a question: a marked one's documents bear its mark."""
+    mark = question.partition(" (")[2].removesuffix(")")
+    return tuple(f"Note {mark}. {text}" if mark else text for text in DOCUMENTS)
+
+
+def numbers_for(question: str) -> tuple[int, ...]:
+    """Which documents of its corpus a question takes."""
+    return QUESTIONS[question.partition(" (")[0]][1]
+
+
+def found(question: str) -> list[Document]:
+    """What the retriever finds, without asking it."""
+    texts = corpus_for(question)
+    return [Document(texts[number], id=f"d{number}") for number in numbers_for(question)]
+
+
 class AnswerRetriever(BaseRetriever):
     """Finds the documents that the corpus lists for a question."""
 
     def _get_relevant_documents(
         self, query: str, *, run_manager: CallbackManagerForRetrieverRun
     ) -> list[Document]:
-        _, numbers = QUESTIONS[query]
-        return [Document(DOCUMENTS[number], id=f"d{number}") for number in numbers]
+        return found(query)
 
 
 class RecordingLLM(LLM):

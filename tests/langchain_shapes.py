@@ -57,8 +57,8 @@ from langgraph.graph import END, START, StateGraph
 from langgraph.graph.message import add_messages
 from langgraph.prebuilt import ToolNode
 
-from corpus import DOCUMENTS, OPENING, QUESTIONS, TEMPLATE
-from langchain_chains import AnswerRetriever, join
+from corpus import OPENING, TEMPLATE
+from langchain_chains import AnswerRetriever, corpus_for, found, join, numbers_for
 from pcache_integrations.langchain import track
 
 Run = Callable[[Any, str], Any]
@@ -76,7 +76,7 @@ class Shape:
     """One way to write the chain.
 
     run: asks a model a question. literals: what the template says, in the prompt's order.
-    rounds: how many other questions are asked before; text that is not announced is learnt so.
+    rounds: how many questions are asked before.
     documents: what the last prompt holds for a question, by number.
     cut: how many characters of each document.
     asks: whether the question is in the prompt.
@@ -85,19 +85,15 @@ class Shape:
     name: str
     run: Run
     literals: Sequence[str] = LITERALS
-    rounds: int = 0
-    documents: Callable[[str], Sequence[int]] = lambda question: QUESTIONS[question][1]
+    rounds: int = 2
+    documents: Callable[[str], Sequence[int]] = numbers_for
     cut: int | None = None
     asks: bool = True
 
     def texts(self, question: str) -> list[str]:
         """The documents' texts."""
-        return [DOCUMENTS[number] for number in self.documents(question)]
-
-
-def found(question: str) -> list[Document]:
-    """What the retriever finds, without asking it."""
-    return [Document(DOCUMENTS[number], id=f"d{number}") for number in QUESTIONS[question][1]]
+        texts = corpus_for(question)
+        return [texts[number] for number in self.documents(question)]
 
 
 def context_of(question: str) -> str:
@@ -333,7 +329,6 @@ TEMPLATES = [
     Shape(
         "a template class of one's own",
         lambda m, q: rag(OwnTemplate(input_variables=["context", "question"]), m).invoke(q),
-        rounds=2,
     ),
     Shape(
         "template.format",
@@ -392,7 +387,7 @@ RETRIEVERS = [
     Shape(
         "reranked",
         retrieving(AnswerRetriever() | RunnableLambda(lambda d: d[::-1])),
-        documents=lambda q: QUESTIONS[q][1][::-1],
+        documents=lambda q: numbers_for(q)[::-1],
     ),
     Shape("history-aware", history_aware),
     Shape(
@@ -503,46 +498,41 @@ CLASSIC = [
         "refine",
         refine,
         ("Answer so far:", "More:", "Question:", "Answer:"),
-        documents=lambda q: QUESTIONS[q][1][1:],
+        documents=lambda q: numbers_for(q)[1:],
     ),
 ]
 
 # -- where no callback tells of anything --------------------------------------------------------
 
 
-def vector_store() -> InMemoryVectorStore:
+def vector_store(question: str) -> InMemoryVectorStore:
+    """A store of the question's corpus."""
     store = InMemoryVectorStore(DeterministicFakeEmbedding(size=8))
-    store.add_documents([Document(text, id=f"d{number}") for number, text in enumerate(DOCUMENTS)])
+    texts = corpus_for(question)
+    store.add_documents([Document(text, id=f"d{number}") for number, text in enumerate(texts)])
     return store
 
 
 def searched(question: str) -> list[int]:
     """What the store finds: its embeddings are the same every time."""
-    return [
-        DOCUMENTS.index(d.page_content) for d in vector_store().similarity_search(question, k=2)
-    ]
+    documents = vector_store(question).similarity_search(question, k=2)
+    return [corpus_for(question).index(document.page_content) for document in documents]
 
 
-def searching(store: Any) -> Run:
-    return lambda m, q: m.invoke(
-        TEMPLATE.format(context=join(store.similarity_search(q, k=2)), question=q)
-    )
+def searching(model: Any, question: str, watch: Callable[[Any], Any] = lambda store: store) -> Any:
+    documents = watch(vector_store(question)).similarity_search(question, k=2)
+    return model.invoke(TEMPLATE.format(context=join(documents), question=question))
 
 
-def asearching(store: Any) -> Run:
-    async def ask(model: Any, question: str) -> Any:
-        documents = await store.asimilarity_search(question, k=2)
-        return await model.ainvoke(TEMPLATE.format(context=join(documents), question=question))
-
-    return lambda m, q: asyncio.run(ask(m, q))
+async def asearching(model: Any, question: str) -> Any:
+    documents = await track(vector_store(question)).asimilarity_search(question, k=2)
+    return await model.ainvoke(TEMPLATE.format(context=join(documents), question=question))
 
 
-def scored(store: Any) -> Run:
-    def ask(model: Any, question: str) -> Any:
-        documents = [d for d, _ in store.similarity_search_with_score(question, k=2)]
-        return rag(PROMPT, model, lambda _: join(documents)).invoke(question)
-
-    return ask
+def scored(model: Any, question: str) -> Any:
+    store = track(vector_store(question))
+    documents = [d for d, _ in store.similarity_search_with_score(question, k=2)]
+    return rag(PROMPT, model, lambda _: join(documents)).invoke(question)
 
 
 def formatted(question: str) -> str:
@@ -562,8 +552,8 @@ def question_first(question: str) -> str:
 
 def cached(model: Any, question: str) -> Any:
     if hasattr(model, "cache_documents"):
-        model.cache_documents(map(Document, DOCUMENTS), progress=False)
-    return searching(vector_store())(model, question)
+        model.cache_documents(map(Document, corpus_for(question)), progress=False)
+    return searching(model, question)
 
 
 def f_string_in_place(model: Any, question: str) -> Any:
@@ -607,26 +597,21 @@ def context_given(question: str) -> str:
 
 
 SILENT = [
-    Shape("TXT.format", lambda m, q: m.invoke(formatted(q)), rounds=2),
-    Shape("an f-string", lambda m, q: m.invoke(f_string(q)), rounds=2),
-    Shape("an f-string in a batch", lambda m, q: m.batch([f_string(q)]), rounds=2),
-    Shape(
-        "an f-string in a lambda", lambda m, q: (RunnableLambda(f_string) | m).invoke(q), rounds=2
-    ),
+    Shape("TXT.format", lambda m, q: m.invoke(formatted(q))),
+    Shape("an f-string", lambda m, q: m.invoke(f_string(q))),
+    Shape("an f-string in a batch", lambda m, q: m.batch([f_string(q)])),
+    Shape("an f-string in a lambda", lambda m, q: (RunnableLambda(f_string) | m).invoke(q)),
     Shape(
         "an f-string, question first",
         lambda m, q: m.invoke(question_first(q)),
         ("Question:", "Documents:", "Answer:"),
-        rounds=2,
     ),
-    Shape("an f-string, streamed", lambda m, q: list(m.stream(f_string(q))), rounds=2),
-    Shape("a tracked store", searching(track(vector_store())), rounds=2, documents=searched),
-    Shape(
-        "a tracked store, async", asearching(track(vector_store())), rounds=2, documents=searched
-    ),
-    Shape("a tracked store, with scores", scored(track(vector_store())), documents=searched),
-    Shape("cached documents", cached, rounds=2, documents=searched),
-    Shape("nothing known at all", searching(vector_store()), rounds=8, documents=searched),
+    Shape("an f-string, streamed", lambda m, q: list(m.stream(f_string(q)))),
+    Shape("a tracked store", lambda m, q: searching(m, q, track), documents=searched),
+    Shape("a tracked store, async", lambda m, q: asyncio.run(asearching(m, q)), documents=searched),
+    Shape("a tracked store, with scores", scored, documents=searched),
+    Shape("cached documents", cached, documents=searched),
+    Shape("nothing known at all", searching, rounds=8, documents=searched),
 ]
 
 # -- messages -----------------------------------------------------------------------------------
@@ -809,13 +794,12 @@ def agent_with_documents(model: Any, question: str) -> Any:
 
     @dynamic_prompt
     def with_context(request: Any) -> str:
-        return OPENING + join(tracked_store.similarity_search(question, k=2))
+        return OPENING + join(track(vector_store(question)).similarity_search(question, k=2))
 
     agent = create_agent(model, tools=[], middleware=[with_context])
     return agent.invoke({"messages": [HumanMessage(question)]})
 
 
-tracked_store = track(vector_store())
 SYSTEM_ONLY = (OPENING,)
 ASKED = (OPENING, "Question:")
 
@@ -831,15 +815,13 @@ CHAT_SHAPES = [
     Shape("with_retry", lambda m, q: rag(CHAT, m.with_retry()).invoke(q)),
     Shape("with_fallbacks", lambda m, q: rag(CHAT, m.with_fallbacks([m])).invoke(q)),
     Shape("a function", lambda m, q: rag(CHAT, RunnableLambda(lambda p: m.invoke(p))).invoke(q)),
-    Shape("messages by hand", by_hand, SYSTEM_ONLY, rounds=2),
+    Shape("messages by hand", by_hand, SYSTEM_ONLY),
     Shape("a template with history", with_history, SYSTEM_ONLY),
     Shape("content blocks", in_blocks, ASKED),
     Shape("a completion template", lambda m, q: rag(PROMPT, m).invoke(q)),
     Shape("create_retrieval_chain", stuffed, ASKED),
     Shape("LLMChain", chat_in_llm_chain),
     Shape("ConversationalRetrievalChain", conversational),
-    Shape(
-        "an agent that searches", agent_with_documents, SYSTEM_ONLY, rounds=2, documents=searched
-    ),
+    Shape("an agent that searches", agent_with_documents, SYSTEM_ONLY, documents=searched),
     *GRAPHS,
 ]

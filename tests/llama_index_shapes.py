@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any
 
 from llama_index.core import PromptTemplate, SummaryIndex, get_response_synthesizer
 from llama_index.core.agent.workflow import AgentWorkflow, FunctionAgent, ReActAgent
 from llama_index.core.base.llms.types import ChatResponse, CompletionResponse
-from llama_index.core.chat_engine import condense_plus_context, condense_question
+from llama_index.core.chat_engine import (
+    CondensePlusContextChatEngine,
+    CondenseQuestionChatEngine,
+    ContextChatEngine,
+    SimpleChatEngine,
+)
 from llama_index.core.evaluation import FaithfulnessEvaluator
 from llama_index.core.indices.query.query_transform import HyDEQueryTransform
 from llama_index.core.llms.llm import LLM
+from llama_index.core.memory import ChatMemoryBuffer
 from llama_index.core.postprocessor import LLMRerank, MetadataReplacementPostProcessor
-from llama_index.core.prompts import RichPromptTemplate, chat_prompts, default_prompts
+from llama_index.core.prompts import RichPromptTemplate
 from llama_index.core.query_engine import (
     CitationQueryEngine,
     RetrieverQueryEngine,
@@ -33,9 +40,9 @@ from pydantic import BaseModel
 
 from llama_index_parts import FixedRetriever, nodes
 from pcache_integrations.llama_index import PromptCacheLLM
-from prompt_painter import pieces_of_templates
 
 QUESTION = "Who is the mayor of Trudabad?"
+FIRST_QUESTION = "Which people are in the register?"
 FOUND = nodes(file="register.txt")[1:4]
 
 READ = PromptTemplate("As {who}, read this:\n{context_str}\nNow tell me: {query_str}\nWell:")
@@ -49,28 +56,6 @@ TURNS = RichPromptTemplate(
 )
 BY_HAND = "Found in the archive:\n{found}\nReply to this question: {asked}\nReply:"
 
-SOURCES = [
-    *(value for name, value in vars(default_prompts).items() if name.endswith("_TMPL")),
-    *(
-        message.content or ""
-        for template in vars(chat_prompts).values()
-        for message in getattr(template, "message_templates", ())
-    ),
-    condense_question.DEFAULT_TEMPLATE,
-    condense_plus_context.DEFAULT_CONTEXT_PROMPT_TEMPLATE,
-    condense_plus_context.DEFAULT_CONTEXT_REFINE_PROMPT_TEMPLATE,
-    condense_plus_context.DEFAULT_CONDENSE_PROMPT_TEMPLATE,
-    "Use the context information below to assist the user.",
-    READ.template,
-    LOOP.template_str,
-    BY_HAND,
-    "You are designed to help with a variety of tasks",
-    "Here's a JSON schema to follow:",
-    "Output a valid JSON object but do not repeat the schema.",
-    "Be kind and never guess.",
-]
-TEMPLATES = pieces_of_templates(source for source in SOURCES if isinstance(source, str))
-
 
 def texts_of(some: list[TextNode]) -> dict[str, str]:
     """What prompts may hold of nodes, and their ids."""
@@ -79,16 +64,21 @@ def texts_of(some: list[TextNode]) -> dict[str, str]:
 
 
 class Prompted(PromptCacheLLM):
-    """The LLM, which says what it is told to, where an engine must be able to read its answer."""
+    """The LLM, which says what it is told to, where an engine must be able to read its answer.
+
+    otherwise: what it says when it is told nothing more; the model's own words if None.
+    """
 
     answers: list[str | None] = []
+    otherwise: str | None = None
 
     def _told(self, response: Any) -> Any:
         answer = self.answers.pop(0) if self.answers else None
+        answer = self.otherwise if answer is None else answer
         if answer is not None and isinstance(response, CompletionResponse):
-            response.text = answer
-        elif answer is not None:
-            response.message.content = answer
+            response.text = response.delta = answer
+        elif answer is not None and not response.message.additional_kwargs.get("tool_calls"):
+            response.message.content = response.delta = answer
         return response
 
     def complete(self, *args: Any, **kwargs: Any) -> CompletionResponse:
@@ -103,29 +93,122 @@ class Prompted(PromptCacheLLM):
     async def achat(self, *args: Any, **kwargs: Any) -> ChatResponse:
         return self._told(await super().achat(*args, **kwargs))
 
+    def stream_complete(self, *args: Any, **kwargs: Any) -> Any:
+        return self._last(super().stream_complete(*args, **kwargs))
+
+    def stream_chat(self, *args: Any, **kwargs: Any) -> Any:
+        return self._last(super().stream_chat(*args, **kwargs))
+
+    async def astream_complete(self, *args: Any, **kwargs: Any) -> Any:
+        return self._alast(await super().astream_complete(*args, **kwargs))
+
     async def astream_chat(self, *args: Any, **kwargs: Any) -> Any:
-        stream = await super().astream_chat(*args, **kwargs)
+        return self._alast(await super().astream_chat(*args, **kwargs))
 
-        async def last() -> Any:
-            response = [part async for part in stream][-1]
-            yield self._told(response)
+    def _last(self, stream: Any) -> Any:
+        yield self._told(_as_one([*stream][-1]))
 
-        return last()
-
-
-Use = Callable[[Prompted], Awaitable[Any]]
+    async def _alast(self, stream: Any) -> Any:
+        yield self._told(_as_one([part async for part in stream][-1]))
 
 
-def query_engine(llm: LLM, mode: str = "compact", **options: Any) -> RetrieverQueryEngine:
+def _as_one(last: Any) -> Any:
+    """The last piece of a stream as its only one."""
+    text = last.text if isinstance(last, CompletionResponse) else last.message.content
+    return last.model_copy(update={"delta": text or ""})
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is asked about which nodes."""
+
+    question: str
+    found: list[TextNode]
+
+
+ABOUT_THE_MAYOR = Case(QUESTION, FOUND)
+Use = Callable[[Prompted, Case], Awaitable[Any]]
+
+
+def query_engine(
+    llm: LLM, case: Case, mode: str = "compact", **options: Any
+) -> RetrieverQueryEngine:
     return RetrieverQueryEngine.from_args(
-        FixedRetriever(FOUND), llm=llm, response_mode=ResponseMode(mode), **options
+        FixedRetriever(case.found), llm=llm, response_mode=ResponseMode(mode), **options
     )
 
 
-def knowing(llm: LLM, name: str) -> QueryEngineTool:
+def knowing(llm: LLM, case: Case, name: str) -> QueryEngineTool:
     return QueryEngineTool.from_defaults(
-        query_engine(llm), name=name, description=f"Knows the {name} of everybody."
+        query_engine(llm, case), name=name, description=f"Knows the {name} of everybody."
     )
+
+
+async def sync(engine: Any, question: str) -> None:
+    await asyncio.to_thread(engine.query, question)
+
+
+async def asynchronous(engine: Any, question: str) -> None:
+    await engine.aquery(question)
+
+
+async def stream(engine: Any, question: str) -> None:
+    response = await asyncio.to_thread(engine.query, question)
+    await asyncio.to_thread(lambda: "".join(response.response_gen))
+
+
+async def async_stream(engine: Any, question: str) -> None:
+    response = await engine.aquery(question)
+    async for _ in response.async_response_gen():
+        pass
+
+
+HOWS = [sync, asynchronous, stream, async_stream]
+# calls for three nodes
+MODES = {
+    "compact": 1, "refine": 3, "tree_summarize": 1, "accumulate": 3, "compact_accumulate": 1,
+    "simple_summarize": 1, "generation": 1,
+}  # fmt: skip
+CAN_STREAM = ("compact", "refine", "tree_summarize", "simple_summarize", "generation")
+
+
+async def chat(engine: Any, question: str) -> None:
+    await asyncio.to_thread(engine.chat, question)
+
+
+async def achat(engine: Any, question: str) -> None:
+    await engine.achat(question)
+
+
+async def stream_chat(engine: Any, question: str) -> None:
+    response = await asyncio.to_thread(engine.stream_chat, question)
+    await asyncio.to_thread(lambda: "".join(response.response_gen))
+
+
+async def astream_chat(engine: Any, question: str) -> None:
+    response = await engine.astream_chat(question)
+    async for _ in response.async_response_gen():
+        pass
+
+
+# calls for two questions, and how many of them have the nodes
+CHAT_ENGINES = {
+    SimpleChatEngine: (2, 0),
+    ContextChatEngine: (2, 2),
+    CondenseQuestionChatEngine: (3, 2),
+    CondensePlusContextChatEngine: (3, 2),
+}
+
+
+def chat_engine(kind: Any, llm: LLM, case: Case) -> Any:
+    options: dict[str, Any] = {"memory": ChatMemoryBuffer.from_defaults(token_limit=1500)}
+    if kind is CondenseQuestionChatEngine:
+        options["query_engine"] = query_engine(llm, case)
+    else:
+        options["system_prompt"] = "Be kind and never guess."
+    if kind in (ContextChatEngine, CondensePlusContextChatEngine):
+        options["retriever"] = FixedRetriever(case.found)
+    return kind.from_defaults(llm=llm, **options)
 
 
 SUB_QUESTIONS = (
@@ -139,44 +222,44 @@ USE_A_TOOL = (
 DONE = "Thought: I can answer without using any more tools.\nAnswer: Somebody."
 
 
-async def sub_questions(llm: Prompted) -> list[TextNode]:
+async def sub_questions(llm: Prompted, case: Case) -> list[TextNode]:
     """The answers to them become nodes, too."""
     llm.answers = [SUB_QUESTIONS]
     response = await SubQuestionQueryEngine.from_defaults(
-        [knowing(llm, "register"), knowing(llm, "atlas")],
+        [knowing(llm, case, "register"), knowing(llm, case, "atlas")],
         llm=llm,
         question_gen=LLMQuestionGenerator.from_defaults(llm=llm),
         verbose=False,
-    ).aquery(QUESTION)
+    ).aquery(case.question)
     return [scored.node for scored in response.source_nodes]
 
 
-async def router(llm: Prompted) -> None:
+async def router(llm: Prompted, case: Case) -> None:
     llm.answers = ['[{"choice": 2, "reason": "it says so"}]']
     await RouterQueryEngine.from_defaults(
-        [knowing(llm, "register"), knowing(llm, "atlas")],
+        [knowing(llm, case, "register"), knowing(llm, case, "atlas")],
         llm=llm,
         selector=LLMSingleSelector.from_defaults(llm=llm),
-    ).aquery(QUESTION)
+    ).aquery(case.question)
 
 
-async def react_agent(llm: Prompted) -> None:
+async def react_agent(llm: Prompted, case: Case) -> None:
     llm.answers = [USE_A_TOOL, None, DONE]
-    await ReActAgent(tools=[knowing(llm, "register")], llm=llm).run(QUESTION)
+    await ReActAgent(tools=[knowing(llm, case, "register")], llm=llm).run(case.question)
 
 
-async def agent_that_retrieves(llm: Prompted) -> None:
+async def agent_that_retrieves(llm: Prompted, case: Case) -> None:
     llm.answers = [USE_A_TOOL, DONE]
     tool = RetrieverTool.from_defaults(
-        FixedRetriever(FOUND), name="register", description="Finds people."
+        FixedRetriever(case.found), name="register", description="Finds people."
     )
-    await AgentWorkflow.from_tools_or_functions([tool], llm=llm).run(QUESTION)
+    await AgentWorkflow.from_tools_or_functions([tool], llm=llm).run(case.question)
 
 
-async def function_agent(llm: Prompted) -> None:
+async def function_agent(llm: Prompted, case: Case) -> None:
     """The first answer is a call that is demanded."""
     tool = RetrieverTool.from_defaults(
-        FixedRetriever(FOUND), name="register", description="Finds people."
+        FixedRetriever(case.found), name="register", description="Finds people."
     )
     caller = llm.model_copy(update={"is_function_calling_model": True, "max_tokens": 80})
     await FunctionAgent(
@@ -184,7 +267,7 @@ async def function_agent(llm: Prompted) -> None:
         llm=caller,
         system_prompt="Be kind and never guess.",
         initial_tool_choice="register",
-    ).run(QUESTION)
+    ).run(case.question)
 
 
 class Retrieved(Event):
@@ -195,63 +278,64 @@ class TwoSteps(Workflow):
     """Retrieval and answer in steps of their own."""
 
     llm: Any = None
+    case: Any = None
 
     @step
     async def retrieve(self, context: Context, event: StartEvent) -> Retrieved:
-        found = await FixedRetriever(FOUND).aretrieve(QUESTION)
+        found = await FixedRetriever(self.case.found).aretrieve(self.case.question)
         return Retrieved(context="\n\n".join(scored.node.get_content() for scored in found))
 
     @step
     async def answer(self, context: Context, event: Retrieved) -> StopEvent:
         template = PromptTemplate(BY_HAND)
         return StopEvent(
-            result=await self.llm.apredict(template, found=event.context, asked=QUESTION)
+            result=await self.llm.apredict(template, found=event.context, asked=self.case.question)
         )
 
 
-async def workflow(llm: Prompted) -> None:
+async def workflow(llm: Prompted, case: Case) -> None:
     flow = TwoSteps()
-    flow.llm = llm
+    flow.llm, flow.case = llm, case
     await flow.run()
 
 
-async def citations(llm: Prompted) -> list[TextNode]:
+async def citations(llm: Prompted, case: Case) -> list[TextNode]:
     engine = CitationQueryEngine.from_args(
-        SummaryIndex(FOUND), llm=llm, retriever=FixedRetriever(FOUND)
+        SummaryIndex(case.found), llm=llm, retriever=FixedRetriever(case.found)
     )
-    return [scored.node for scored in (await engine.aquery(QUESTION)).source_nodes]
+    return [scored.node for scored in (await engine.aquery(case.question)).source_nodes]
 
 
-async def reranked(llm: Prompted) -> None:
+async def reranked(llm: Prompted, case: Case) -> None:
     llm.answers = ["Doc: 1, Relevance: 9\nDoc: 2, Relevance: 8\nDoc: 3, Relevance: 7"]
-    engine = query_engine(llm, node_postprocessors=[LLMRerank(llm=llm, top_n=2)])
-    await asyncio.to_thread(engine.query, QUESTION)
+    engine = query_engine(llm, case, node_postprocessors=[LLMRerank(llm=llm, top_n=2)])
+    await asyncio.to_thread(engine.query, case.question)
 
 
-async def fused_queries(llm: Prompted) -> None:
+async def fused_queries(llm: Prompted, case: Case) -> None:
     llm.answers = ["one more query\nanother query"]
     retriever = QueryFusionRetriever(
-        [FixedRetriever(FOUND)], llm=llm, num_queries=3, use_async=False
+        [FixedRetriever(case.found)], llm=llm, num_queries=3, use_async=False
     )
     engine = RetrieverQueryEngine.from_args(retriever, llm=llm)
-    await asyncio.to_thread(engine.query, QUESTION)
+    await asyncio.to_thread(engine.query, case.question)
 
 
-async def hypothetical_document(llm: Prompted) -> None:
-    engine = TransformQueryEngine(query_engine(llm), HyDEQueryTransform(llm=llm))
-    await asyncio.to_thread(engine.query, QUESTION)
+async def hypothetical_document(llm: Prompted, case: Case) -> None:
+    engine = TransformQueryEngine(query_engine(llm, case), HyDEQueryTransform(llm=llm))
+    await asyncio.to_thread(engine.query, case.question)
 
 
-async def summary_index(llm: Prompted) -> None:
-    engine = SummaryIndex(FOUND).as_query_engine(llm=llm, response_mode="tree_summarize")
-    await engine.aquery(QUESTION)
+async def summary_index(llm: Prompted, case: Case) -> None:
+    engine = SummaryIndex(case.found).as_query_engine(llm=llm, response_mode="tree_summarize")
+    await engine.aquery(case.question)
 
 
-async def evaluation(llm: Prompted) -> list[TextNode]:
+async def evaluation(llm: Prompted, case: Case) -> list[TextNode]:
     """An evaluator makes documents of its own from the texts that it is given."""
-    contexts = [node.text for node in FOUND]
+    contexts = [node.text for node in case.found]
     await FaithfulnessEvaluator(llm=llm).aevaluate(
-        query=QUESTION, response="Somebody is.", contexts=contexts
+        query=case.question, response="Somebody is.", contexts=contexts
     )
     named = [s for s in llm.engine.reports[-1].segments if s.kind == "document"]
     return [TextNode(text=segment.text, id_=str(segment.name)) for segment in named]
@@ -264,29 +348,29 @@ class Place(BaseModel):
 
 
 def structured(mode: str) -> Use:
-    async def use(llm: Prompted) -> None:
-        await query_engine(llm, mode, output_cls=Place).aquery(QUESTION)
+    async def use(llm: Prompted, case: Case) -> None:
+        await query_engine(llm, case, mode, output_cls=Place).aquery(case.question)
 
     return use
 
 
-async def wrapped_llm(llm: Prompted) -> None:
-    await query_engine(llm.as_structured_llm(Place)).aquery(QUESTION)
+async def wrapped_llm(llm: Prompted, case: Case) -> None:
+    await query_engine(llm.as_structured_llm(Place), case).aquery(case.question)
 
 
-async def answers_filtered(llm: Prompted) -> None:
+async def answers_filtered(llm: Prompted, case: Case) -> None:
     llm.answers = ['{"answer": "x", "query_satisfied": true}'] * 3
     synthesizer = get_response_synthesizer(
         llm=llm, response_mode=ResponseMode.REFINE, structured_answer_filtering=True
     )
-    await RetrieverQueryEngine(FixedRetriever(FOUND), response_synthesizer=synthesizer).aquery(
-        QUESTION
+    await RetrieverQueryEngine(FixedRetriever(case.found), response_synthesizer=synthesizer).aquery(
+        case.question
     )
 
 
 def templated(template: Any) -> Use:
-    async def use(llm: Prompted) -> None:
-        await query_engine(llm, text_qa_template=template).aquery(QUESTION)
+    async def use(llm: Prompted, case: Case) -> None:
+        await query_engine(llm, case, text_qa_template=template).aquery(case.question)
 
     return use
 
@@ -305,7 +389,7 @@ RENAMED = PromptTemplate(
 ).partial_format(who="an owl")
 
 
-async def sentence_windows(llm: Prompted) -> list[TextNode]:
+async def sentence_windows(llm: Prompted, case: Case) -> list[TextNode]:
     found = [
         TextNode(
             text=node.text.split(".")[0],
@@ -313,19 +397,19 @@ async def sentence_windows(llm: Prompted) -> list[TextNode]:
             metadata={"window": node.text},
             excluded_llm_metadata_keys=["window"],
         )
-        for number, node in enumerate(FOUND)
+        for number, node in enumerate(case.found)
     ]
     replacing = MetadataReplacementPostProcessor(target_metadata_key="window")
     await RetrieverQueryEngine.from_args(
         FixedRetriever(found), llm=llm, node_postprocessors=[replacing]
-    ).aquery(QUESTION)
-    return [TextNode(text=node.text, id_=f"s{i}") for i, node in enumerate(FOUND)]
+    ).aquery(case.question)
+    return [TextNode(text=node.text, id_=f"s{i}") for i, node in enumerate(case.found)]
 
 
-async def formatted_by_hand(llm: Prompted) -> None:
-    found = await FixedRetriever(FOUND).aretrieve(QUESTION)
+async def formatted_by_hand(llm: Prompted, case: Case) -> None:
+    found = await FixedRetriever(case.found).aretrieve(case.question)
     context = "\n\n".join(scored.node.get_content() for scored in found)
-    await llm.acomplete(f"{context}\n\nWell. {QUESTION}\n")
+    await llm.acomplete(f"{context}\n\nWell. {case.question}\n")
 
 
 SHAPES: dict[str, Use] = {
@@ -356,3 +440,29 @@ SHAPES: dict[str, Use] = {
     "sentence windows": sentence_windows,
     "formatted by hand": formatted_by_hand,
 }
+
+
+def answered(mode: str, how: Callable[[Any, str], Awaitable[None]]) -> Use:
+    async def use(llm: Prompted, case: Case) -> None:
+        streaming = "stream" in how.__name__
+        await how(query_engine(llm, case, mode, streaming=streaming), case.question)
+
+    return use
+
+
+def conversed(kind: Any, how: Callable[[Any, str], Awaitable[None]]) -> Use:
+    async def use(llm: Prompted, case: Case) -> None:
+        engine = chat_engine(kind, llm, case)
+        for question in (FIRST_QUESTION, case.question):
+            await how(engine, question)
+
+    return use
+
+
+MODE_USES: dict[str, Use] = {
+    f"{mode}, {how.__name__}": answered(mode, how)
+    for mode in MODES
+    for how in HOWS
+    if mode in CAN_STREAM or how in (sync, asynchronous)
+}
+CHAT_USES: dict[str, Use] = {kind.__name__: conversed(kind, chat) for kind in CHAT_ENGINES}

@@ -25,6 +25,9 @@ COMMANDS = [command.name or command.callback.__name__ for command in cli.app.reg
 COMMANDS += ["inspect", "clear"]
 
 
+TINY = ("--model", "builtin:tiny-rag")
+
+
 def run(*arguments: str | Path) -> tuple[int, str]:
     """In this process: the exit status, and what is printed or, for our own errors, said."""
     done = CliRunner().invoke(cli.app, [*map(str, arguments)], env={"COLUMNS": "200"})
@@ -95,7 +98,7 @@ def test_encode_says_what_is_wrong_and_what_to_do(
     (tmp_path / "bad.txt").write_bytes(b"abc\xff")
     (tmp_path / "fields.jsonl").write_text('{"text": "fine"}\n{"foo": 1}\n')
     (tmp_path / "cut.jsonl").write_text('{"text": "not')
-    status, text = run("encode", *(each.replace("TMP", str(tmp_path)) for each in arguments))
+    status, text = run("encode", *TINY, *(each.replace("TMP", str(tmp_path)) for each in arguments))
     assert status == 2
     assert re.search(said, text), text
     assert not list(tmp_path.glob("s/*/*"))
@@ -114,7 +117,7 @@ def test_inspect_and_clear_say_that_a_server_is_no_folder(tmp_path: Path) -> Non
 
 def test_clear_tells_machines_what_it_removed(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("A text of more than eight words, so that it has a state.")
-    assert run("encode", tmp_path / "a.txt", "--store", tmp_path / "s")[0] == 0
+    assert run("encode", *TINY, tmp_path / "a.txt", "--store", tmp_path / "s")[0] == 0
     kept = sum(path.stat().st_size for path in tmp_path.glob("s/*/*"))
     status, text = run("clear", tmp_path / "s", "--all", "--yes", "--json")
     assert (status, json.loads(text)["bytes"]) == (0, kept)
@@ -180,7 +183,7 @@ CausalLM.from_pretrained("builtin:tiny-rag")  # everything is imported now
 used = int(open("/proc/self/statm").read().split()[0]) * mmap.PAGESIZE
 resource.setrlimit(resource.RLIMIT_AS, (used + 8 * 2**20, -1))
 """
-    done = pcache("eval", "--questions", "1", before=limit)
+    done = pcache("eval", *TINY, "--questions", "1", before=limit)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: there is not enough memory for this. Take a smaller")
     assert "Traceback" not in done.stderr

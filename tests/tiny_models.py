@@ -259,10 +259,10 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def build(name: str, *, seed: int = 0) -> PreTrainedModel:
+def build(name: str, *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """A model of `ARCHITECTURES[name]`: fp32, evaluation mode, weights drawn from `seed`."""
     config_name, fields = ARCHITECTURES[name]
-    config = getattr(transformers, f"{config_name}Config")(**fields)
+    config = getattr(transformers, f"{config_name}Config")(**{**fields, **overrides})
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config).float().eval()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,8 +73,8 @@ def render_chat(
     What calls hold is a part of the markup, unless it spells special tokens.
 
     The template is rendered twice: with the real contents, which is the truth, and with a unique
-    mark in place of each content, which shows where contents go. When filling the marks does not
-    give the truth (a template that rewrites its contents), the prompt is the truth as one `text`.
+    mark in place of each content, which shows where contents go. A content that the template
+    rewrites becomes one `text`; the whole prompt does where it can't be told where one ends.
 
     holds_special: whether a text spells a special token, which must not become one.
     Raises: PromptError: no messages. ChatTemplateError: a template rewrites contents that spell
@@ -88,7 +88,7 @@ def render_chat(
     marks = [f"\ue0f0{secrets.token_hex(8)}\ue0f1" if m.text else "" for m in messages]
     marked = apply_template([m.as_dict(mark) for m, mark in zip(messages, marks, strict=True)])
     contents = [message.segments for message in messages if message.text]
-    segments = _fill(marked, [mark for mark in marks if mark], contents, truth)
+    segments = _fill(marked, [mark for mark in marks if mark], contents, truth, holds_special)
     calls = [call for message in messages for call in message.tool_calls]
     spoken = [call.arguments_text for call in calls if holds_special(call.arguments_text)]
     segments = segments and _set_apart(segments, spoken)
@@ -145,28 +145,49 @@ def strip_segments(segments: Sequence[Segment]) -> list[Segment]:
 
 
 def _fill(
-    marked: str, marks: Sequence[str], contents: Sequence[Sequence[Segment]], truth: str
+    marked: str,
+    marks: Sequence[str],
+    contents: Sequence[Sequence[Segment]],
+    truth: str,
+    holds_special: Callable[[str], bool],
 ) -> list[Segment] | None:
     """Put contents where their marks stand, as they are or stripped, whichever gives the truth.
 
-    None if a mark does not stand there once and in order, or neither gives the truth.
+    A content that neither fits ends where the template's own text after it begins.
+
+    None if a mark does not stand there once and in order, or a content that is rewritten spells
+    special tokens or has no text of the template's after it.
     """
-    literals = []
-    for mark in marks:
-        before, _, marked = marked.partition(mark)
-        literals.append(before)
-    literals.append(marked)
-    if not truth.startswith(literals[0]):
+    literals = list(_between(marked, marks))
+    if len(literals) <= len(marks) or not truth.startswith(literals[0]):
         return None
     segments = [Segment(literals[0], "literal")]
     position = len(literals[0])
-    for content, after in zip(contents, literals[1:], strict=True):
+    for number, (content, after) in enumerate(zip(contents, literals[1:], strict=True), start=1):
         for variant in (content, strip_segments(content)):
-            text = "".join(segment.text for segment in variant) + after
-            if truth.startswith(text, position):
-                segments += [*variant, Segment(after, "literal")]
-                position += len(text)
+            text = "".join(segment.text for segment in variant)
+            if truth.startswith(text + after, position):
                 break
         else:
-            return None
-    return segments if position == len(truth) else None
+            is_last = number == len(contents)
+            end = len(truth) - len(after) if is_last else after and truth.find(after, position)
+            spelled = "".join(segment.text for segment in content)
+            if not end or end < position or holds_special(spelled):
+                return None
+            text = truth[position:end]
+            variant = [Segment(text)]
+        segments += [*variant, Segment(after, "literal")]
+        position += len(text) + len(after)
+    return segments if "".join(segment.text for segment in segments) == truth else None
+
+
+def _between(text: str, marks: Sequence[str]) -> Iterator[str]:
+    """Yield the text before each mark and after the last, up to a mark that is missing."""
+    position = 0
+    for mark in marks:
+        found = text.find(mark, position)
+        if found < 0:
+            return
+        yield text[position:found]
+        position = found + len(mark)
+    yield text[position:]

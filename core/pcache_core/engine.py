@@ -166,6 +166,15 @@ class PromptCacheEngine:
         """
         return forget(self._library, texts)
 
+    def clear(self) -> None:
+        """Drop every state and every prefix of this engine: of its model in its namespace.
+
+        States on a server stay; they have their own time limit.
+        Raises: StoreError: a folder can't be read.
+        """
+        self._library.clear()
+        self._prefix_cache.clear()
+
     def prefill(
         self,
         prompt: Prompt,
@@ -362,7 +371,7 @@ class PromptCacheEngine:
             yield from self._decode(request, sequence, logits, report)
 
     def _read(self, request: Request, sequence: KVSequence) -> tuple[torch.Tensor, Report]:
-        """Bring the prompt's keys and values into the sequence; return logits [vocab] and report."""
+        """Bring the prompt into the sequence; return the next token's logits [vocab] and a report."""
         plan = plan_prefill(request, sequence)
         loaded = self._library.load(plan.states, sequence, len(request.tokens.token_ids))
         return prefill(self.lm, plan, loaded, sequence)

@@ -196,6 +196,11 @@ class ModuleLibrary:
             self._store.delete(key)
         return len(present)
 
+    def clear(self) -> None:
+        """Delete every state of this model and namespace in memory and in folders."""
+        for key in list(find_stored(self._store, self._keys)):
+            self._store.delete(key)
+
     def _open(self, keys: Sequence[ModuleKey]) -> dict[ModuleKey, Opened]:
         """Look states up together; those that are not what was asked for, the store drops."""
         pairs = zip(keys, open_many(self._store, keys), strict=True)
@@ -338,7 +343,7 @@ def _may_stay(planned: PlannedState, state: KVState, sequence: KVSequence) -> bo
 
 
 def _parts(planned: PlannedState, rows: Rows) -> Iterator[tuple[Rows, int, int]]:
-    """A state's runs, each of which follows itself without a gap; first row and position of each."""
+    """A state's runs, each without a gap, with the first row and position of each."""
     passage = planned.module.passage
     if len(planned.runs) == 1:
         yield rows, planned.start, planned.position

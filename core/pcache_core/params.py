@@ -13,6 +13,7 @@ from pcache_core.grammar import Grammar
 ReuseMode = Literal["off", "exact", "fast", "balanced", "high"]
 REUSE_MODES: tuple[ReuseMode, ...] = get_args(ReuseMode)
 DEFAULT_REUSE: ReuseMode = "balanced"
+DEFAULT_MODEL = "builtin:smollm2"
 MAX_LOGPROBS = 20
 """Most alternatives of a token whose log probabilities can be asked for."""
 

@@ -12,7 +12,7 @@ import re
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -216,7 +216,12 @@ def language_of(text: str) -> str:
     Told by script, then by frequent words. `en` where nothing tells, or where there is no company
     in the language. Depends on the text alone: same on every machine.
     """
-    head = unicodedata.normalize("NFC", text[:_READ])
+    return _language(text[:_READ])
+
+
+@lru_cache(4096)
+def _language(head: str) -> str:
+    head = unicodedata.normalize("NFC", head)
     counts = {name: weight * len(s.findall(head)) for name, (s, weight) in _SCRIPTS.items()}
     script = max(counts, key=counts.__getitem__)
     if script == "latin":

@@ -54,6 +54,11 @@ class PrefixCache:
         finally:
             self._in_use.leave(keys)
 
+    def clear(self) -> None:
+        """Forget the sequences of finished requests."""
+        with self._lock:
+            self._idle.clear()
+
     @property
     def nbytes(self) -> int:
         """Keys and values of running requests, in bytes; what they share counts once."""

@@ -19,8 +19,8 @@ class Request:
     """A checked request: nothing in it can be wrong any more.
 
     reuse: the mode that can run; `fallback_reason` says why it is not the one asked for.
-    repair: how many reused tokens are computed again, see `check_repair`; None for modes that repair
-        nothing.
+    repair: how many reused tokens are computed again, see `check_repair`; None for modes that
+        repair nothing.
     states: that may fill its rows; none in modes that reuse no modules.
     """
 

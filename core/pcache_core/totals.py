@@ -70,6 +70,11 @@ class Reports(deque[Report]):
             for name in _SUMMED:
                 self._totals[name] += getattr(report, name)
 
+    def __getitem__(self, index: Any) -> Any:
+        """One report, or a list for a slice such as `[-3:]`."""
+        with self._lock:
+            return list(self)[index] if isinstance(index, slice) else super().__getitem__(index)
+
     def totals(self) -> dict[str, float]:
         """Return the sums by the names of `EngineStats`."""
         with self._lock:

@@ -9,8 +9,7 @@ from langchain_core.messages import AIMessage, BaseMessage, ToolMessage
 
 from pcache_core import Segment
 from pcache_core.errors import PromptError
-from pcache_integrations._recurring import Ids
-from pcache_integrations.langchain._provenance import PROVENANCE
+from pcache_integrations.langchain._watch import WATCHER
 
 _TEXT = ("text", "text-plain", "input_text", "output_text")
 # Said elsewhere in the message, or not for the model's eyes.
@@ -21,16 +20,13 @@ _UNSAID = (
 _CACHE_HINTS = ("cache_control", "cachePoint", "prompt_cache_breakpoint")
 
 
-def content_segments(
-    message: BaseMessage, place: int, ids: Ids | None, *, is_last: bool
-) -> Iterator[Segment]:
+def content_segments(message: BaseMessage, place: int, *, is_last: bool) -> Iterator[Segment]:
     """A message's content: plain data, apart from what a template is known to have written.
 
     A block of text is a module of its own when the caller marked it for a cache, or when others
     stand behind it. The last block of the last message is what is asked, and is read in full.
 
-    place: in the chat, from 1. ids: tokenises a segment, if text that comes back is looked for.
-    is_last: whether this is the chat's last message.
+    place: in the chat, from 1. is_last: whether this is the chat's last message.
     Raises: PromptError: it holds something else than text.
     """
     if isinstance(message, ToolMessage) and message.status == "error":
@@ -39,14 +35,14 @@ def content_segments(
     for number, (text, is_marked) in enumerate(blocks, start=1):
         is_asked = is_last and number == len(blocks)
         is_module = is_marked or (len(blocks) > 1 and not is_asked)
-        yield from _block_segments(text, ids, is_module=is_module)
+        yield from _block_segments(text, is_module=is_module)
     if isinstance(message, AIMessage):
         for call in message.invalid_tool_calls:
             yield Segment(call["args"] or "", "argument")
 
 
-def _block_segments(text: str, ids: Ids | None, *, is_module: bool) -> list[Segment]:
-    segments = PROVENANCE.segments(text, "argument", ids)
+def _block_segments(text: str, *, is_module: bool) -> list[Segment]:
+    segments = WATCHER.segments(text, "argument")
     if is_module and [segment.kind for segment in segments] == ["argument"]:
         return [Segment(text, "document")]
     return segments

@@ -20,7 +20,7 @@ from pcache_core import Message, Prompt, Segment, Tool, ToolCall
 from pcache_core.errors import ChatTemplateError, PromptError
 from pcache_integrations._engines import Engine
 from pcache_integrations.langchain._content import content_segments
-from pcache_integrations.langchain._provenance import PROVENANCE
+from pcache_integrations.langchain._watch import WATCHER
 
 _ROLES = (
     (SystemMessage, "system"),
@@ -32,24 +32,16 @@ _ROLES = (
 
 
 def chat_prompt(
-    engine: Engine,
-    messages: Sequence[BaseMessage],
-    tools: Sequence[Tool] = (),
-    *,
-    recurring_text: bool = True,
+    engine: Engine, messages: Sequence[BaseMessage], tools: Sequence[Tool] = ()
 ) -> Prompt:
     """Render messages with the model's own chat template.
 
     Templates that insist on alternating roles get neighbours of the same role as one message.
-    tools: that the model may call. recurring_text: whether blocks of text that come back become
-    modules.
-
+    tools: that the model may call.
     Raises: PromptError: a message holds something else than text. ChatTemplateError: the model has
         no chat template, or it refuses the messages.
     """
-    PROVENANCE.add_documents(messages)
-    recurring = _recurring_places(messages) if recurring_text else set()
-    ids = engine.lm.text.ids
+    WATCHER.add_documents(list(messages))
     names = {
         call["id"]: call["name"]
         for message in messages
@@ -58,8 +50,7 @@ def chat_prompt(
     }
     chat = []
     for place, message in enumerate(messages, start=1):
-        looked_for = ids if place in recurring else None
-        segments = content_segments(message, place, looked_for, is_last=place == len(messages))
+        segments = content_segments(message, place, is_last=place == len(messages))
         plain = Message(_role(message), list(segments))
         chat.append(_with_calls(plain, message, names))
     try:
@@ -96,13 +87,6 @@ def _with_calls(plain: Message, message: BaseMessage, names: dict[str | None, st
     if isinstance(message, FunctionMessage):
         return replace(plain, name=message.name)
     return plain
-
-
-def _recurring_places(messages: Sequence[BaseMessage]) -> set[int]:
-    """Messages that may hold passages: a user's earlier ones are theirs, and no documents."""
-    humans = [n for n, message in enumerate(messages, 1) if isinstance(message, HumanMessage)]
-    others = [n for n, m in enumerate(messages, 1) if isinstance(m, (SystemMessage, ToolMessage))]
-    return {*humans[-1:], *others}
 
 
 def _merge_neighbours(chat: Sequence[Message]) -> list[Message]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -11,10 +12,9 @@ from langchain_core.language_models.base import BaseLanguageModel, LangSmithPara
 from langchain_core.prompts import BasePromptTemplate
 from pydantic import Field, SecretStr, ValidationError
 
-from pcache_core import EncodeReport, Preamble, Segment
+from pcache_core import EncodeReport, Preamble
 from pcache_core.errors import OptionError
-from pcache_core.params import DEFAULT_REUSE, ReuseMode, SamplingParams
-from pcache_core.prompt import SegmentKind
+from pcache_core.params import DEFAULT_MODEL, DEFAULT_REUSE, ReuseMode, SamplingParams
 from pcache_integrations._engines import (
     ENGINE_OPTIONS,
     Engine,
@@ -25,32 +25,23 @@ from pcache_integrations._engines import (
 )
 from pcache_integrations._options import call_options, check_names
 from pcache_integrations.langchain import _schema
-from pcache_integrations.langchain._provenance import PROVENANCE, document_name
-from pcache_integrations.langchain._watching import watch_chains
+from pcache_integrations.langchain._watch import WATCHER, document_name, watch_chains
 
 _OF_A_CALL = (
     "reuse", "max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed",
 )  # fmt: skip
 
-_ANSWERS_DEPEND_ON = (
-    "model",
-    "dtype",
-    "preamble",
-    "repair",
-    "recurring_text",
-    "base_url",
-    *_OF_A_CALL,
-)
+_ANSWERS_DEPEND_ON = ("model", "dtype", "preamble", "repair", "base_url", *_OF_A_CALL)
 
 
 class CachedModel(BaseLanguageModel[Any]):
     """Options and engine of a LangChain model.
 
-    model: a built-in model, a path or a hub id.
+    model: a built-in model, a directory, a hub id, a GGUF file or `ollama:NAME`.
     reuse: a reuse mode.
     preamble: what documents are encoded after; None for the model's own.
-    repair: how much `balanced` and `high` compute again, instead of their own choice: an `int` counts
-        tokens, a `float` is a share of the reused ones.
+    repair: how much `balanced` and `high` compute again, instead of their own choice: an `int`
+        counts tokens, a `float` is a share of the reused ones.
     store: where states are kept.
     dtype, device: of the model.
     namespace: states are shared within one only.
@@ -68,7 +59,7 @@ class CachedModel(BaseLanguageModel[Any]):
     Raises: OptionError: an unknown option, or a value out of range.
     """
 
-    model: str = "builtin:tiny-rag"
+    model: str = DEFAULT_MODEL
     reuse: str = DEFAULT_REUSE
     preamble: Preamble | None = None
     repair: int | float | None = None
@@ -85,7 +76,6 @@ class CachedModel(BaseLanguageModel[Any]):
     repetition_penalty: float = 1.0
     seed: int | None = None
     stop: list[str] | None = None
-    recurring_text: bool = True
     base_url: str | None = None
     api_key: SecretStr | None = None
     timeout: float | None = None
@@ -102,6 +92,8 @@ class CachedModel(BaseLanguageModel[Any]):
         check_names(options, type(self).model_fields, place)
         if engine is not None:
             options = {**describe_engine(engine, options), **options}
+        if isinstance(options.get("model"), os.PathLike):
+            options["model"] = os.fspath(options["model"])
         try:
             super().__init__(**options)
         except ValidationError as error:
@@ -126,11 +118,6 @@ class CachedModel(BaseLanguageModel[Any]):
     async def _aengine(self) -> Engine:
         """The engine; loading it does not block the event loop."""
         return await asyncio.to_thread(lambda: self.engine)
-
-    def _segments(self, text: str, kind: SegmentKind) -> list[Segment]:
-        """The parts of a prompt or of a message. kind: of what nothing explains."""
-        ids = self.engine.lm.text.ids if self.recurring_text else None
-        return PROVENANCE.segments(text, kind, ids)
 
     def schema_for(
         self,
@@ -163,7 +150,7 @@ class CachedModel(BaseLanguageModel[Any]):
             )
         found = [_as_document(document) for document in documents]
         for document in found:
-            PROVENANCE.documents.add(document.page_content, document_name(document))
+            WATCHER.documents.add(document.page_content, document_name(document))
         return self.engine.encode(
             [document.page_content.strip() for document in found], progress=progress
         )

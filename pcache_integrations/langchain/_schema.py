@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
 from typing import Any
 
 from jinja2.sandbox import SandboxedEnvironment
@@ -67,8 +66,7 @@ def _turns(template: ChatPromptTemplate) -> Iterator[TurnTemplate | GivenTurns]:
             continue
         role = _role_of(part)
         if isinstance(part, BaseMessage):
-            texts = list(_message_texts(part))
-            yield TurnTemplate(role, [_constant(text) for text in texts])
+            yield TurnTemplate(role, [_constant(text) for text in message_texts(part)])
         else:
             yield TurnTemplate(role, [_string_template(p, None, None) for p in _prompts(part)])
 
@@ -84,11 +82,12 @@ def _role_of(part: Any) -> str:
     return role
 
 
-def _message_texts(message: BaseMessage) -> Iterator[str]:
+def message_texts(message: BaseMessage) -> Iterator[str]:
+    """Yield the text of every block of a message."""
     blocks = [message.content] if isinstance(message.content, str) else message.content
     for block in blocks:
         text = block.get("text") if isinstance(block, dict) else block
-        if isinstance(text, str):
+        if isinstance(text, str) and text:
             yield text
 
 
@@ -112,20 +111,7 @@ def _string_template(
             f"{type(template).__name__} has no schema; "
             "a PromptTemplate or a ChatPromptTemplate of text has"
         )
-    if name is None and not lengths:
-        return compiled(template.template, template.template_format)
-    return _compile(template.template, template.template_format, name, lengths)
-
-
-@lru_cache(maxsize=256)
-def compiled(source: str, template_format: str) -> PromptTemplate:
-    """The template that LangChain's formatter renders. Raises: TemplateError: it can't be read."""
-    return _compile(source, template_format, None, None)
-
-
-def _compile(
-    source: str, template_format: str, name: str | None, lengths: Mapping[str, int] | None
-) -> PromptTemplate:
+    source, template_format = template.template, template.template_format
     if template_format == "jinja2":
         # As `langchain_core.prompts.string.jinja2_formatter` has it.
         environment = SandboxedEnvironment()

@@ -172,7 +172,7 @@ class TurnPieces:
         return ChatGenerationChunk(message=AIMessageChunk(**fields, response_metadata=metadata))
 
 
-def make_turn(  # noqa: PLR0913 (each is a part of one call)
+def make_turn(
     engine: Engine,
     messages: Sequence[BaseMessage],
     options: TurnOptions,
@@ -180,7 +180,6 @@ def make_turn(  # noqa: PLR0913 (each is a part of one call)
     reuse: ReuseMode,
     *,
     model_name: str,
-    recurring_text: bool,
 ) -> Turn:
     """Check a call and render its prompt.
 
@@ -199,6 +198,6 @@ def make_turn(  # noqa: PLR0913 (each is a part of one call)
     elif schema is not None and grammar is None:
         grammar = Grammar.json(schema)
     params = replace(params, grammar=grammar, logprobs=options.num_logprobs)
-    prompt = chat_prompt(engine, messages, tools, recurring_text=recurring_text)
+    prompt = chat_prompt(engine, messages, tools)
     is_callable = form if choice != "none" else None
     return Turn(model_name, prompt, params, reuse, is_callable, tools)

@@ -35,7 +35,7 @@ class ChatPromptCache(CachedModel, BaseChatModel):
         are first needed, once for all objects of equal options.
 
     Key init args:
-        model: `builtin:tiny-rag`, a path or a hub id.
+        model: a directory, a hub id, a `.gguf` file, `ollama:NAME`; by default a small chat model.
         base_url: of a vLLM server that runs the model (`pcache serve`), instead of this process.
         reuse: `off`, `exact`, `fast`, `balanced` or `high`.
         store: `memory`, a folder, or the URL of a server or an object store.
@@ -214,5 +214,4 @@ class ChatPromptCache(CachedModel, BaseChatModel):
             params,
             reuse,
             model_name=self.model,
-            recurring_text=self.recurring_text,
         )

@@ -11,19 +11,19 @@ from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackMana
 from langchain_core.language_models.base import LanguageModelInput
 from langchain_core.language_models.llms import BaseLLM
 from langchain_core.outputs import Generation, GenerationChunk, LLMResult
-from langchain_core.prompt_values import PromptValue, StringPromptValue
 from langchain_core.runnables import Runnable, RunnableConfig
 
-from pcache_core import Chunk, Prompt
+from pcache_core import Chunk, Message, Prompt
 from pcache_core import Generation as Answer
 from pcache_integrations._engines import Engine
+from pcache_integrations._mapping import as_data, holds_markup
 from pcache_integrations.langchain._model import CachedModel
-from pcache_integrations.langchain._provenance import PROVENANCE, harmless
 from pcache_integrations.langchain._results import (
     completion_logprobs,
     generation_info,
     token_usage,
 )
+from pcache_integrations.langchain._watch import WATCHER
 
 # Of one call; the engine decides how many of them run in one forward.
 _MAX_PROMPTS_AT_ONCE = 64
@@ -40,7 +40,9 @@ class PromptCacheLLM(CachedModel, BaseLLM):
         or, with `base_url`, on a vLLM server that `pcache serve` starts.
 
     Key init args, completion:
-        model: `builtin:tiny-rag`, a path or a hub id.
+        model: a directory, a hub id, a `.gguf` file, `ollama:NAME`; by default a small chat model.
+        chat_template: whether a plain prompt is put through the model's chat template, as one
+            message of the user; one that holds the template's markup never is.
         max_tokens: most tokens of an answer.
         temperature, top_p, top_k, min_p, repetition_penalty, seed, stop: as in `SamplingParams`.
 
@@ -48,7 +50,6 @@ class PromptCacheLLM(CachedModel, BaseLLM):
         reuse: `off`, `exact`, `fast`, `balanced` or `high`.
         store: `memory`, a folder, `redis://…` or an object store's URL.
         namespace: states are shared within one only.
-        recurring_text: whether text that comes back is reused, too.
 
     Instantiate:
         ```python
@@ -91,6 +92,8 @@ class PromptCacheLLM(CachedModel, BaseLLM):
         ```
     """  # noqa: E501 (the chain is the one of LangChain's tutorials, in a line)
 
+    chat_template: bool = True
+
     def __init__(self, *, engine: Engine | None = None, **options: Any) -> None:
         """Take the options; for type checkers, which would leave `engine` out."""
         super().__init__(engine=engine, **options)
@@ -125,23 +128,6 @@ class PromptCacheLLM(CachedModel, BaseLLM):
             return await Runnable.abatch(self, inputs, config, return_exceptions=True, **kwargs)
         return await super().abatch(inputs, config, **kwargs)
 
-    def generate_prompt(self, prompts: list[PromptValue], *args: Any, **kwargs: Any) -> LLMResult:
-        """As in any LLM; chains of `langchain-classic` call it."""
-        return super().generate_prompt([_noted(prompt) for prompt in prompts], *args, **kwargs)
-
-    async def agenerate_prompt(
-        self, prompts: list[PromptValue], *args: Any, **kwargs: Any
-    ) -> LLMResult:
-        """As `generate_prompt`."""
-        noted = [_noted(prompt) for prompt in prompts]
-        return await super().agenerate_prompt(noted, *args, **kwargs)
-
-    def _convert_input(self, model_input: LanguageModelInput) -> PromptValue:
-        if isinstance(model_input, str) and self.recurring_text:
-            with harmless("looking for the template of a text"):
-                PROVENANCE.add_caller(model_input)
-        return _noted(super()._convert_input(model_input))
-
     def _generate(
         self,
         prompts: list[str],
@@ -169,10 +155,9 @@ class PromptCacheLLM(CachedModel, BaseLLM):
         **kwargs: Any,
     ) -> LLMResult:
         params, reuse = self._call_options(stop, kwargs)
+        engine = await self._aengine()
         mapped = await asyncio.to_thread(self._map, prompts)
-        jobs = [
-            asyncio.ensure_future(self.engine.agenerate(prompt, params, reuse)) for prompt in mapped
-        ]
+        jobs = [asyncio.ensure_future(engine.agenerate(prompt, params, reuse)) for prompt in mapped]
         try:
             return self._result(await asyncio.gather(*jobs))
         finally:
@@ -203,17 +188,31 @@ class PromptCacheLLM(CachedModel, BaseLLM):
         **kwargs: Any,
     ) -> AsyncIterator[GenerationChunk]:
         params, reuse = self._call_options(stop, kwargs)
+        engine = await self._aengine()
         (mapped,) = await asyncio.to_thread(self._map, [prompt])
         pieces = _Pieces()
-        async for piece in self.engine.astream(mapped, params, reuse):
+        async for piece in engine.astream(mapped, params, reuse):
             chunk = pieces.chunk(piece)
             if run_manager:
                 await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
             yield chunk
 
     def _map(self, texts: Sequence[str]) -> list[Prompt]:
-        """The prompts' parts. Special tokens written out count: it may be a chat's rendering."""
-        return [Prompt(self._segments(text, "text")) for text in texts]
+        return [self._prompt(text) for text in texts]
+
+    def _prompt(self, text: str) -> Prompt:
+        """The prompt in parts; in a user's turn of the chat template, if that is to be used."""
+        segments = WATCHER.segments(text, "text")
+        text_of_model = self.engine.lm.text
+        wanted = self.chat_template and segments and text_of_model.marks_roles()
+        if not wanted or holds_markup(text_of_model, segments):
+            # Special tokens written out count: it may be a chat's rendering.
+            return Prompt(segments)
+        return self.engine.prompt_from_chat([Message("user", as_data(text_of_model, segments))])
+
+    @property
+    def _identifying_params(self) -> dict[str, Any]:
+        return {**super()._identifying_params, "chat_template": self.chat_template}
 
     def _result(self, answers: Sequence[Answer]) -> LLMResult:
         return LLMResult(
@@ -223,16 +222,6 @@ class PromptCacheLLM(CachedModel, BaseLLM):
                 "model_name": self.model,
             },
         )
-
-
-def _noted(prompt: PromptValue) -> PromptValue:
-    """The prompt, remembered if it is messages, whose parts are known one by one."""
-    if not isinstance(prompt, StringPromptValue):
-        with harmless("reading messages for a completion model"):
-            messages = prompt.to_messages()
-            PROVENANCE.add_documents(messages)
-            PROVENANCE.add_flattened(messages, prompt.to_string())
-    return prompt
 
 
 def _generation(answer: Answer) -> Generation:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, islice
 from typing import Any
 
 from llama_index.core.base.llms.types import ChatMessage
@@ -57,25 +58,45 @@ def with_borders(
     A marked piece that is known to be template text, or to hold documents, stays what it is.
 
     kind: of what nothing is known. If that is template text, it ends at the last mark: what stands
-        behind it was left out because it differs from call to call.
+        after it was left out because it differs from call to call.
     """
     if not any(piece.is_module for piece in pieces):
         return list(segments)
+    lengths = chain.from_iterable((len(_BETWEEN), len(piece.text)) for piece in pieces)
+    cut = in_stretches(segments, islice(lengths, 1, None))
     done: list[Segment] = []
-    rest = list(segments)
-    behind_mark = False
+    after_mark = False
     for number, piece in enumerate(pieces):
         if number:
-            between, rest = _cut(rest, len(_BETWEEN))
-            done += between
-        own, rest = _cut(rest, len(piece.text))
+            done += next(cut)
+        own = next(cut)
         if piece.is_module:
             is_known = any(segment.kind in ("literal", "document") for segment in own)
             done += own if is_known else [Segment(piece.text, "document", piece.name)]
-            behind_mark = True
+            after_mark = True
         else:
-            done += map(_as_data, own) if behind_mark and kind == "literal" else own
+            done += map(_as_data, own) if after_mark and kind == "literal" else own
     return done
+
+
+def in_stretches(segments: Iterable[Segment], lengths: Iterable[int]) -> Iterator[list[Segment]]:
+    """Cut segments into stretches of so many characters each; linear in the text.
+
+    Raises: RuntimeError: the segments have fewer characters.
+    """
+    todo = iter(segments)
+    segment, at = Segment(""), 0
+    for length in lengths:
+        stretch: list[Segment] = []
+        while length:
+            if at == len(segment.text):
+                segment, at = next(todo), 0
+                continue
+            part = segment.text[at : at + length]
+            stretch.append(replace(segment, text=part))
+            at += len(part)
+            length -= len(part)
+        yield stretch
 
 
 def _piece(block: Any, kind: str, role: str) -> Piece:
@@ -88,24 +109,6 @@ def _piece(block: Any, kind: str, role: str) -> Piece:
         f"a {role} message holds a {type(block).__name__}; "
         "the model reads text only, leave it out or describe it in words"
     )
-
-
-def _cut(segments: Sequence[Segment], length: int) -> tuple[list[Segment], list[Segment]]:
-    """The segments of the first `length` characters, and the rest."""
-    before: list[Segment] = []
-    after: list[Segment] = []
-    for segment, start in zip(segments, _starts(segments), strict=True):
-        at = min(max(length - start, 0), len(segment.text))
-        before.append(replace(segment, text=segment.text[:at]))
-        after.append(replace(segment, text=segment.text[at:]))
-    return [s for s in before if s.text], [s for s in after if s.text]
-
-
-def _starts(segments: Sequence[Segment]) -> Iterator[int]:
-    position = 0
-    for segment in segments:
-        yield position
-        position += len(segment.text)
 
 
 def _as_data(segment: Segment) -> Segment:

@@ -1,46 +1,68 @@
-"""Hooks into LlamaIndex's instrumentation: they see nodes and templates on their way to a model."""
+"""Watch LlamaIndex's spans: the nodes of an answer, and what ingestion pipelines hand out.
+
+Nodes reach a model as text that query engines have joined already, and only here are they still
+apart: as what a retriever returned, or as what postprocessors made of that for a synthesizer. A
+pipeline calls no transformation in this process for nodes that come from its cache or from other
+processes; the end of its run is all there is to see of them.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import logging
 import threading
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol, runtime_checkable
 
-from llama_index.core.instrumentation.event_handlers import BaseEventHandler
-from llama_index.core.instrumentation.events.retrieval import RetrievalEndEvent
+from llama_index.core.base.base_retriever import BaseRetriever
+from llama_index.core.ingestion import IngestionPipeline
 from llama_index.core.instrumentation.span_handlers import BaseSpanHandler
-from llama_index.core.llms.llm import LLM
-from llama_index.core.prompts import BasePromptTemplate
 from llama_index.core.response_synthesizers import BaseSynthesizer
-from llama_index.core.schema import NodeWithScore
+from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore
 from llama_index_instrumentation import get_dispatcher
-from llama_index_instrumentation.base import BaseEvent
 from llama_index_instrumentation.span import BaseSpan
 
-from pcache_integrations.llama_index._automap import AutoMap
-from pcache_integrations.llama_index._capture import CAPTURE
-from pcache_integrations.llama_index._shadow import shadow
-from pcache_integrations.llama_index._templates import templates_of
+from pcache_integrations._mapping import DocumentIndex
+
+# One for the process, as LlamaIndex's spans are. Documents are found by content, so that it doesn't
+# matter who retrieved them, when, or in which thread.
+DOCUMENTS = DocumentIndex()
 
 _logger = logging.getLogger(__name__)
-_lock = threading.Lock()
+_installing = threading.Lock()
+
+
+def node_text(node: BaseNode) -> str:
+    """The node's text as prompts hold it: with the metadata that is meant for the model."""
+    return str(node.get_content(metadata_mode=MetadataMode.LLM)).strip()
+
+
+def remember(nodes: Iterable[BaseNode | NodeWithScore]) -> None:
+    """Recognise nodes in prompts from now on: with their metadata, and bare."""
+    for item in nodes:
+        node = item.node if isinstance(item, NodeWithScore) else item
+        DOCUMENTS.add(str(node.get_content()), node.node_id)
+        DOCUMENTS.add(node_text(node), node.node_id)
+
+
+@runtime_checkable
+class CatchesUp(Protocol):
+    """A transformation that has something to do in this process."""
+
+    def catch_up(self, nodes: Sequence[BaseNode]) -> None:
+        """Do it for those of a run's nodes that it has not seen."""
 
 
 class PromptCacheSpanHandler(BaseSpanHandler[BaseSpan]):
-    """Sees the final nodes of an answer, and templates that reach a model out of our sight.
-
-    These are the ones that engines hold, and those given to LLMs that wrap one of ours. Keeps no
-    spans.
-    """
+    """Remembers nodes, has runs end well. Opens no spans; LlamaIndex swallows what it raises."""
 
     @classmethod
     def class_name(cls) -> str:
         """The name in traces."""
         return "PromptCacheSpanHandler"
 
-    def span_enter(
+    def new_span(
         self,
         id_: str,
         bound_args: inspect.BoundArguments,
@@ -48,78 +70,45 @@ class PromptCacheSpanHandler(BaseSpanHandler[BaseSpan]):
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        """Remember what is about to be put into a prompt. Never raises."""
-        try:
-            _enter(instance, bound_args.arguments)
-        except Exception:
-            _logger.debug("could not read the arguments of span %s", id_, exc_info=True)
+        """Remember the nodes that a synthesizer is given, as postprocessors have made them."""
+        if isinstance(instance, BaseSynthesizer):
+            remember(bound_args.arguments.get("nodes", ()))
 
-    def span_exit(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing to do: no span was opened."""
-
-    def span_drop(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing to do: no span was opened."""
-
-    def new_span(self, *args: Any, **kwargs: Any) -> None:
-        """No span is opened."""
-
-    def prepare_to_exit_span(self, *args: Any, **kwargs: Any) -> None:
-        """No span was opened."""
+    def prepare_to_exit_span(
+        self,
+        id_: str,
+        bound_args: inspect.BoundArguments,
+        instance: Any | None = None,
+        result: Any | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Remember what was retrieved; have a pipeline's transformations catch up."""
+        if isinstance(instance, BaseRetriever) and isinstance(result, list):
+            remember(item for item in result if isinstance(item, NodeWithScore))
+        elif isinstance(instance, IngestionPipeline) and isinstance(result, Sequence):
+            for transformation in instance.transformations:
+                if not isinstance(transformation, CatchesUp):
+                    continue
+                if ".arun-" in id_:  # the loop goes on meanwhile
+                    loop = asyncio.get_running_loop()
+                    loop.run_in_executor(None, _catch_up, transformation, result)
+                else:
+                    _catch_up(transformation, result)
 
     def prepare_to_drop_span(self, *args: Any, **kwargs: Any) -> None:
-        """No span was opened."""
+        """Nothing to do: no span was opened."""
 
 
-class PromptCacheEventHandler(BaseEventHandler):
-    """Sees every retrieval, whatever becomes of its nodes."""
-
-    @classmethod
-    def class_name(cls) -> str:
-        """The name in traces."""
-        return "PromptCacheEventHandler"
-
-    def handle(self, event: BaseEvent, **kwargs: Any) -> None:
-        """Remember retrieved nodes. Never raises."""
-        if isinstance(event, RetrievalEndEvent):
-            try:
-                CAPTURE.add_nodes(scored.node for scored in event.nodes)
-            except Exception:
-                _logger.debug("could not read retrieved nodes", exc_info=True)
-
-
-def install_handlers() -> None:
+def install_handler() -> None:
     """Hook into LlamaIndex, once for the process."""
     root = get_dispatcher()
-    with _lock:
+    with _installing:
         if not any(isinstance(handler, PromptCacheSpanHandler) for handler in root.span_handlers):
             root.add_span_handler(PromptCacheSpanHandler())
-        if not any(isinstance(handler, PromptCacheEventHandler) for handler in root.event_handlers):
-            root.add_event_handler(PromptCacheEventHandler())
 
 
-def _enter(instance: Any | None, arguments: Mapping[str, Any]) -> None:
-    if instance is not None and not isinstance(instance, LLM):
-        CAPTURE.add_templates(templates_of(vars(instance)))
-    if isinstance(instance, BaseSynthesizer) and "nodes" in arguments:
-        nodes = [n.node if isinstance(n, NodeWithScore) else n for n in arguments["nodes"]]
-        CAPTURE.add_nodes(nodes)
-        CAPTURE.add_context(nodes)
-    elif isinstance(instance, LLM) and _wraps_ours(instance):
-        template = arguments.get("prompt")
-        if isinstance(template, BasePromptTemplate) and "output_cls" not in arguments:
-            for plan in shadow(instance, template, arguments.get("prompt_args", {})):
-                CAPTURE.add_plan(plan)
-
-
-def _wraps_ours(llm: LLM) -> bool:
-    """Whether an LLM holds one of ours, to which it may hand formatted texts.
-
-    Ours itself plans without this; what others do is none of our business.
-    """
-    if isinstance(llm, AutoMap):
-        return False
-    held = [*vars(llm).values(), *(llm.__pydantic_private__ or {}).values()]
-    return any(
-        isinstance(inner, AutoMap) or (isinstance(inner, LLM) and _wraps_ours(inner))
-        for inner in held
-    )
+def _catch_up(transformation: CatchesUp, nodes: Sequence[BaseNode]) -> None:
+    try:
+        transformation.catch_up(nodes)
+    except Exception as error:
+        _logger.warning("nodes were not encoded after the run: %s", error)

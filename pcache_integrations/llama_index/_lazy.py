@@ -14,12 +14,8 @@ class LazyEngine(EngineHandle):
 
     @cached_property
     def marks_roles(self) -> bool:
-        """Whether the model's chat template writes a user's turn and an assistant's differently.
-
-        One that doesn't is no dialogue format: it only joins the contents, and a completion
-        prompt says the same.
-        """
-        return _marks_roles(self.get().lm)
+        """Whether the model is a chat model, by its chat template."""
+        return self.get().lm.text.marks_roles()
 
     @cached_property
     def calls_functions(self) -> bool:
@@ -41,19 +37,6 @@ class LazyEngine(EngineHandle):
 def has_chat_template(lm: CausalLM | ServedModel) -> bool:
     """Whether the model brings a chat template."""
     return bool(lm.tokenizer.chat_template)
-
-
-def _marks_roles(lm: CausalLM | ServedModel) -> bool:
-    if not has_chat_template(lm):
-        return False
-    try:
-        user, assistant = (
-            lm.text.apply_chat_template([{"role": role, "content": "Hello"}])
-            for role in ("user", "assistant")
-        )
-    except ChatTemplateError:  # It knows roles, or it could not refuse one.
-        return True
-    return user != assistant
 
 
 def _takes_system(lm: CausalLM | ServedModel) -> bool:

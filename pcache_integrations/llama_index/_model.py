@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ from llama_index.core.utils import set_global_tokenizer
 
 from pcache_core import EncodeReport, Preamble
 from pcache_core.errors import OptionError
-from pcache_core.params import DEFAULT_REUSE
+from pcache_core.params import DEFAULT_MODEL, DEFAULT_REUSE
 from pcache_integrations._engines import (
     ENGINE_OPTIONS,
     Engine,
@@ -27,17 +28,15 @@ from pcache_integrations._engines import (
 from pcache_integrations._options import check_names
 from pcache_integrations.llama_index import _schema
 from pcache_integrations.llama_index._calls import CallOptions
-from pcache_integrations.llama_index._capture import CAPTURE
 from pcache_integrations.llama_index._documents import (
     PruneReport,
+    Source,
     encode_documents,
     prune,
-    release,
 )
-from pcache_integrations.llama_index._handlers import install_handlers
+from pcache_integrations.llama_index._handlers import install_handler
 from pcache_integrations.llama_index._lazy import LazyEngine, Tokenizer
-from pcache_integrations.llama_index._messages import ChatTemplate
-from pcache_integrations.llama_index._sources import Source
+from pcache_integrations.llama_index._prompts import ChatTemplate
 
 _OF_A_CALL = (
     "reuse", "max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed",
@@ -54,7 +53,10 @@ class CachedLLM(FunctionCallingLLM):
         that it has settled.
     """
 
-    model: str = Field(default="builtin:tiny-rag", description="A built-in model, path or hub id.")
+    model: str = Field(
+        default=DEFAULT_MODEL,
+        description="A built-in model, a directory, a hub id, a GGUF file or ollama:NAME.",
+    )
     reuse: str = Field(
         default=DEFAULT_REUSE, description="What is reused: off, exact, fast, balanced or high."
     )
@@ -89,6 +91,13 @@ class CachedLLM(FunctionCallingLLM):
     context_window: int | None = Field(
         default=None, description="Tokens of prompt and answer; by default the model's.", gt=0
     )
+    chat_template: bool = Field(
+        default=True,
+        description=(
+            "Whether a plain prompt to a chat model is put through its chat template, as what the "
+            "user says; one that holds the template's markup never is."
+        ),
+    )
     is_chat_model: bool | None = Field(
         default=None,
         description=(
@@ -107,11 +116,15 @@ class CachedLLM(FunctionCallingLLM):
     _lazy: LazyEngine = PrivateAttr()
 
     def __init__(
-        self, model: str | None = None, *, engine: Engine | None = None, **options: Any
+        self,
+        model: str | os.PathLike[str] | None = None,
+        *,
+        engine: Engine | None = None,
+        **options: Any,
     ) -> None:
         check_names(options, type(self).model_fields, "PromptCacheLLM")
         if model is not None:
-            options["model"] = model
+            options["model"] = os.fspath(model) if isinstance(model, os.PathLike) else model
         if engine is not None:
             options = {**describe_engine(engine, options), **options}
         try:
@@ -129,7 +142,7 @@ class CachedLLM(FunctionCallingLLM):
         CallOptions.of_chat(
             self._own_options, {}
         )  # A value out of range is refused here, not at the first question.
-        install_handlers()
+        install_handler()
 
     @property
     def _own_options(self) -> dict[str, Any]:
@@ -220,7 +233,7 @@ class CachedLLM(FunctionCallingLLM):
 
         Raises: OptionError: something else was given. ContextLengthError: one is too long.
         """
-        return encode_documents(self.engine, CAPTURE, documents, progress=progress)
+        return encode_documents(self.engine, documents, progress=progress)
 
     def prune(self, *in_use: Source) -> PruneReport:
         """Drop the states of nodes that are gone: deleted, replaced, or changed.
@@ -231,20 +244,11 @@ class CachedLLM(FunctionCallingLLM):
         Only texts of nodes are dropped that this LLM, or another on the same engine, was given to
         encode or has answered from, in this process; then in a folder every state of them, whoever
         made it, as equal texts share states. What others put into a shared store is not known here:
-        after a restart, `cache_documents(index)` before documents are deleted makes it so.
+        after a restart, `cache_documents(index)` before documents are deleted makes it so. To drop
+        texts that you know, such as those of one document, use `engine.forget(texts)`.
 
         Raises: OptionError: nothing was given, or a source that does not say which nodes are in
             use, such as an ingestion pipeline's document store. StoreError: the store's folder
             can't be read, nothing was dropped.
         """
-        return prune(self.engine, CAPTURE, in_use)
-
-    def release_doc(self, ref_doc_id: str) -> PruneReport:
-        """Drop the states of a document's nodes, except for texts that other documents have too.
-
-        Knows of what `prune` knows; a document that was never met is no error. A document that is
-        not cut into nodes has its own id.
-
-        Raises: OptionError: it is no id. StoreError: the store's folder can't be read.
-        """
-        return release(self.engine, CAPTURE, ref_doc_id)
+        return prune(self.engine, in_use)

@@ -1,15 +1,16 @@
-"""LlamaIndex's prompt templates as schemas, and their prompts as segments."""
+"""LlamaIndex's prompt templates as schemas, and its Jinja templates' prompts in segments."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache, lru_cache
 from typing import Any
 
 from banks.env import env as banks_environment
 from banks.extensions.chat import ChatExtension
 from jinja2 import Environment
-from llama_index.core.base.llms.types import ChatMessage, MessageRole, TextBlock
+from llama_index.core.base.llms.types import TextBlock
 from llama_index.core.prompts import (
     BasePromptTemplate,
     ChatPromptTemplate,
@@ -20,8 +21,6 @@ from llama_index.core.prompts.base import SelectorPromptTemplate
 
 from pcache_core.errors import TemplateError
 from pcache_core.prompt import Segment
-from pcache_integrations._segments import fitted
-from pcache_integrations.llama_index._templates import has_variables
 from pcache_templates import BraceTemplate, ChatTag, JinjaTemplate
 from pcache_templates.base import Schematic
 from pcache_templates.chat import ChatTemplate, TurnTemplate
@@ -44,74 +43,36 @@ def schema_for(
     return _compile(_selected(template, llm), name, lengths).pml
 
 
-def segments_for(
-    template: BasePromptTemplate, values: Mapping[str, Any], *, llm: Any = None
-) -> list[list[Segment]]:
-    """The texts of the prompt that the template renders, each in segments.
+def render_rich(
+    template: RichPromptTemplate, values: Mapping[str, Any]
+) -> list[tuple[str | None, list[Segment]]]:
+    """Render a Jinja template in segments: `argument` for what values make, else `literal`.
 
-    A `PromptTemplate` has one text, as a `RichPromptTemplate` without chat tags; others have one or
-    more in each message. Joined, the segments of each are what LlamaIndex makes of it; where that
-    can't be traced, they are a single `text`. Rendering uses up iterators among the values.
+    Returns: each message's role and segments; one without a role if the template has no messages.
+    Raises: TemplateError: the template fails, or does what no schema can express, such as a tag
+        that calls a model, which must not run twice.
     """
-    template = _selected(template, llm)
-    texts = _texts(template, values)
-    try:
-        mapped = template._map_all_vars({**template.kwargs, **values})
-        candidates = list(_candidates(template, mapped))
-    except Exception:  # whatever stops the tracing costs reuse, no more
-        candidates = []
-    return fitted(candidates, texts)
+    source = _compiled(template.template_str)
+    source.schema  # noqa: B018 (raises)
+    turns: Sequence[tuple[str | None, Sequence[Segment]]]
+    if template.is_chat_template:
+        turns = source.render_chat(**values)
+    else:
+        turns = [(None, source.segments(**values))]
+    return [(role, [_plain(part) for part in segments if part.text]) for role, segments in turns]
+
+
+def _plain(segment: Segment) -> Segment:
+    """A segment as any template's: to the compiler, whatever stands in a loop is a document."""
+    if segment.kind == "literal":
+        return replace(segment, name=None)
+    return replace(segment, kind="argument")
 
 
 def _selected(template: BasePromptTemplate, llm: Any) -> BasePromptTemplate:
     if isinstance(template, SelectorPromptTemplate):
         return template.select(llm=llm)
     return template
-
-
-def _texts(template: BasePromptTemplate, values: Mapping[str, Any]) -> list[str]:
-    """What LlamaIndex renders: the text of every block."""
-    if _is_chat(template):
-        messages = template.format_messages(**values)
-        return [text for message in messages for text in _message_texts(message)]
-    return [template.format(**values)]
-
-
-def _is_chat(template: BasePromptTemplate) -> bool:
-    if isinstance(template, RichPromptTemplate):
-        return template.is_chat_template
-    return isinstance(template, ChatPromptTemplate)
-
-
-def _message_texts(message: ChatMessage) -> Iterator[str]:
-    return (block.text for block in message.blocks if isinstance(block, TextBlock))
-
-
-def _candidates(
-    template: BasePromptTemplate, values: Mapping[str, Any]
-) -> Iterator[Sequence[Segment]]:
-    if isinstance(template, ChatPromptTemplate):
-        chat = _chat_template(template, None, None)
-        for number, message in enumerate(template.message_templates):
-            for position, text in enumerate(_message_texts(message)):
-                if _may_be_history(message):
-                    yield [Segment(text, "argument", message.role.value)] if text else []
-                else:
-                    yield chat.segments(number, position, values)
-        return
-    compiled = _compiled_rich if isinstance(template, RichPromptTemplate) else _compiled_plain
-    source = compiled(template.get_template())
-    # A tag that no schema expresses may do anything, such as call a model: it runs once only.
-    source.schema  # noqa: B018
-    if isinstance(source, JinjaTemplate) and _is_chat(template):
-        yield from (turn.segments for turn in source.render_chat(**values))
-    else:
-        yield source.segments(**values)
-
-
-def _may_be_history(message: ChatMessage) -> bool:
-    """Chat engines put what was said before into a template made for one call."""
-    return message.role is not MessageRole.SYSTEM and not has_variables(message)
 
 
 def _compile(
@@ -140,19 +101,15 @@ def _chat_template(
                 f"a message with the role {message.role.value!r} has no schema; "
                 "a schema knows system, user and assistant turns"
             )
-        texts = [BraceTemplate(text) for text in _message_texts(message)]
+        blocks = [block for block in message.blocks if isinstance(block, TextBlock)]
+        texts = [BraceTemplate(block.text) for block in blocks]
         turns.append(TurnTemplate(message.role.value, texts))
     return ChatTemplate(turns, name=name, lengths=lengths)
 
 
 @lru_cache(maxsize=256)
-def _compiled_rich(source: str) -> JinjaTemplate:
+def _compiled(source: str) -> JinjaTemplate:
     return JinjaTemplate(source, environment=_environment())
-
-
-@lru_cache(maxsize=256)
-def _compiled_plain(source: str) -> BraceTemplate:
-    return BraceTemplate(source)
 
 
 @cache

@@ -17,10 +17,8 @@ from pcache_core import PromptCacheEngine, Segment, TieredStore
 from pcache_core.errors import BudgetError, ContextLengthError, OptionError
 from pcache_integrations._engines import ENGINE_OPTIONS, Engine, EngineHandle, EngineOptions
 from pcache_integrations._options import check_names
-from pcache_integrations.llama_index._capture import CAPTURE, node_text
-from pcache_integrations.llama_index._documents import encode_documents
-from pcache_integrations.llama_index._known import known_texts
-from pcache_integrations.llama_index._runs import watch_runs
+from pcache_integrations.llama_index._documents import encode_documents, given_to
+from pcache_integrations.llama_index._handlers import install_handler, node_text
 from pcache_integrations.llama_index.llm import PromptCacheLLM
 from pcache_integrations.remote import RemoteEngine
 
@@ -80,7 +78,7 @@ class PromptCachePrecompute(TransformComponent):
         except ValidationError as error:
             raise OptionError(f"PromptCachePrecompute: {error}") from error
         self._handle = handle
-        watch_runs()
+        install_handler()
 
     @classmethod
     def class_name(cls) -> str:
@@ -113,7 +111,7 @@ class PromptCachePrecompute(TransformComponent):
         """Encode those nodes that never came through here, in this process."""
         if not nodes:
             return
-        known = known_texts(self._handle.get())
+        known = given_to(self._handle.get())
         missed = [node for node in nodes if node_text(node) and node_text(node) not in known]
         if missed:
             self._encode(missed)
@@ -137,7 +135,7 @@ class PromptCachePrecompute(TransformComponent):
     def _encode(self, nodes: Sequence[BaseNode]) -> Engine:
         engine = self._handle.get()
         try:
-            encode_documents(engine, CAPTURE, nodes, progress=self.progress)
+            encode_documents(engine, nodes, progress=self.progress)
         except (ContextLengthError, BudgetError):
             most = _most_tokens(engine)
             fitting = [node for node in nodes if _count_tokens(engine, node_text(node)) <= most]
@@ -148,7 +146,7 @@ class PromptCachePrecompute(TransformComponent):
                 len(nodes),
                 most,
             )
-            encode_documents(engine, CAPTURE, fitting, progress=self.progress)
+            encode_documents(engine, fitting, progress=self.progress)
         return engine
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from contextlib import aclosing, closing
 from typing import Any, TypeVar
@@ -24,19 +25,24 @@ from llama_index.core.tools import BaseTool
 from pcache_core import Chunk, Prompt, Tool
 from pcache_core.errors import AnswerError
 from pcache_integrations._engines import Engine
-from pcache_integrations.llama_index._automap import AutoMap
+from pcache_integrations._mapping import holds_markup
 from pcache_integrations.llama_index._calls import Call, CallOptions
-from pcache_integrations.llama_index._capture import CAPTURE
 from pcache_integrations.llama_index._documents import note_documents
-from pcache_integrations.llama_index._messages import ChatTemplate
+from pcache_integrations.llama_index._mapping import segments_of
 from pcache_integrations.llama_index._model import CachedLLM
-from pcache_integrations.llama_index._prompts import chat_prompt, text_prompt, wrapped_prompt
+from pcache_integrations.llama_index._predict import Predicts
+from pcache_integrations.llama_index._prompts import (
+    ChatTemplate,
+    chat_prompt,
+    text_prompt,
+    wrapped_prompt,
+)
 from pcache_integrations.llama_index._tools import as_openai, selections
 
 _R = TypeVar("_R")
 
 
-class PromptCacheLLM(AutoMap, CachedLLM):
+class PromptCacheLLM(Predicts, CachedLLM):
     """A local model whose prompts are mostly read from a cache.
 
     Use it wherever LlamaIndex takes an `llm`. Prompt templates and retrieved nodes find their
@@ -83,7 +89,11 @@ class PromptCacheLLM(AutoMap, CachedLLM):
     """
 
     def __init__(
-        self, model: str | None = None, *, engine: Engine | None = None, **options: Any
+        self,
+        model: str | os.PathLike[str] | None = None,
+        *,
+        engine: Engine | None = None,
+        **options: Any,
     ) -> None:
         """Take the options; for type checkers, which would leave `engine` out."""
         CachedLLM.__init__(self, model, engine=engine, **options)
@@ -217,7 +227,12 @@ class PromptCacheLLM(AutoMap, CachedLLM):
         if formatted:
             return self._noted(text_prompt(text))
         wrap = self.completion_to_prompt or default_completion_to_prompt
-        if self.metadata.is_chat_model and wrap is default_completion_to_prompt:
+        if (
+            self.chat_template
+            and wrap is default_completion_to_prompt
+            and self.metadata.is_chat_model
+            and not holds_markup(self.engine.lm.text, segments_of(text, "text"))
+        ):
             # To a chat model, a bare text is what the user says.
             return self._chat_prompt([ChatMessage(role=MessageRole.USER, content=text)])
         return self._noted(wrapped_prompt(text, lambda bare: self._extend_prompt(wrap(bare))))
@@ -230,7 +245,7 @@ class PromptCacheLLM(AutoMap, CachedLLM):
         return self._noted(chat_prompt(self._lazy, messages, to_prompt, tools))
 
     def _noted(self, prompt: Prompt) -> Prompt:
-        return note_documents(self.engine, CAPTURE, prompt)
+        return note_documents(self.engine, prompt)
 
     def _pieces(self, call: Call, piece: Callable[[Chunk], _R]) -> Generator[_R, None, None]:
         chunks = self.engine.stream(call.prompt, call.params, reuse=call.reuse)

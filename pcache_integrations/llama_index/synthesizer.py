@@ -29,7 +29,6 @@ from llama_index.core.types import RESPONSE_TEXT_TYPE
 
 from pcache_core.errors import OptionError
 from pcache_integrations.llama_index._room import room_for_context
-from pcache_integrations.llama_index._sources import owner_of
 
 _logger = logging.getLogger(__name__)
 
@@ -204,7 +203,7 @@ def _block(scored: NodeWithScore, text: str) -> NodeWithScore:
 def _place_in_corpus(scored: NodeWithScore) -> tuple[str, int, str]:
     node = scored.node
     start = getattr(node, "start_char_idx", None)
-    return owner_of(node).document_id, start or 0, node.node_id
+    return node.ref_doc_id or node.node_id, start or 0, node.node_id
 
 
 def _joined(texts: Sequence[str]) -> str:

@@ -17,10 +17,11 @@ import torch
 import tiny_models
 from pcache_core import CausalLM
 from pcache_core.errors import RequestCancelledError
-from pcache_core.lm import Batch
-from pcache_core.lm.forward_queue import ForwardQueue, _shares
+from pcache_core.lm import Batch, Span
+from pcache_core.lm.forward_queue import ForwardQueue
 
 TOLERANCE = 1e-4
+PART = 512
 
 
 @pytest.fixture
@@ -93,6 +94,9 @@ class Threads:
         self._threads.append(threading.Thread(target=work))
         self._threads[-1].start()
 
+    def __len__(self) -> int:
+        return len(self._threads)
+
     def join(self) -> list[object]:
         for thread in self._threads:
             thread.join(20)
@@ -120,28 +124,73 @@ def test_requests_in_one_forward_get_the_logits_of_a_plain_forward(
         assert (logits - plain(name, token_ids)).abs().max() < TOLERANCE
 
 
-@pytest.mark.parametrize("cuts", [(1,), (20,), (39,), (5, 5, 5)])
+@pytest.mark.parametrize("most", [64, 128])
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_a_batch_in_parts_gives_the_logits_and_attention_of_the_whole(
-    tiny_lm: Callable[..., CausalLM], name: str, cuts: tuple[int, ...]
+    tiny_lm: Callable[..., CausalLM], name: str, most: int
 ) -> None:
     lm = tiny_lm(name, seed=3)
-    token_ids, rows = ids(4, 40), range(40)
-    at_once = Batch.of_rows(lm.new_slot(40), token_ids, rows, rows, range(37, 40))
+    count = 200
+    token_ids, rows = ids(4, count), range(count)
+    watched = range(count - 70, count)  # begins in the part before the last
+    at_once = Batch.of_rows(lm.new_slot(count), token_ids, rows, rows, watched)
     lm.forward(at_once)
-    rest = Batch.of_rows(lm.new_slot(40), token_ids, rows, rows, range(37, 40))
-    for cut in cuts:
-        head, rest = rest.split(cut)
-        lm.forward(head)
-    logits = lm.forward(rest)
+    in_parts = Batch.of_rows(lm.new_slot(count), token_ids, rows, rows, watched)
+    parts = in_parts.parts(most)
+    assert len(parts) > 1
+    for part in parts:
+        logits = lm.forward(part)
     assert (logits - plain(name, token_ids)).abs().max() < TOLERANCE
-    torch.testing.assert_close(rest.attention, at_once.attention)
-    assert float(rest.attention.sum()) > 1
+    torch.testing.assert_close(in_parts.attention, at_once.attention)
+    assert float(in_parts.attention.sum()) > 1
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [
+        (1, [1]),
+        (512, [512]),
+        (575, [575]),  # 63 tokens are no part of their own
+        (576, [512, 64]),
+        (900, [512, 388]),
+        (1087, [512, 575]),
+        (1300, [512, 512, 276]),
+    ],
+)
+def test_a_prompt_is_cut_at_multiples_from_its_first_token(
+    lm: CausalLM, tokens: int, expected: list[int]
+) -> None:
+    slot = lm.new_slot(tokens + 100)
+    rows = range(100, 100 + tokens)  # behind a prefix
+    batch = Batch.of_rows(slot, [7] * tokens, rows, rows)
+    parts = batch.parts(PART)
+    assert [part.num_tokens for part in parts] == expected
+    assert torch.cat([part.rows for part in parts]).tolist() == list(rows)
+
+
+@pytest.mark.parametrize(
+    ("spans", "expected"),
+    [
+        ([200, 200, 200], [400, 200]),
+        ([100, 512], [100, 512]),
+        ([100, 900], [100, 512, 388]),  # not 512, 488: cut as if it were alone
+        ([300, 1000, 20], [300, 512, 508]),
+        ([10] * 60, [510, 90]),
+    ],
+)
+def test_what_is_encoded_is_cut_as_if_each_module_were_alone(
+    lm: CausalLM, spans: list[int], expected: list[int]
+) -> None:
+    total = sum(spans)
+    ends = [sum(spans[: i + 1]) for i in range(len(spans))]
+    pieces = [Span(e - n, e, ((e - n, e),)) for n, e in zip(spans, ends, strict=True)]
+    batch = Batch(lm.new_slot(total), [7] * total, range(total), range(total), pieces)
+    assert [part.num_tokens for part in batch.parts(PART)] == expected
 
 
 def test_what_waits_is_computed_together(lm: CausalLM) -> None:
     compute = Recorded(lm)
-    queue = ForwardQueue(compute, joins)
+    queue = ForwardQueue(compute, joins, PART)
     texts = [ids(seed, 5 + seed) for seed in range(6)]
     compute.may_go.clear()
     threads = Threads()
@@ -158,8 +207,8 @@ def test_what_waits_is_computed_together(lm: CausalLM) -> None:
 
 def test_steps_go_on_while_a_long_prompt_is_read(lm: CausalLM) -> None:
     compute = Recorded(lm)
-    queue = ForwardQueue(compute, joins)
-    long_ids = [int(token) for token in torch.arange(3000) % 250 + 3]
+    queue = ForwardQueue(compute, joins, PART)
+    long_ids = [int(token) for token in torch.arange(6000) % 250 + 3]
     rows = range(len(long_ids))
     running = whole(lm, ids(1, 4))
     queue.run(running)
@@ -176,7 +225,7 @@ def test_steps_go_on_while_a_long_prompt_is_read(lm: CausalLM) -> None:
     steps = [index for index, sizes in enumerate(compute.sizes) if 1 in sizes]
     ended = max(index for index, sizes in enumerate(compute.sizes) if max(sizes) > 1)
     assert steps[-1] < ended, "the answer was held up until the long prompt was read"
-    assert max(max(sizes) for sizes in compute.sizes) <= 2048
+    assert max(sum(sizes) for sizes in compute.sizes) <= PART + 1
     assert sum(size for sizes in compute.sizes for size in sizes) == len(long_ids) + 4
 
 
@@ -187,7 +236,7 @@ def _steps(queue: ForwardQueue, slot: object, count: int) -> None:
 
 def test_what_fails_fails_alone(lm: CausalLM) -> None:
     compute = Recorded(lm)
-    queue = ForwardQueue(compute, joins)
+    queue = ForwardQueue(compute, joins, PART)
     texts = [ids(1, 11), ids(2, 13), ids(3, 17)]
     compute.refused_length = 17  # neither the first of those that share a forward nor alone
     compute.may_go.clear()
@@ -205,7 +254,7 @@ def test_what_fails_fails_alone(lm: CausalLM) -> None:
 
 def test_a_prompt_that_nobody_waits_for_is_given_up_between_its_parts(lm: CausalLM) -> None:
     compute = Recorded(lm)
-    queue = ForwardQueue(compute, joins)
+    queue = ForwardQueue(compute, joins, PART)
     long_ids = [int(token) for token in torch.arange(5000) % 250 + 3]
     rows = range(len(long_ids))
     batch = Batch.of_rows(lm.new_slot(len(long_ids)), long_ids, rows, rows)
@@ -214,7 +263,7 @@ def test_a_prompt_that_nobody_waits_for_is_given_up_between_its_parts(lm: Causal
         pytest.raises(RequestCancelledError),
     ):
         queue.run(batch)
-    assert compute.sizes == [[2048]]
+    assert compute.sizes == [[PART]]
     # The next one is served as if nothing had been.
     logits = queue.run(whole(lm, ids(1, 9)))
     assert (logits - plain("llama", ids(1, 9))).abs().max() < TOLERANCE
@@ -222,7 +271,7 @@ def test_a_prompt_that_nobody_waits_for_is_given_up_between_its_parts(lm: Causal
 
 def test_an_interrupt_while_waiting_leaves_the_queue_to_the_others(lm: CausalLM) -> None:
     compute = Recorded(lm)
-    queue = ForwardQueue(compute, joins)
+    queue = ForwardQueue(compute, joins, PART)
     compute.may_go.clear()
     threads = Threads()
     threads.start(partial(queue.run, whole(lm, ids(1, 9))))
@@ -261,7 +310,7 @@ def test_a_request_that_is_interrupted_leaves_only_when_no_forward_writes_to_its
         assert may_end[call].wait(20)
         return [torch.zeros(1) for _ in batches]
 
-    queue = ForwardQueue(compute, joins)
+    queue = ForwardQueue(compute, joins, PART)
     threads = Threads()
     threads.start(partial(queue.run, whole(lm, ids(1, 9))))
     assert begun[0].wait(20)
@@ -290,30 +339,50 @@ def test_a_request_that_is_interrupted_leaves_only_when_no_forward_writes_to_its
     threads.join()
 
 
-def test_beside_running_answers_a_prompt_is_read_in_parts_of_limited_time(lm: CausalLM) -> None:
+def test_the_parts_of_a_prompt_do_not_depend_on_time_or_on_others(lm: CausalLM) -> None:
     sizes: list[list[int]] = []
+    waits = iter([0.2, 0, 0.05] * 10)
 
     def compute(batches: Sequence[Batch]) -> list[torch.Tensor]:
         sizes.append([batch.num_tokens for batch in batches])
-        time.sleep(sum(sizes[-1]) / 2000)  # a model that reads 2,000 tokens a second
+        time.sleep(next(waits))
         return [torch.zeros(1) for _ in batches]
 
-    queue = ForwardQueue(compute, joins)
-    queue.run(whole(lm, ids(1, 400)))
-    running = whole(lm, ids(1, 4))
+    queue = ForwardQueue(compute, joins, PART)
+    long = whole(lm, [7] * 1300)
+    queue.run(long)
+    assert sizes == [[512], [512], [276]]
+    sizes.clear()
     threads = Threads()
+    threads.start(lambda: queue.run(whole(lm, [7] * 1299)))
+    wait_until(lambda: bool(sizes))
+    threads.start(lambda: queue.run(whole(lm, [7] * 400)))
+    running = whole(lm, ids(1, 4))
     threads.start(lambda: _steps(queue, running.slot, 4))
-    long_ids = [int(token) for token in torch.arange(1500) % 250 + 3]
-    threads.start(lambda: queue.run(whole(lm, long_ids)))
     threads.join()
-    beside = [max(each) for each in sizes if 1 in each and len(each) > 1]
-    assert beside
-    assert max(beside) <= 2000 * 0.3
+    parts = [size for each in sizes for size in each if size > 1]
+    assert sorted(parts) == [275, 400, 512, 512]
+
+
+def test_long_prompts_take_turns_and_a_short_one_waits_for_one_turn_of_each(
+    lm: CausalLM,
+) -> None:
+    compute = Recorded(lm)
+    queue = ForwardQueue(compute, joins, PART)
+    compute.may_go.clear()
+    threads = Threads()
+    for tokens in (1100, 1101, 100, 1102, 101):
+        threads.start(partial(queue.run, whole(lm, [7] * tokens)))
+        wait_until(lambda: len(queue._waiting) == len(threads))
+    compute.may_go.set()
+    threads.join()
+    # The first was on its way before the others came. Both short ones fit one forward.
+    assert compute.sizes == [[512], [512], [100, 101], [512], [512], [512], [512], [76, 77, 78]]
 
 
 def test_what_may_not_join_runs_whole_and_alone(lm: CausalLM) -> None:
     compute = Recorded(lm)
-    queue = ForwardQueue(compute, lambda batch: batch.num_tokens != 13)
+    queue = ForwardQueue(compute, lambda batch: batch.num_tokens != 13, PART)
     compute.may_go.clear()
     threads = Threads()
     for count in (13, 11, 13, 17):
@@ -324,20 +393,3 @@ def test_what_may_not_join_runs_whole_and_alone(lm: CausalLM) -> None:
     threads.join()
     assert compute.sizes.count([13]) == 2
     assert sum(map(sum, compute.sizes)) == 54
-
-
-@pytest.mark.parametrize(
-    ("sizes", "budget", "expected"),
-    [
-        ([100], 2048, [100]),
-        ([5000], 2048, [2048]),
-        ([5000, 10], 512, [502, 10]),
-        ([400, 400], 512, [256, 256]),
-        ([1000] * 10, 512, [64] * 8 + [0, 0]),
-        ([], 512, []),
-    ],
-)
-def test_shares_of_a_forward_are_equal_and_leave_nothing_over(
-    sizes: list[int], budget: int, expected: list[int]
-) -> None:
-    assert _shares(sizes, budget) == expected

@@ -14,7 +14,8 @@ from pcache_integrations.cli import app
 
 
 def run(*arguments: str) -> str:
-    result = CliRunner().invoke(app, ["eval", *arguments])
+    named = () if "--model" in arguments else ("--model", "builtin:tiny-rag")
+    result = CliRunner().invoke(app, ["eval", *named, *arguments])
     if result.exception is not None:
         raise result.exception
     return result.stdout

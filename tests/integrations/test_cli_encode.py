@@ -29,6 +29,7 @@ from pcache_integrations.cli import app
 from redis_server import Server
 
 ROOT = Path(__file__).parents[1]
+TINY = ("--model", "builtin:tiny-rag")
 
 ASK = """
 import json, sys
@@ -99,7 +100,7 @@ def ask(integration: str, store: str) -> dict[str, Any]:
 
 def encode(*arguments: str | Path, status: int = 0) -> dict[str, Any]:
     """The report, as JSON, of a command in this process."""
-    done = CliRunner().invoke(app, ["encode", *map(str, arguments), "--json"])
+    done = CliRunner().invoke(app, ["encode", *TINY, *map(str, arguments), "--json"])
     if not isinstance(done.exception, SystemExit | None):
         raise done.exception
     assert done.exit_code == status, done.stderr
@@ -133,7 +134,7 @@ def redis_url(tmp_path: Path) -> Iterator[str]:
 def states(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that a process of its own has filled; it prints its report and nothing else."""
     folder = tmp_path_factory.mktemp("store") / "states"
-    done = pcache("encode", texts, "--store", folder)
+    done = pcache("encode", *TINY, texts, "--store", folder)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("8 of 8 texts encoded (")
     assert done.stdout.count("\n") == 1
@@ -214,7 +215,7 @@ def test_a_text_too_long_is_named_and_left_out(texts: Path, tmp_path: Path) -> N
     figures = encode(*arguments, status=1)
     assert figures["left_out"] == [str(tmp_path / "long.txt")]
     assert figures["encoded"] == 1
-    again = CliRunner().invoke(app, ["encode", *map(str, arguments)])
+    again = CliRunner().invoke(app, ["encode", *TINY, *map(str, arguments)])
     assert f"for the model (2,048 tokens): {tmp_path / 'long.txt'}; split" in again.stderr
 
 
@@ -233,7 +234,7 @@ def test_a_model_that_has_no_states_ahead_of_time_is_no_success(
 def test_a_bar_shows_progress_on_a_terminal_and_none_elsewhere(texts: Path, tmp_path: Path) -> None:
     terminal, stderr = os.openpty()
     termios.tcsetwinsize(stderr, (24, 100))
-    command = ["encode", str(texts), "--store", str(tmp_path / "s"), "--json"]
+    command = ["encode", *TINY, str(texts), "--store", str(tmp_path / "s"), "--json"]
     done = subprocess.run(
         [sys.executable, "-c", MAIN, *command],
         env=environment(),
@@ -278,7 +279,7 @@ def test_ctrl_c_leaves_whole_states_and_the_next_run_encodes_only_what_is_missin
         "\n".join(json.dumps(f"File {n}. " + " ".join(DOCUMENTS)) for n in range(MANY))
     )
     folder = tmp_path / "states"
-    command = ["encode", str(tmp_path / "many.jsonl"), "--store", str(folder)]
+    command = ["encode", *TINY, str(tmp_path / "many.jsonl"), "--store", str(folder)]
     done_before = 0
     for more in (3, 40):
         process = subprocess.Popen(

@@ -6,12 +6,10 @@ import asyncio
 import random
 import statistics
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import pytest
 from langchain_core.callbacks import CallbackManagerForRetrieverRun
 from langchain_core.documents import Document
 from langchain_core.prompts import PromptTemplate
@@ -21,9 +19,7 @@ from langchain_core.runnables import Runnable
 from corpus import QUESTIONS, TEMPLATE
 from langchain_chains import RecordingLLM, documents_of, join, rag_chain, text_of
 from pcache_core import CausalLM, PromptCacheEngine, Report
-from pcache_integrations._mapping import DocumentIndex
 from pcache_integrations.langchain import PromptCacheLLM
-from pcache_integrations.langchain._provenance import PROVENANCE
 
 _CALLS = 2_000
 _AT_ONCE = 250  # the engine keeps the reports of 256
@@ -90,12 +86,6 @@ def ask_in_tasks(chain: Any, questions: list[str]) -> None:
     asyncio.run(ask())
 
 
-@pytest.fixture(autouse=True)
-def _nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(PROVENANCE, "documents", DocumentIndex())
-    monkeypatch.setattr(PROVENANCE, "_layouts", OrderedDict())
-
-
 def test_every_call_is_mapped_to_its_own_documents(tiny_lm: Callable[..., CausalLM]) -> None:
     engine = PromptCacheEngine(tiny_lm("llama"), reuse="fast")
     chain = chain_of(PromptCacheLLM(engine=engine, max_tokens=1))
@@ -125,7 +115,7 @@ def test_every_call_is_mapped_to_its_own_documents(tiny_lm: Callable[..., Causal
 
 
 def test_watching_and_mapping_a_call_takes_less_than_five_milliseconds() -> None:
-    llm = PromptCacheLLM(max_tokens=1)
+    llm = PromptCacheLLM(model="builtin:tiny-rag", max_tokens=1)
     llm.engine  # noqa: B018 (loads the model)
     recorder = RecordingLLM()
     chain = rag_chain(PromptTemplate.from_template(TEMPLATE), recorder)

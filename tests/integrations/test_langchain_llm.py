@@ -80,14 +80,17 @@ class TestOptions:
             PromptCacheLLM(engine=engine, model="other")
 
     def test_models_with_equal_options_share_one_engine(self) -> None:
-        one, two = PromptCacheLLM(), PromptCacheLLM(reuse="off", max_tokens=3)
+        one, two = (
+            PromptCacheLLM(model="builtin:tiny-rag"),
+            PromptCacheLLM(model="builtin:tiny-rag", reuse="off", max_tokens=3),
+        )
         assert one.engine is two.engine
-        other = PromptCacheLLM(namespace="apart")
+        other = PromptCacheLLM(model="builtin:tiny-rag", namespace="apart")
         assert other.engine is not one.engine
         assert other.engine.lm is one.engine.lm
 
     def test_an_engine_that_nobody_uses_is_freed(self) -> None:
-        llm = PromptCacheLLM(namespace="short-lived", max_tokens=2)
+        llm = PromptCacheLLM(model="builtin:tiny-rag", namespace="short-lived", max_tokens=2)
         llm.invoke("Hello")
         engine = weakref.ref(llm.engine)
         del llm
@@ -95,7 +98,7 @@ class TestOptions:
         assert engine() is None
 
     def test_copies_share_the_engine(self) -> None:
-        llm = PromptCacheLLM(namespace="copies", max_tokens=2)
+        llm = PromptCacheLLM(model="builtin:tiny-rag", namespace="copies", max_tokens=2)
         assert copy.deepcopy(llm).engine is llm.engine
         assert llm.model_copy(update={"max_tokens": 3}).engine is llm.engine
         field = ConfigurableField(id="temperature")
@@ -116,7 +119,7 @@ class TestOptions:
         )
 
     def test_threads_get_one_engine(self) -> None:
-        llm = PromptCacheLLM()
+        llm = PromptCacheLLM(model="builtin:tiny-rag")
         engines: list[PromptCacheEngine] = []
         threads = [threading.Thread(target=lambda: engines.append(llm.engine)) for _ in range(4)]
         for thread in threads:
@@ -243,7 +246,7 @@ class TestGeneration:
 
 class TestCacheDocuments:
     def test_cached_documents_are_reused_by_the_first_question(self) -> None:
-        llm = PromptCacheLLM(max_tokens=8)
+        llm = PromptCacheLLM(model="builtin:tiny-rag", max_tokens=8)
         report = llm.cache_documents(
             [Document(text, id=f"d{n}") for n, text in enumerate(DOCUMENTS)], progress=False
         )
@@ -255,7 +258,7 @@ class TestCacheDocuments:
         assert first.encoded_tokens == 0
 
     def test_strings_are_documents_and_are_recognised_in_flat_text(self) -> None:
-        llm = PromptCacheLLM(max_tokens=1)
+        llm = PromptCacheLLM(model="builtin:tiny-rag", max_tokens=1)
         text = "Nobody has been told: Vantage sells umbrellas. Vantage is run by Ann Nash."
         llm.cache_documents([f"\n{text} "], progress=False)
         llm.invoke(f"Read this.\n\n{text}\n\nQuestion: What?\nAnswer:")
@@ -329,27 +332,3 @@ class TestStreaming:
         # A blocked loop ticks once or twice in all.
         assert during_invoke > 40
         assert ticks > 40
-
-
-class TestRecurringText:
-    def test_it_can_be_turned_off(self, engine: PromptCacheEngine) -> None:
-        llm = PromptCacheLLM(engine=engine, max_tokens=1, recurring_text=False)
-        block = "Nobody has been told that the ferry to Obnet leaves at nine."
-        for number in range(3):
-            llm.invoke(f"Read these lines.\n\n{block}\n\nWho is number {number}?")
-        assert [part.kind for part in engine.reports[-1].segments] == ["text"]
-
-    def test_answers_stay_the_same_when_text_has_come_back(self, engine: PromptCacheEngine) -> None:
-        llm = PromptCacheLLM(engine=engine, max_tokens=8, reuse="exact")
-        context = f"{DOCUMENTS[6]}\n\n{DOCUMENTS[2]}"
-        text = TEMPLATE.replace("Answer the", "Now answer the").format(
-            context=context, question=QUESTION
-        )
-        (first,) = llm.generate([text], logprobs=0).generations[0]
-        for _ in range(2):
-            (again,) = llm.generate([text], logprobs=0).generations[0]
-        assert "document" in {part.kind for part in engine.reports[-1].segments}
-        assert again.text == first.text
-        assert again.generation_info["logprobs"]["token_logprobs"] == pytest.approx(
-            first.generation_info["logprobs"]["token_logprobs"], abs=1e-4
-        )

@@ -115,7 +115,7 @@ class TestTools:
         assert [call["name"] in ("weather", "Clock") for call in answer.tool_calls] == [True]
 
     def test_the_models_own_stop_strings_cut_no_demanded_answer(self) -> None:
-        chat = ChatPromptCache(stop=["\n", "{"], max_tokens=200)
+        chat = ChatPromptCache(model="builtin:tiny-rag", stop=["\n", "{"], max_tokens=200)
         called = chat.bind_tools([weather], tool_choice="any").invoke("How is it in Oslo?")
         assert [call["name"] for call in called.tool_calls] == ["weather"]
         Clock.model_validate(chat.with_structured_output(Clock).invoke("Now?").model_dump())

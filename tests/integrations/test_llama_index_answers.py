@@ -14,7 +14,7 @@ from pcache_core import PromptCacheEngine
 from pcache_integrations._engines import load_lm
 from pcache_integrations.llama_index import PromptCacheLLM
 
-pytestmark = pytest.mark.usefixtures("closed_loops", "nothing_captured")
+pytestmark = pytest.mark.usefixtures("closed_loops")
 
 
 @pytest.fixture(scope="module")

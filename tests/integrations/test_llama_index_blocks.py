@@ -19,15 +19,13 @@ from llama_index.core.prompts import ChatPromptTemplate
 
 import chat_templates
 import tiny_models
-from corpus import DOCUMENTS
 from llama_index_parts import chat_lm, text_of
 from pcache_core import CausalLM, PromptCacheEngine, PromptError
 from pcache_integrations.llama_index import PromptCacheLLM
 
-pytestmark = pytest.mark.usefixtures("nothing_captured")
-
 POINT = CachePoint(cache_control=CacheControl(type="ephemeral"))
-ONE, TWO = DOCUMENTS[0], DOCUMENTS[1]
+ONE = "The harbour of Blockhaven was closed in 1907, and its lighthouse was sold to a baker."
+TWO = "The baker of Blockhaven kept geese in the lighthouse, which the council put up with."
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ from pcache_core import CausalLM, Grammar, OptionError, PromptCacheEngine
 from pcache_integrations._engines import load_lm
 from pcache_integrations.llama_index import PromptCacheLLM
 
-pytestmark = pytest.mark.usefixtures("closed_loops", "nothing_captured")
+pytestmark = pytest.mark.usefixtures("closed_loops")
 
 TEXT = f"{OPENING}{DOCUMENTS[6]}\n\nQuestion: Where was Jerome Fertden born?\nAnswer:"
 MESSAGES = [ChatMessage("Be brief.", role="system"), ChatMessage(TEXT)]

@@ -27,8 +27,6 @@ from pcache_core import MemoryStore, OptionError, PromptCacheEngine
 from pcache_integrations._engines import load_lm
 from pcache_integrations.llama_index import PromptCacheLLM, PromptCachePrecompute
 
-pytestmark = pytest.mark.usefixtures("nothing_captured")
-
 EMBEDDING = MockEmbedding(embed_dim=2)
 QUESTION = "What does Monddyne make?"
 
@@ -274,7 +272,7 @@ class TestWorkers:
     def test_with_a_folder_the_workers_encode(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        llm = PromptCacheLLM(store=str(tmp_path / "states"), max_tokens=4)
+        llm = PromptCacheLLM(model="builtin:tiny-rag", store=str(tmp_path / "states"), max_tokens=4)
         steps = self.steps(PromptCachePrecompute(llm))
         with monkeypatch.context() as patch:
             patch.setattr(PromptCachePrecompute, "catch_up", lambda self, nodes: None)

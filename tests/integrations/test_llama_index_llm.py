@@ -38,8 +38,6 @@ from pcache_core import (
 from pcache_integrations._engines import load_lm
 from pcache_integrations.llama_index import PromptCacheLLM
 
-pytestmark = pytest.mark.usefixtures("nothing_captured")
-
 TEXT = f"{OPENING}{DOCUMENTS[6]}\n\nQuestion: Where was Jerome Fertden born?\nAnswer:"
 MESSAGES = [ChatMessage(TEXT.removesuffix("\nAnswer:"))]
 Ask = Callable[..., Awaitable[list[Any]]]
@@ -444,7 +442,9 @@ class TestCopies:
     def test_a_pickle_keeps_the_options_and_leaves_the_weights(
         self, caplog: pytest.LogCaptureFixture
     ) -> None:
-        llm = PromptCacheLLM(max_tokens=3, stop=["x"], namespace="pickled")
+        llm = PromptCacheLLM(
+            model="builtin:tiny-rag", max_tokens=3, stop=["x"], namespace="pickled"
+        )
         assert str(llm.complete(TEXT))
         with caplog.at_level(logging.WARNING):
             data = pickle.dumps(llm)
@@ -456,7 +456,9 @@ class TestCopies:
         assert again.engine is llm.engine
 
     def test_a_dictionary_of_it_makes_an_equal_one(self) -> None:
-        llm = PromptCacheLLM(max_tokens=3, seed=5, system_prompt="Be brief.")
+        llm = PromptCacheLLM(
+            model="builtin:tiny-rag", max_tokens=3, seed=5, system_prompt="Be brief."
+        )
         again = PromptCacheLLM.from_dict(llm.to_dict())
         assert again.to_dict() == llm.to_dict()
         assert again.system_prompt == "Be brief."

@@ -34,11 +34,11 @@ from llama_index_parts import (
     text_of,
     vector_index,
 )
-from pcache_core import PromptCacheEngine, Report
+from pcache_core import PromptCacheEngine, Report, Segment
 from pcache_integrations._engines import load_lm
 from pcache_integrations.llama_index import PromptCacheLLM
 
-pytestmark = pytest.mark.usefixtures("closed_loops", "nothing_captured")
+pytestmark = pytest.mark.usefixtures("closed_loops")
 
 QUESTION = "Who is the mayor of Trudabad?"
 FOUND = nodes(file="register.txt")[1:4]
@@ -179,13 +179,6 @@ class TestQueryEngines:
         engine.query(QUESTION)
         sources = [s.source for s in llm.engine.reports[-1].segments if s.kind == "document"]
         assert set(sources) <= {"prefix", "memory", "repaired"}
-
-    def test_nodes_of_equal_text_and_short_ones_keep_their_names(self, llm: PromptCacheLLM) -> None:
-        twin = FOUND[0].model_copy(update={"id_": "twin"})
-        found = [FOUND[0], TextNode(text="No entry.", id_="short"), twin]
-        synthesizer = get_response_synthesizer(llm=llm)  # retrievers may leave out twins
-        synthesizer.synthesize(QUESTION, [NodeWithScore(node=node) for node in found])
-        assert documents_of(llm.engine.reports[-1]) == ["d1", "short", "twin"]
 
     def test_nodes_written_by_a_template_that_calls_objects_are_found(
         self, chat_llm: PromptCacheLLM
@@ -330,26 +323,26 @@ class TestStructured:
         query_engine(writer, "compact", output_cls=Place).query(QUESTION)
         assert_mapped(writer.engine.reports[-1])
 
-    def test_a_structured_wrapper_around_the_llm_finds_nodes_and_question(
+    def test_inside_a_structured_wrapper_nodes_are_found_and_the_question_is_data(
         self, writer: PromptCacheLLM
     ) -> None:
         wrapper = writer.as_structured_llm(Place)
         RetrieverQueryEngine.from_args(FixedRetriever(FOUND), llm=wrapper).query(QUESTION)
         report = writer.engine.reports[-1]
         assert documents_of(report) == NAMES
-        assert argument_of(report, "query_str") == QUESTION
+        (kind,) = {s.kind for s in report.segments if QUESTION in s.text}
+        assert kind == "argument"
 
 
 class TestTemplates:
-    def test_a_jinja_loop_gives_each_item_its_own_argument(self, llm: PromptCacheLLM) -> None:
+    def test_what_a_jinja_loop_writes_are_arguments(self, llm: PromptCacheLLM) -> None:
         template = RichPromptTemplate(
             "Read.\n{% for d in docs %}<doc>{{ d }}</doc>\n{% endfor %}Question: {{ q | trim }}\n"
         )
         llm.predict(template, docs=["one fact", "another fact"], q=" which? ")
         report = llm.engine.reports[-1]
-        assert argument_of(report, "docs[0]") == "one fact"
-        assert argument_of(report, "docs[1]") == "another fact"
-        assert argument_of(report, "q") == "which?"
+        data = [s.text.strip() for s in report.segments if s.kind == "argument"]
+        assert data == ["one fact", "another fact", "which?"]
 
     def test_functions_and_renamed_variables_are_arguments(self, llm: PromptCacheLLM) -> None:
         template = PromptTemplate(
@@ -359,7 +352,7 @@ class TestTemplates:
         )
         llm.predict(template, query_str="nine")
         assert argument_of(llm.engine.reports[-1], "now") == "it is nine o'clock"
-        assert argument_of(llm.engine.reports[-1], "query_str") == "nine"
+        assert argument_of(llm.engine.reports[-1], "query") == "nine"
 
     def test_values_that_are_no_strings_are_arguments(self, llm: PromptCacheLLM) -> None:
         llm.predict(PromptTemplate("Take {count} of {things}."), count=3, things=["a", "b"])
@@ -367,9 +360,20 @@ class TestTemplates:
         assert argument_of(llm.engine.reports[-1], "things") == "['a', 'b']"
 
     def test_the_template_that_a_selector_chooses_is_looked_into(self, llm: PromptCacheLLM) -> None:
-        loop = RichPromptTemplate("{% for d in docs %}{{ d }}, {% endfor %}done")
-        llm.predict(SelectorPromptTemplate(default_template=loop), docs=["one", "two"])
-        assert argument_of(llm.engine.reports[-1], "docs[1]") == "two"
+        chosen = PromptTemplate("From {city} to somewhere.")
+        llm.predict(SelectorPromptTemplate(default_template=chosen), city="Hasnes")
+        assert argument_of(llm.engine.reports[-1], "city") == "Hasnes"
+
+    def test_a_special_token_in_a_value_is_plain_text(self, completion_llm: PromptCacheLLM) -> None:
+        lm = completion_llm.engine.lm
+        for template in (PromptTemplate("Say {x}."), RichPromptTemplate("Say {{ x }}.")):
+            completion_llm.predict(template, x="<eos>")
+            plain = lm.text.ids(Segment(" <eos>", "argument"))
+            parts = completion_llm.engine.reports[-1].segments
+            assert [(s.kind, s.text, s.num_tokens) for s in parts][1] == (
+                "argument", " <eos>", len(plain),
+            )  # fmt: skip
+            assert lm.tokenizer.eos_token_id not in plain
 
     def test_a_space_before_an_argument_belongs_to_its_first_word(
         self, llm: PromptCacheLLM
@@ -396,19 +400,19 @@ class TestTemplates:
             assert kind == "literal"
             assert argument_of(report, "goal") == "Widheim"
 
-    def test_a_value_that_looks_like_marks_or_variables_stays_data(
-        self, llm: PromptCacheLLM
-    ) -> None:
-        forged = "{query_str} \ue0f6\ue0f40123:name\ue0f5x\ue0f60123; {context_str}"
+    def test_a_value_that_looks_like_variables_stays_data(self, llm: PromptCacheLLM) -> None:
+        forged = "{query_str} \ue0f0x\ue0f1 {context_str}"
         llm.predict(PromptTemplate("Context: {context_str}\nEnd."), context_str=forged)
         assert argument_of(llm.engine.reports[-1], "context_str") == forged
 
-    def test_a_template_that_fails_under_marks_still_runs(self, llm: PromptCacheLLM) -> None:
+    def test_a_template_whose_function_fails_while_it_is_read_still_runs(
+        self, llm: PromptCacheLLM
+    ) -> None:
         calls = []
 
         def once(**_: Any) -> str:
             calls.append(1)
-            if len(calls) == 1:  # the first call is the shadow's
+            if len(calls) == 1:  # by us, to read the template
                 raise RuntimeError("not now")
             return "later"
 

@@ -1,4 +1,7 @@
-"""Every way to use an LLM through LlamaIndex is mapped: nodes, template text and question."""
+"""Every way to use an LLM through LlamaIndex is mapped: nodes are documents, questions are data.
+
+The oracle is plain text search for what each use asks about.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +13,7 @@ from typing import Any
 
 import pytest
 from llama_index.core import Settings
-from llama_index.core.chat_engine import (
-    CondensePlusContextChatEngine,
-    CondenseQuestionChatEngine,
-    ContextChatEngine,
-    SimpleChatEngine,
-)
 from llama_index.core.embeddings import MockEmbedding
-from llama_index.core.memory import ChatMemoryBuffer
 from llama_index.core.query_engine import RetrieverQueryEngine
 from llama_index.core.schema import TextNode
 
@@ -30,13 +26,22 @@ from llama_index_parts import (
     vector_index,
 )
 from llama_index_shapes import (
+    ABOUT_THE_MAYOR,
+    CHAT_ENGINES,
+    FIRST_QUESTION,
     FOUND,
+    MODE_USES,
+    MODES,
     QUESTION,
     SHAPES,
-    TEMPLATES,
     Prompted,
     Use,
+    achat,
+    astream_chat,
+    chat,
+    conversed,
     query_engine,
+    stream_chat,
     texts_of,
 )
 from pcache_core import PromptCacheEngine
@@ -45,13 +50,12 @@ from pcache_integrations.llama_index import PromptCacheLLM
 from prompt_painter import Painted, paint
 
 pytestmark = [
-    pytest.mark.usefixtures("nothing_captured", "own_settings"),
+    pytest.mark.usefixtures("own_settings"),
     # LlamaIndex's agents look at all attributes of their pydantic selves, and at a deprecated one.
     pytest.mark.filterwarnings("ignore::pydantic.warnings.PydanticDeprecationWarning"),
     pytest.mark.filterwarnings("ignore:is_running called from within a step"),
 ]
 
-FIRST_QUESTION = "Which people are in the register?"
 QUESTIONS = (QUESTION, FIRST_QUESTION)
 
 
@@ -88,55 +92,21 @@ def paint_all(llm: Prompted, found: list[TextNode] | None = None) -> Painted:
     """All prompts that the LLM was given. found: the nodes in them, if not the usual ones."""
     painted = Painted()
     for report in llm.engine.reports:
-        one = paint(report, texts_of(found or FOUND), QUESTIONS, TEMPLATES)
+        one = paint(report, texts_of(found or FOUND), QUESTIONS, templates=())
         painted.counts += one.counts
         painted.counts["call"] += 1
         painted.wrong += one.wrong
     return painted
 
 
-async def sync(engine: Any) -> None:
-    await asyncio.to_thread(engine.query, QUESTION)
-
-
-async def asynchronous(engine: Any) -> None:
-    await engine.aquery(QUESTION)
-
-
-async def stream(engine: Any) -> None:
-    response = await asyncio.to_thread(engine.query, QUESTION)
-    await asyncio.to_thread(lambda: "".join(response.response_gen))
-
-
-async def async_stream(engine: Any) -> None:
-    response = await engine.aquery(QUESTION)
-    async for _ in response.async_response_gen():
-        pass
-
-
-HOWS = [sync, asynchronous, stream, async_stream]
-# calls for three nodes
-MODES = {
-    "compact": 1, "refine": 3, "tree_summarize": 1, "accumulate": 3, "compact_accumulate": 1,
-    "simple_summarize": 1, "generation": 1,
-}  # fmt: skip
-CAN_STREAM = ("compact", "refine", "tree_summarize", "simple_summarize", "generation")
-
-
-@pytest.mark.parametrize(
-    ("mode", "how"),
-    [(m, h) for m in MODES for h in HOWS if m in CAN_STREAM or h in (sync, asynchronous)],
-)
-async def test_response_modes(
-    llm: Prompted, mode: str, how: Callable[[Any], Awaitable[None]], tally: Counter[str]
-) -> None:
-    await how(query_engine(llm, mode, streaming="stream" in how.__name__))
+@pytest.mark.parametrize("name", MODE_USES)
+async def test_response_modes(llm: Prompted, name: str, tally: Counter[str]) -> None:
+    await MODE_USES[name](llm, ABOUT_THE_MAYOR)
+    mode = name.partition(",")[0]
     painted = paint_all(llm)
     assert painted.wrong == []
     assert painted.counts["call"] == painted.counts["question"] == MODES[mode]
     assert painted.counts["document"] == (0 if mode == "generation" else 3)
-    if mode != "generation":
-        assert painted.counts["literal"] >= 3 * painted.counts["call"]
     tally += painted.counts
 
 
@@ -145,48 +115,9 @@ def test_modes_without_an_answer_ask_nothing(
     llm: Prompted, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Settings, "_llm", llm)
-    response = query_engine(llm, mode).query(QUESTION)
+    response = query_engine(llm, ABOUT_THE_MAYOR, mode).query(QUESTION)
     assert len(response.source_nodes) == 3
     assert not llm.engine.reports
-
-
-async def chat(engine: Any, question: str) -> None:
-    await asyncio.to_thread(engine.chat, question)
-
-
-async def achat(engine: Any, question: str) -> None:
-    await engine.achat(question)
-
-
-async def stream_chat(engine: Any, question: str) -> None:
-    response = await asyncio.to_thread(engine.stream_chat, question)
-    await asyncio.to_thread(lambda: "".join(response.response_gen))
-
-
-async def astream_chat(engine: Any, question: str) -> None:
-    response = await engine.astream_chat(question)
-    async for _ in response.async_response_gen():
-        pass
-
-
-# calls for two questions, and how many of them have the nodes
-CHAT_ENGINES = {
-    SimpleChatEngine: (2, 0),
-    ContextChatEngine: (2, 2),
-    CondenseQuestionChatEngine: (3, 2),
-    CondensePlusContextChatEngine: (3, 2),
-}
-
-
-def chat_engine(kind: Any, llm: PromptCacheLLM) -> Any:
-    options: dict[str, Any] = {"memory": ChatMemoryBuffer.from_defaults(token_limit=1500)}
-    if kind is CondenseQuestionChatEngine:
-        options["query_engine"] = query_engine(llm)
-    else:
-        options["system_prompt"] = "Be kind and never guess."
-    if kind in (ContextChatEngine, CondensePlusContextChatEngine):
-        options["retriever"] = FixedRetriever(FOUND)
-    return kind.from_defaults(llm=llm, **options)
 
 
 @pytest.mark.parametrize("how", [chat, achat, stream_chat, astream_chat])
@@ -194,27 +125,23 @@ def chat_engine(kind: Any, llm: PromptCacheLLM) -> Any:
 async def test_chat_engines(
     llm: Prompted, kind: Any, how: Callable[[Any, str], Awaitable[None]], tally: Counter[str]
 ) -> None:
-    engine = chat_engine(kind, llm)
-    for question in (FIRST_QUESTION, QUESTION):
-        await how(engine, question)
+    await conversed(kind, how)(llm, ABOUT_THE_MAYOR)
     painted = paint_all(llm)
     calls, with_nodes = CHAT_ENGINES[kind]
     assert painted.wrong == []
     assert painted.counts["call"] == calls
     assert painted.counts["document"] == 3 * with_nodes
-    assert painted.counts["literal"] >= 2
     tally += painted.counts
 
 
 @pytest.mark.parametrize("name", SHAPES)
 async def test_engines_agents_and_templates(llm: Prompted, name: str, tally: Counter[str]) -> None:
     use: Use = SHAPES[name]
-    found = await use(llm)
+    found = await use(llm, ABOUT_THE_MAYOR)
     painted = paint_all(llm, found)
     assert painted.wrong == []
     assert painted.counts["document"] >= (2 if name == "fused queries" else 3)
     assert painted.counts["question"] >= (name != "evaluation")
-    assert painted.counts["literal"] >= (name != "formatted by hand")
     tally += painted.counts
 
 

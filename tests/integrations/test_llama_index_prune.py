@@ -1,4 +1,4 @@
-"""States and texts of nodes that are gone: nobody says so, `prune` and `release_doc` find out."""
+"""States and texts of nodes that are gone: nobody says so, `prune` finds out."""
 
 from __future__ import annotations
 
@@ -43,10 +43,9 @@ from corpus import DOCUMENTS
 from pcache_core import OptionError, PromptCacheEngine, Segment, StoreError
 from pcache_core.passage import Passage
 from pcache_integrations._engines import load_lm
-from pcache_integrations.llama_index import PromptCacheLLM, _handlers
-from pcache_integrations.llama_index._known import known_texts
+from pcache_integrations.llama_index import PromptCacheLLM
 
-pytestmark = pytest.mark.usefixtures("nothing_captured", "closed_loops")
+pytestmark = pytest.mark.usefixtures("closed_loops")
 
 EMBEDDING = MockEmbedding(embed_dim=2)
 
@@ -82,76 +81,6 @@ def stored(llm: PromptCacheLLM, *some: BaseNode) -> list[bool]:
     return [library.contains(library.key(text.bos_ids, Passage(own), 0)) for own in ids]
 
 
-class TestRelease:
-    def test_its_own_texts_go_and_shared_texts_stay(self, llm: PromptCacheLLM) -> None:
-        llm.cache_documents(nodes(), progress=False)
-        before = llm.engine.stats().nbytes
-        report = llm.release_doc("doc0")  # n0, whose text doc3 has as well, and n1
-        assert (report.states, report.kept) == (1, 2)
-        assert stored(llm, *nodes()[:3]) == [True, False, True]
-        assert before is not None
-        assert report.freed_bytes == before - (llm.engine.stats().nbytes or 0) > 0
-        assert llm.release_doc("doc3").states == 2  # the text is nobody else's any more
-        assert stored(llm, nodes()[0], nodes()[6]) == [False, False]
-
-    def test_states_behind_every_opening_go(self, llm: PromptCacheLLM) -> None:
-        engine = index_of(nodes()[:2]).as_query_engine(llm=llm)
-        engine.query("Who?")
-        summary = SummaryIndex(nodes()[:2]).as_query_engine(llm=llm, response_mode="tree_summarize")
-        summary.query("Who?")
-        llm.cache_documents(nodes()[:2], progress=False)
-        report = llm.release_doc("doc0")
-        assert report.states == 2 * 3
-        assert str(report) == f"0 texts kept, 4 dropped: 6 states, {report.freed_bytes:,} bytes"
-
-    def test_nodes_that_were_only_asked_about_are_known(self, llm: PromptCacheLLM) -> None:
-        index_of(nodes()).as_query_engine(llm=llm, similarity_top_k=8).query("Who?")
-        assert llm.release_doc("doc1").states == 2
-        assert llm.release_doc("doc1").states == 0
-
-    def test_a_document_that_was_not_cut_has_its_own_id(self, llm: PromptCacheLLM) -> None:
-        llm.cache_documents([Document(text=DOCUMENTS[0], id_="mine"), DOCUMENTS[1]], progress=False)
-        assert llm.release_doc("mine").states == 1
-        assert llm.release_doc("unknown").dropped == 0
-
-    def test_plain_texts_and_other_engines_are_left_alone(self, llm: PromptCacheLLM) -> None:
-        other = PromptCacheLLM(engine=PromptCacheEngine(llm.engine.lm), max_tokens=1)
-        for model in (llm, other):
-            model.cache_documents([*nodes()[:2], "A text of its own, and long."], progress=False)
-        assert llm.release_doc("doc0").states == 2
-        assert stored(other, *nodes()[:2]) == [True, True]
-        assert llm.cache_documents(["A text of its own, and long."]).already_stored == 1
-
-    def test_objects_that_share_an_engine_know_the_same(self, llm: PromptCacheLLM) -> None:
-        llm.cache_documents(nodes(), progress=False)
-        assert PromptCacheLLM(engine=llm.engine).release_doc("doc1").states == 2
-
-    @pytest.mark.parametrize("wrong", ["", None, 3, nodes()[0]])
-    def test_what_is_no_id_is_refused(self, llm: PromptCacheLLM, wrong: Any) -> None:
-        with pytest.raises(OptionError, match="must be a document's id"):
-            llm.release_doc(wrong)
-
-    def test_the_text_itself_is_forgotten(self, llm: PromptCacheLLM) -> None:
-        index_of(nodes()[:2]).as_query_engine(llm=llm).query("Who?")
-        text = DOCUMENTS[1]
-        capture = _handlers.CAPTURE
-        assert any(text in held for held in [*capture._plans, *capture._contexts])
-        llm.release_doc("doc0")
-        assert not any(text in held for held in [*capture._plans, *capture._contexts])
-        assert [s.kind for s in capture.segments(f"Now: {text}", "text")] == ["text"]
-        assert not any(text in known for known in known_texts(llm.engine)._owners)
-
-    def test_if_the_store_fails_nothing_is_forgotten(
-        self, llm: PromptCacheLLM, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        llm.cache_documents(nodes(), progress=False)
-        with monkeypatch.context() as patch:
-            patch.setattr(llm.engine, "forget", _fail)
-            with pytest.raises(StoreError):
-                llm.release_doc("doc1")
-        assert llm.release_doc("doc1").states == 2
-
-
 def _fail(texts: object) -> None:
     raise StoreError("the folder can't be read")
 
@@ -167,6 +96,59 @@ class TestPrune:
         assert (report.states, report.dropped) == (2, 4)  # with metadata and bare
         assert stored(llm, *nodes()) == [True, True, False, False, True, True, True, True]
         assert llm.prune(index).dropped == 0
+
+    def test_a_text_that_another_document_has_stays(self, llm: PromptCacheLLM) -> None:
+        index = index_of(nodes())
+        llm.cache_documents(index, progress=False)
+        before = llm.engine.stats().nbytes
+        index.delete_ref_doc("doc0")  # n0, whose text doc3 has as well, and n1
+        report = llm.prune(index)
+        assert (report.states, report.dropped, report.kept) == (1, 2, 12)  # bare texts, too
+        assert before is not None
+        assert report.freed_bytes == before - (llm.engine.stats().nbytes or 0) > 0
+        assert str(report) == f"12 texts kept, 2 dropped: 1 states, {report.freed_bytes:,} bytes"
+        assert stored(llm, *nodes()[:3]) == [True, False, True]
+        index.delete_ref_doc("doc3")
+        assert llm.prune(index).states == 2  # the text is nobody else's any more
+
+    def test_nodes_that_were_only_asked_about_are_known(self, llm: PromptCacheLLM) -> None:
+        index = index_of(nodes())
+        index.as_query_engine(llm=llm, similarity_top_k=8).query("Who?")
+        index.delete_ref_doc("doc1")
+        assert llm.prune(index).states == 2
+
+    def test_plain_texts_and_other_engines_are_left_alone(self, llm: PromptCacheLLM) -> None:
+        index = index_of(nodes()[:4])
+        other = PromptCacheLLM(engine=PromptCacheEngine(llm.engine.lm), max_tokens=1)
+        for model in (llm, other):
+            model.cache_documents([*nodes()[:4], "A text of its own, and long."], progress=False)
+        index.delete_ref_doc("doc1")
+        assert llm.prune(index).states == 2
+        assert stored(other, *nodes()[:4]) == [True] * 4
+        assert llm.cache_documents(["A text of its own, and long."]).already_stored == 1
+
+    def test_objects_that_share_an_engine_know_the_same(self, llm: PromptCacheLLM) -> None:
+        llm.cache_documents(nodes()[:4], progress=False)
+        assert PromptCacheLLM(engine=llm.engine).prune(nodes()[:2]).states == 2
+
+    def test_what_is_pruned_is_not_recognised_any_more(self, llm: PromptCacheLLM) -> None:
+        fact = node("The weir at Prunewater was blown up by a beaver named Otto.", "doc", "n")
+        llm.cache_documents([fact, *nodes()[:2]], progress=False)
+        asked = f"{fact.get_content(MetadataMode.LLM)}\nWho?"
+        for kinds in (["document", "text"], ["text"]):
+            llm.complete(asked)
+            assert [s.kind for s in llm.engine.reports[-1].segments] == kinds
+            llm.prune(nodes()[:2])
+
+    def test_if_the_store_fails_nothing_is_forgotten(
+        self, llm: PromptCacheLLM, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        llm.cache_documents(nodes(), progress=False)
+        with monkeypatch.context() as patch:
+            patch.setattr(llm.engine, "forget", _fail)
+            with pytest.raises(StoreError):
+                llm.prune(nodes()[:2])
+        assert llm.prune(nodes()[:2]).states == 5
 
     def test_what_an_index_deleted_may_be_in_another(self, llm: PromptCacheLLM) -> None:
         first, second = index_of(nodes()[:4]), index_of(nodes()[2:6])
@@ -200,8 +182,10 @@ class TestPrune:
         index.delete_ref_doc("doc1", delete_from_docstore=True)
         index.insert_nodes(steps.run(documents=documents))
         assert llm.prune(index).states == 1
+        inputs = SimpleDocumentStore()
+        inputs.add_documents([Document(text=" ".join(DOCUMENTS[:3]))])
         with pytest.raises(OptionError, match="holds none of the nodes that this LLM has met"):
-            llm.prune(steps.docstore)
+            llm.prune(inputs)
         with pytest.raises(OptionError, match="IngestionPipeline keeps the documents that went in"):
             llm.prune(steps)  # type: ignore[arg-type]
 
@@ -209,8 +193,7 @@ class TestPrune:
         llm.cache_documents(nodes(), progress=False)
         again = [node(n.text, n.ref_doc_id or "", f"new{n.node_id}") for n in nodes()]
         assert llm.prune(index_of(again)).states == 0
-        llm.release_doc("doc1")
-        assert stored(llm, *nodes()[1:5]) == [True, False, False, True]
+        assert stored(llm, *nodes()) == [True] * 8
 
     def test_document_stores_and_lists_say_what_is_in_use(self, llm: PromptCacheLLM) -> None:
         docstore = SimpleDocumentStore()
@@ -251,7 +234,7 @@ class TestPrune:
         read = [s.text for s in llm.engine.reports[-1].segments if s.kind == "document"]
         assert max(map(len, read)) > max(len(n.get_content()) for n in windows)
         assert llm.prune(index).dropped == 0
-        assert llm.release_doc("doc").states == len(read)
+        assert llm.prune(nodes()[:1]).states == len(read)
 
     def test_what_a_node_is_a_part_of_is_in_use(self, llm: PromptCacheLLM) -> None:
         parser = HierarchicalNodeParser.from_defaults(chunk_sizes=[128, 32], chunk_overlap=0)
@@ -266,7 +249,8 @@ class TestPrune:
         assert llm.prune(index).dropped == 0
 
     def test_the_beginning_of_a_split_node_goes_with_it(self, llm: PromptCacheLLM) -> None:
-        long = node(" ".join(DOCUMENTS), "long", "n0")
+        entries = " ".join(f"Entry {i} of the long ledger: nothing was sold." for i in range(40))
+        long = node(entries, "long", "n0")
         index = index_of([long])
         small = PromptHelper(num_output=2, chunk_size_limit=60)
         synthesizer = TreeSummarize(llm, prompt_helper=small)
@@ -334,7 +318,7 @@ def test_a_store_that_keeps_the_nodes_beside_copies_is_believed(llm: PromptCache
 
 def test_in_a_folder_after_a_restart(tmp_path: Path) -> None:
     def start() -> PromptCacheLLM:
-        return PromptCacheLLM(store=str(tmp_path), max_tokens=1)
+        return PromptCacheLLM(model="builtin:tiny-rag", store=str(tmp_path), max_tokens=1)
 
     index = index_of(nodes())
     first = start()

@@ -40,7 +40,7 @@ from pcache_core.params import ReuseMode
 from pcache_integrations._engines import load_lm
 from pcache_integrations.llama_index import PromptCacheLLM, PromptCacheSynthesizer
 
-pytestmark = pytest.mark.usefixtures("nothing_captured", "closed_loops")
+pytestmark = pytest.mark.usefixtures("closed_loops")
 
 TEMPLATE = PromptTemplate(QA_TEMPLATE)
 QUESTION = "Where was Jerome Fertden born?"

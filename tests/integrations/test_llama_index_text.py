@@ -31,10 +31,10 @@ from pcache_core import CausalLM, PromptCacheEngine, Segment
 from pcache_integrations._engines import load_lm
 from pcache_integrations.llama_index import PromptCacheLLM
 from pcache_integrations.llama_index._blocks import Piece, joined, with_borders
-from pcache_integrations.llama_index._capture import Capture
-from pcache_integrations.llama_index._marks import Marked, mark_deeply, read_marks
+from pcache_integrations.llama_index._handlers import remember
+from pcache_integrations.llama_index._mapping import segments_of, tell, telling
 
-pytestmark = pytest.mark.usefixtures("closed_loops", "nothing_captured")
+pytestmark = pytest.mark.usefixtures("closed_loops")
 
 QUESTION = "Which <eos> river {context_str} \ue0f4 runs through Trudabad?"
 FOUND = nodes(file="a.txt")[:3]
@@ -147,64 +147,62 @@ def test_so_it_does_with_a_wrapper_of_the_users_own() -> None:
 values = st.text(max_size=20) | st.sampled_from(["{b}", "{{", "}", "\ue0f4", "<bos>", " "])
 
 
+def texts_told(template: Any, **args: Any) -> list[list[tuple[str, str]]]:
+    """What a completion model that writes nothing of its own is told of a template."""
+    told = tell(RecordingLLM(), template, args)
+    return [[(s.text, s.kind) for s in segments] for segments in told.values()]
+
+
 @given(values, values, st.text(max_size=10))
-def test_marks_read_back_give_the_formatted_text(a: str, b: str, between: str) -> None:
-    template = f"{{a}}{between.replace('{', '').replace('}', '')}{{b}}"
-    marked = {name: Marked(value, name, "n0nce") for name, value in (("a", a), ("b", b))}
-    segments = read_marks(template.format(**marked), "n0nce")
-    assert "".join(s.text for s in segments) == template.format(a=a, b=b)
-    assert "".join(s.text for s in segments if s.name == "a") == a
+def test_what_is_told_is_the_formatted_text_and_no_value_is_template_text(
+    a: str, b: str, between: str
+) -> None:
+    template = PromptTemplate("{a}" + between.replace("{", "").replace("}", "") + "{b}")
+    expected = template.format(a=a, b=b)
+    (segments,) = texts_told(template, a=a, b=b) if expected else ([],)
+    assert "".join(text for text, _ in segments) == expected
+    assert "".join(text for text, kind in segments if kind == "argument") == a + b
+
+
+def test_values_are_told_apart_in_every_kind_of_template() -> None:
+    plain = PromptTemplate("From {city}, {number}, {missing}: {shout}").partial_format(city="X")
+    plain.function_mappings = {"shout": lambda **given: f"{given['number']}!"}
+    assert texts_told(plain, number=3) == [[
+        ("From ", "literal"), ("X", "argument"), (", ", "literal"), ("3", "argument"),
+        (", {missing}: ", "literal"), ("3!", "argument"),
+    ]]  # fmt: skip
+    renamed = PromptTemplate("To {goal}", template_var_mappings={"city": "goal"})
+    assert texts_told(renamed, city="Y") == [[("To ", "literal"), ("Y", "argument")]]
+    loop = RichPromptTemplate("{% for d in ds %}- {{ d | upper }}\n{% endfor %}")
+    assert texts_told(loop, ds=["one"]) == [[
+        ("- ", "literal"), ("ONE", "argument"), ("\n", "literal"),
+    ]]  # fmt: skip
+
+
+def test_a_tag_that_calls_a_model_is_not_run_to_read_a_template() -> None:
+    template = RichPromptTemplate('{% completion model="m" %}hi{% endcompletion %}')
+    assert texts_told(template) == []
 
 
 @given(st.text(max_size=60), st.integers(0, 200), st.integers(0, 200))
 def test_a_stretch_of_a_context_is_cut_without_loss(question: str, start: int, stop: int) -> None:
-    capture = Capture()
-    capture.add_nodes(FOUND)
-    capture.add_context(FOUND)
+    remember(FOUND)
     joined = "\n\n".join(f"file: a.txt\n\n{node.text}" for node in FOUND)
     stretch = joined[start : start + 50 + stop]
     for text in (stretch, question, question + stretch):
-        capture.add_plan([Segment("Q: ", "literal"), Segment(text, "argument", "x")])
-        for found in (capture.segments("Q: " + text, "text"), capture.segments(text, "argument")):
-            assert "".join(segment.text for segment in found).endswith(text)
+        told = tell(RecordingLLM(), PromptTemplate("Q: {x}"), {"x": text})
+        with telling(told):
+            for whole in ("Q: " + text, text):
+                found = segments_of(whole, "text")
+                assert "".join(segment.text for segment in found) == whole
 
 
-def test_a_node_cut_off_after_a_few_letters_is_no_document() -> None:
-    capture = Capture()
-    capture.add_context(FOUND)
-    whole = f"file: a.txt\n\n{FOUND[0].text}"
-    for letters, expected in ((23, ["d0", "x"]), (24, ["d0", "x", "d1"])):
-        text = f"{whole}\n\n{f'file: a.txt{chr(10) * 2}{FOUND[1].text}'[:letters]}"
-        found = capture.segments(text, "argument")
-        named = [segment.name for segment in found]
-        assert [name or "x" for name in named] == expected
-
-
-def test_a_mark_survives_what_templates_do_to_values() -> None:
-    marked = mark_deeply({"docs": ["  one  "]}, "v", "n")["docs"][0]
-    assert marked == "  one  "
-    assert read_marks(f"<{marked.strip()}>", "n") == [
-        Segment("<", "literal"),
-        Segment("one", "argument", "v.docs[0]"),
-        Segment(">", "literal"),
-    ]
-    assert f"{marked:>9}" == "    one  "
-
-
-OUT_OF_SIGHT = "Read what was found:\n{found}\nReply to this: {asked}\nReply:"
-
-
-@given(values, values, st.text(max_size=5))
-def test_a_text_read_by_a_template_is_not_changed(found: str, asked: str, behind: str) -> None:
-    capture = Capture()
-    capture.add_templates([OUT_OF_SIGHT, "{a}{b} has nothing between its variables at all."])
-    text = OUT_OF_SIGHT.replace("{asked}", asked).replace("{found}", found)
-    segments = capture.segments(text, "text")
-    assert "".join(segment.text for segment in segments) == text
-    assert segments[0] == Segment("Read what was found:\n", "literal")
-    assert segments[-1] == Segment("\nReply:", "literal")
-    if behind and not behind.endswith("Reply:"):
-        assert capture.segments(text + behind, "text") == [Segment(text + behind, "text")]
+def test_what_is_told_of_one_call_is_nothing_to_the_next() -> None:
+    told = tell(RecordingLLM(), PromptTemplate("Say {x}."), {"x": "yes"})
+    with telling(told):
+        assert len(segments_of("Say yes.", "text")) == 3
+        assert segments_of("Say no.", "text") == [Segment("Say no.")]
+    assert segments_of("Say yes.", "text") == [Segment("Say yes.")]
 
 
 @given(

@@ -21,7 +21,7 @@ from pcache_core import AnswerError, CausalLM, ChatTemplateError, OptionError, P
 from pcache_integrations.llama_index import PromptCacheLLM
 
 pytestmark = [
-    pytest.mark.usefixtures("closed_loops", "nothing_captured"),
+    pytest.mark.usefixtures("closed_loops"),
     pytest.mark.filterwarnings("ignore::pydantic.warnings.PydanticDeprecationWarning"),
     pytest.mark.filterwarnings("ignore:is_running called from within a step"),
 ]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from corpus import DOCUMENTS
 from pcache_core import Prompt, PromptError, Segment
-from pcache_integrations._mapping import ANCHOR_CHARS, DocumentIndex, settle
+from pcache_integrations._mapping import ANCHOR_CHARS, DocumentIndex, WrittenIndex, settle
 
 _letters = st.text(alphabet="ab \n", max_size=40)
 _kinds = st.sampled_from(["literal", "document", "argument", "text"])
@@ -248,3 +248,64 @@ class TestSettle:
             if "document" not in (before.kind, after.kind):
                 assert not before.text.endswith(" ")
                 assert (before.kind, before.name) != (after.kind, after.name)
+
+
+_words = st.text(alphabet="ab <|>", max_size=6)
+
+
+class TestWrittenIndex:
+    @given(st.lists(st.tuples(_words, _words), max_size=4), _words)
+    def test_no_place_of_a_value_is_template_text_and_template_text_is_the_templates(
+        self, fields: list[tuple[str, str]], end: str
+    ) -> None:
+        values = {f"v{number}": value for number, (_, value) in enumerate(fields)}
+        sources = [*(text for text, _ in fields), end]
+        text = "".join(f"{before}{value}" for before, value in fields) + end
+        written = WrittenIndex()
+        written.add(text, values, sources)
+        parts = list(written.cut(text, "text", DocumentIndex()))
+        assert "".join(part.text for part in parts) == text
+        for part in parts:
+            if part.kind == "literal":
+                assert any(part.text in source for source in sources)
+                assert not any("<" in v and len(v) > 2 and v in part.text for v in values.values())
+            elif part.kind == "argument":
+                assert part.name is not None
+                assert part.text == values[part.name]
+
+    def test_a_single_word_is_not_cut_out_of_a_longer_one(self) -> None:
+        written = WrittenIndex()
+        written.add("Ann annotates Annals for Ann.", {"who": "Ann"}, [" annotates Annals for "])
+        parts = written.cut("Ann annotates Annals for Ann.", "text", DocumentIndex())
+        assert [(part.kind, part.text) for part in parts] == [
+            ("argument", "Ann"),
+            ("literal", " annotates Annals for "),
+            ("argument", "Ann"),
+            ("text", "."),
+        ]
+
+    def test_a_text_that_no_template_wrote_is_of_the_kind_that_is_asked_for(self) -> None:
+        parts = WrittenIndex().cut("Say hello.", "argument", DocumentIndex())
+        assert list(parts) == [Segment("Say hello.", "argument")]
+
+    def test_it_is_bounded_and_keeps_what_was_written_last(self) -> None:
+        written = WrittenIndex(max_texts=2)
+        for text in ("one", "two", "three"):
+            written.add(text, {"v": text}, [])
+        kinds = [
+            part.kind
+            for text in ("one", "two", "three")
+            for part in written.cut(text, "text", DocumentIndex())
+        ]
+        assert kinds == ["text", "argument", "argument"]
+
+
+def test_a_text_made_to_be_compared_in_vain_is_left_alone_in_time() -> None:
+    index = DocumentIndex()
+    index.add("a" * 400_000 + "b")
+    text = "a" * 399_999 + "c" * 400_000
+    started = time.process_time()
+    assert "".join(part.text for part in index.split(text, "text")) == text
+    text = "a" * 150_000 + "c" * 650_000
+    assert [part.kind for part in index.split(text, "text")] == ["text"]
+    assert time.process_time() - started < 5  # a minute and more if each place is compared in full

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
-from pcache_core import DiskStore, MemoryStore, OptionError, TieredStore
-from pcache_core.store.metrics import register
+from pcache_core import DiskStore, MemoryStore, TieredStore
+from pcache_core.metrics import StoreCollector
 from stored_states import make
 
 
@@ -18,7 +17,7 @@ def test_a_scrape_shows_hits_misses_and_bytes_by_tier(tmp_path: Path) -> None:
     disk.put(key, state)
     store = TieredStore([MemoryStore(10**5), disk])
     registry = CollectorRegistry()
-    register({"corpus": store}, registry)
+    registry.register(StoreCollector({"corpus": store}))
     for _ in range(3):
         store.get(key)
     store.get(make(7, 7)[0])
@@ -37,16 +36,12 @@ def test_a_scrape_shows_hits_misses_and_bytes_by_tier(tmp_path: Path) -> None:
     assert b"pcache_store_evictions_total" in generate_latest(registry)
 
 
-def test_stores_of_one_registry_are_told_apart_and_registered_once() -> None:
+def test_stores_of_one_registry_are_told_apart() -> None:
     registry = CollectorRegistry()
     stores = {"one": MemoryStore(100), "two": MemoryStore(200)}
-    collector = register(stores, registry)
+    registry.register(StoreCollector(stores))
     budgets = [
         registry.get_sample_value("pcache_store_budget_bytes", {"store": name, "tier": "memory"})
         for name in stores
     ]
     assert budgets == [100, 200]
-    with pytest.raises(OptionError, match="register all its stores together"):
-        register({"three": MemoryStore()}, registry)
-    registry.unregister(collector)
-    register({"three": MemoryStore()}, registry)

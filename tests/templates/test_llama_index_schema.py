@@ -1,4 +1,4 @@
-"""LlamaIndex's prompt templates: schemas, and segments that join to what LlamaIndex renders."""
+"""LlamaIndex's prompt templates: schemas, and Jinja's segments, which join to what it renders."""
 
 from __future__ import annotations
 
@@ -7,16 +7,14 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from llama_index.core.llms import ChatMessage, MockLLM
-from llama_index.core.output_parsers import PydanticOutputParser
 from llama_index.core.prompts import ChatPromptTemplate, PromptTemplate, RichPromptTemplate
 from llama_index.core.prompts.base import SelectorPromptTemplate
 from llama_index.core.prompts.default_prompts import DEFAULT_TEXT_QA_PROMPT
-from pydantic import BaseModel
 
 from jinja_templates import MACROS, contexts, sources
 from pcache_core import TemplateError
 from pcache_core.pml import parse_schema
-from pcache_integrations.llama_index._schema import schema_for, segments_for
+from pcache_integrations.llama_index._schema import render_rich, schema_for
 
 VALUES = {
     "context_str": "some {query_str} <text>",
@@ -35,30 +33,17 @@ Answer from {{ docs | length }} documents.
 """
 
 
-class Answer(BaseModel):
-    text: str
-
-
-def texts(segments: list[list[Any]]) -> list[str]:
-    return ["".join(segment.text for segment in block) for block in segments]
-
-
 @pytest.mark.parametrize(
     "template",
     [
         DEFAULT_TEXT_QA_PROMPT,
         PromptTemplate('{{query_str}} is {"json": 1} {missing}'),
         PromptTemplate("a {x}", template_var_mappings={"query_str": "x"}),
-        PromptTemplate("a {x}", function_mappings={"x": lambda **values: values["query_str"] * 2}),
-        PromptTemplate("Q: {query_str}", output_parser=PydanticOutputParser(output_cls=Answer)),
         RichPromptTemplate(RICH),
         RichPromptTemplate("{{ docs | join(', ') }} {{ missing }}{% if docs %}x{% endif %}"),
     ],
 )
-def test_templates_of_one_text_are_rendered_as_llama_index_does(template: Any) -> None:
-    (segments,) = segments_for(template, VALUES)
-    assert texts([segments]) == [template.format(**VALUES)]
-    assert {s.kind for s in segments} >= {"literal", "argument"}
+def test_templates_of_one_text_have_a_schema(template: Any) -> None:
     parse_schema(schema_for(template))
 
 
@@ -70,26 +55,28 @@ def test_any_rich_template_is_rendered_as_llama_index_does(
     template = RichPromptTemplate(MACROS + source)
     try:
         expected = template.format(**values)
-    except Exception as error:
-        with pytest.raises(type(error)):
-            segments_for(template, values)
+    except Exception:
+        with pytest.raises(TemplateError):
+            render_rich(template, values)
     else:
-        (segments,) = segments_for(template, values)
-        assert texts([segments]) == [expected]
-        assert not [segment for segment in segments if segment.kind == "text"]
+        ((_, segments),) = render_rich(template, values)
+        assert "".join(segment.text for segment in segments) == expected
+        assert {segment.kind for segment in segments} <= {"literal", "argument"}
 
 
 def test_chat_tags_make_turns() -> None:
     template = RichPromptTemplate(RICH_CHAT)
-    segments = segments_for(template, VALUES)
-    assert texts(segments) == [m.content for m in template.format_messages(**VALUES)]
-    assert [[(s.text, s.kind) for s in block] for block in segments] == [
+    rendered = render_rich(template, VALUES)
+    messages = template.format_messages(**VALUES)
+    assert ["".join(s.text for s in turn) for _, turn in rendered] == [m.content for m in messages]
+    assert [role for role, _ in rendered] == ["system", "user"]
+    assert [[(s.text, s.kind) for s in turn] for _, turn in rendered] == [
         [("Answer from ", "literal"), ("2", "argument"), (" documents.", "literal")],
         [
             ("- ", "literal"),
-            ("one {{ query_str }}", "document"),
+            ("one {{ query_str }}", "argument"),
             ("\n- ", "literal"),
-            ("<|im_start|>two", "document"),
+            ("<|im_start|>two", "argument"),
             ("\n", "literal"),
             ("Q: ", "literal"),
             ("who & why?", "argument"),
@@ -99,18 +86,11 @@ def test_chat_tags_make_turns() -> None:
     assert [type(node).__name__ for node in schema.children] == ["Role", "Role"]
 
 
-def test_a_chat_template_has_segments_for_each_message() -> None:
+def test_a_chat_template_has_a_schema_with_the_lengths_that_are_given() -> None:
     template = ChatPromptTemplate.from_messages(
         [("system", "You are {who}."), ("user", "said before"), ("user", "{query_str}?")],
         who="kind",
     )
-    segments = segments_for(template, VALUES)
-    assert texts(segments) == [m.content for m in template.format_messages(**VALUES)]
-    assert [[s.kind for s in block] for block in segments] == [
-        ["literal", "argument", "literal"],
-        ["argument"],
-        ["argument", "literal"],
-    ]
     assert '<param name="who" len="3"/>' in schema_for(template, lengths={"who": 3})
 
 
@@ -122,16 +102,20 @@ def test_a_selector_is_asked_for_its_template() -> None:
     )
     assert "plain" in schema_for(template)
     assert "<user" in schema_for(template, llm=MockLLM())
-    assert texts(segments_for(template, {"a": "A"}, llm=MockLLM())) == ["chat A"]
 
 
 @pytest.mark.parametrize(
     "source",
     ["{{ canary_word }}x", '{% chat role="user" %}{{ "http://x/y.png" | image }}{% endchat %}'],
 )
-def test_what_can_not_be_traced_is_one_text(source: str) -> None:
+def test_what_can_not_be_traced_is_refused_or_of_another_text(source: str) -> None:
     template = RichPromptTemplate(source)
-    assert all([s.kind for s in block] == ["text"] for block in segments_for(template, {}))
+    try:
+        rendered = render_rich(template, {})
+    except TemplateError:
+        return
+    texts = ["".join(s.text for s in segments) for _, segments in rendered]
+    assert texts != [m.content for m in template.format_messages()]
 
 
 def test_tags_that_call_a_model_have_no_schema_and_never_run_beside_the_call() -> None:
@@ -144,4 +128,3 @@ def test_a_message_of_a_tool_has_no_schema() -> None:
     template = ChatPromptTemplate([ChatMessage(role="tool", content="x {a}")])
     with pytest.raises(TemplateError, match="role 'tool' has no schema"):
         schema_for(template)
-    assert [[s.kind for s in block] for block in segments_for(template, {"a": "A"})] == [["text"]]

@@ -13,7 +13,7 @@ import torch
 from langchain_core.documents import Document
 from langchain_core.messages import AIMessage
 from langchain_core.prompts import PromptTemplate as LangChainTemplate
-from langchain_core.vectorstores import InMemoryVectorStore
+from langchain_core.vectorstores import InMemoryVectorStore, VectorStore
 from llama_index.core.schema import TextNode
 
 from pcache_core import (
@@ -133,7 +133,8 @@ def langchain(documents: list[Document], vectors: InMemoryVectorStore) -> str:
     assert_type(llm.schema_for(template, lengths={"question": 8}), str)
     chat = ChatPromptCache(engine=llm.engine, temperature=0.0)
     assert_type(chat.invoke("Hello"), AIMessage)
-    assert_type(track(vectors), InMemoryVectorStore)
+    searched: VectorStore = track(vectors)
+    assert_type(searched.similarity_search("Hello"), list[Document])
     return llm.invoke("Hello")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -27,6 +28,7 @@ class Span:
 
 
 _BLOCK_TOKENS = 256
+_LEAST_TOKENS = 64  # of a part; fewer cost nearly as much, and other kernels compute them
 # Larger ones are made again for each layer instead of held all at once.
 _LARGEST_KEPT_BIAS = 2**22
 
@@ -139,15 +141,36 @@ class Batch:
         """Tokens to compute."""
         return len(self.rows)
 
-    def split(self, tokens: int) -> tuple[Batch, Batch]:
-        """The first `tokens` and the rest, to be computed in this order; they share `attention`.
+    def parts(self, most: int) -> list[Batch]:
+        """Cut into batches of about `most` tokens, to be computed in this order.
 
-        Later tokens of a span see the earlier ones in the slot, as they do within one forward.
+        The borders follow from the spans alone, so that the same batch is always rounded alike:
+        a span is cut at multiples of `most` from its first token, and never so that fewer than
+        `_LEAST_TOKENS` are left. Spans that fit one part together share it.
+        Later tokens of a span see the earlier ones in the slot, as they do within one forward. All
+        parts add to the same `attention`.
         """
-        halves = self._part(0, tokens), self._part(tokens, self.num_tokens)
-        for half in halves:
-            half.attention = self.attention
-        return halves
+        borders = self._borders(most)
+        if not borders:
+            return [self]
+        parts = [self._part(*ends) for ends in pairwise((0, *borders, self.num_tokens))]
+        for part in parts:
+            part.attention = self.attention
+        return parts
+
+    def _borders(self, most: int) -> list[int]:
+        """First tokens of all parts but the first."""
+        starts = [
+            start
+            for span in self._uncut
+            for start in range(span.start, max(span.stop - _LEAST_TOKENS, span.start) + 1, most)
+        ]
+        borders, begun = [], 0
+        for start, stop in pairwise((*starts, self.num_tokens)):
+            if stop - begun > most and start > begun:
+                borders.append(start)
+                begun = start
+        return borders
 
     def _part(self, start: int, stop: int) -> Batch:
         ids, rows, positions = (

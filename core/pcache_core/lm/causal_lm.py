@@ -19,7 +19,7 @@ from pcache_core.kv import LayerShape, Slot, Stack, stack_layers
 from pcache_core.lm.batch import Batch
 from pcache_core.lm.fingerprint import fingerprint
 from pcache_core.lm.forward_queue import ForwardQueue, IsCancelled
-from pcache_core.lm.loading import load
+from pcache_core.lm.loading import full_name, load
 from pcache_core.lm.probe import Support, probe
 from pcache_core.lm.sampling import Sampler
 from pcache_core.lm.stock import StockRun, own_cache_works
@@ -31,6 +31,8 @@ from pcache_core.prompt import Segment
 if TYPE_CHECKING:
     from pcache_core.lm.constraint import GrammarCompiler
 
+_LARGE_ON_CPU = 2_000_000_000  # weights; more take seconds for 512 tokens
+
 _locks: WeakKeyDictionary[PreTrainedModel, threading.RLock] = WeakKeyDictionary()
 _locks_lock = threading.Lock()
 
@@ -39,6 +41,16 @@ def _lock_of(model: PreTrainedModel) -> threading.RLock:
     """One lock for each model, however many `CausalLM` objects run it."""
     with _locks_lock:
         return _locks.setdefault(model, threading.RLock())
+
+
+def _part_tokens(model: PreTrainedModel) -> int:
+    """How many tokens of a prompt one forward reads, while running answers wait for a step.
+
+    A matter of the model and its device, never of measured speed, so that answers stand still.
+    """
+    if model.device.type == "cuda":
+        return 2048
+    return 512 if model.num_parameters() < _LARGE_ON_CPU else 128
 
 
 class CausalLM:
@@ -75,7 +87,7 @@ class CausalLM:
         with _lock_of(model):
             self.support: Support = probe(model)
         self._lock = _lock_of(model)
-        self._forwards = ForwardQueue(self._compute, self._joins)
+        self._forwards = ForwardQueue(self._compute, self._joins, _part_tokens(model))
         self._compiler: GrammarCompiler | None = None
         if not self.support.reuses_modules:
             warnings.warn(
@@ -87,14 +99,21 @@ class CausalLM:
 
     @classmethod
     def from_pretrained(
-        cls, name: str | os.PathLike[str], dtype: str = "auto", device: str = "auto"
+        cls,
+        name: str | os.PathLike[str],
+        dtype: str = "auto",
+        device: str = "auto",
+        gguf_file: str | os.PathLike[str] | None = None,
     ) -> CausalLM:
-        """Load `builtin:tiny-rag`, a directory or a hub id.
+        """Load a model: `builtin:smollm2`, a directory, a hub id, a GGUF file or `ollama:NAME`.
 
-        dtype: auto (as saved), float32, float16 or bfloat16. device: auto, cpu, cuda, cuda:1 …
+        dtype: float32, float16 or bfloat16; auto is as saved, and for a GGUF file bfloat16 where
+        the device computes in it, else float32. device: auto, cpu, cuda, cuda:1 … gguf_file: the
+        file's name in the directory or on the hub.
         Raises: ModelError: it can't be loaded. OptionError: unknown dtype or device.
+            DependencyError: a GGUF file, and a package that reads it is not installed.
         """
-        name = os.fspath(name) if isinstance(name, os.PathLike) else name
+        name = full_name(name, gguf_file)
         return cls(*load(name, dtype, device), name=name)
 
     @property

@@ -15,13 +15,19 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from pcache_core.errors import ModelError, OptionError
 from pcache_core.grammar import Grammar
 from pcache_core.lm.closing import Opened, Plan, Vocabulary, next_plan, shortest_plan, token_mask
-from pcache_core.lm.witness import witnesses
 
 Pick = Callable[[torch.Tensor], int]
 """Chooses a token by its score, [vocab]; those of -inf are out."""
 
 _KEPT_GRAMMARS = 64
 _TRIES = 4
+# Texts of formats that the search for a short end does not find by itself.
+_FORMATS = {
+    "email": "a@b.co",
+    "idn-email": "a@b.co",
+    "date": "2000-01-01",
+    "date-time": "2000-01-01T00:00:00Z",
+}
 _MOST_DIGITS = 1000  # in a row; Python reads no integer of more than 4,300
 
 
@@ -93,12 +99,14 @@ class GrammarCompiler:
             raise OptionError(f"{self.name} can't follow the grammar: {start.get_error()}")
         if not token_mask(start, self.tokenizer.vocab_size).any():
             raise OptionError(f"{self.name} has no tokens that begin a text of the grammar")
-        hints = tuple(tuple(self.tokenizer.tokenize_str(t)) for t in witnesses(grammar.source))
+        texts = [text for name, text in _FORMATS.items() if f'"{name}"' in grammar.source]
+        hints = tuple(tuple(self.tokenizer.tokenize_str(text)) for text in texts)
         plan = shortest_plan(start, self.vocabulary, hints)
         if plan is None:
             raise OptionError(
-                f"no text of the grammar was found for {self.name}, so that none can be promised; "
-                "is there one? If so, use simpler patterns"
+                f"no short text that follows the grammar was found for {self.name}, so that a "
+                "complete answer can't be promised; write each `pattern` of the schema with ^ and $"
+                " around it, simplify it, or list the values as an `enum`"
             )
         return CompiledGrammar(start, plan, hints)
 

@@ -11,7 +11,10 @@ from pcache_core.key import digest
 
 _CHUNK = 2**20
 # Where the model came from and how it is run do not change what it computes.
-_IRRELEVANT = ("_name_or_path", "name_or_path", "transformers_version", "_attn_implementation")
+_IRRELEVANT = (
+    "_name_or_path", "name_or_path", "_model_name_or_path", "transformers_version",
+    "_attn_implementation",
+)  # fmt: skip
 
 
 def fingerprint(model: PreTrainedModel) -> str:

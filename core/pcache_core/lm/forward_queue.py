@@ -4,12 +4,17 @@ Requests run in threads of their own and meet here. One that is alone computes i
 and pays nothing. Where several wait, a thread that lives as long as any does leads: it takes what
 waits, runs one forward over all of it and hands the results out. One thread, because every thread
 that computes brings worker threads of its own, which wait by spinning.
+
+Long prompts are read in parts. Where a part ends is decided by the batch alone, never by the clock
+or by other requests: a matrix product over other rows may round differently, and an answer must not
+depend on how busy the machine was.
 """
 
 from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -22,14 +27,6 @@ IsCancelled = Callable[[], bool]
 """Whether nobody waits for a result any longer."""
 
 _FEW_TOKENS = 16
-_TOKENS_PER_FORWARD = 2048
-# Beside steps of running answers, so that they go on while prompts are read: as many as take about
-# this long, within limits.
-_PAUSE_S = 0.25
-_MOST_BESIDE_STEPS = 512
-_LEAST_SHARE = 64
-# Fewer tokens than this say nothing of the speed: reading the weights takes most of their time.
-_FEWEST_TIMED = 256
 _MOST_BATCHES = 256
 # How long a forward waits for those of the last one to come back with their next token.
 _PATIENCE = 0.5  # of the last forward's time
@@ -45,13 +42,17 @@ class _Thread(threading.local):
 class _Job:
     """A batch that a thread waits for.
 
-    rest: what of it is still to be computed. at_rest: whether no forward is at it right now.
+    parts: what of it is still to be computed. joins: whether they may share forwards.
+    at_rest: whether no forward is at it right now.
     """
 
-    __slots__ = ("at_rest", "error", "is_cancelled", "logits", "owner", "rest", "wake")
+    __slots__ = ("at_rest", "error", "is_cancelled", "joins", "logits", "owner", "parts", "wake")
 
-    def __init__(self, batch: Batch, is_cancelled: IsCancelled | None) -> None:
-        self.rest: Batch = batch
+    def __init__(
+        self, parts: Sequence[Batch], is_cancelled: IsCancelled | None, *, joins: bool
+    ) -> None:
+        self.parts = deque(parts)
+        self.joins = joins
         self.is_cancelled = is_cancelled
         self.owner = threading.get_ident()
         self.wake = threading.Event()
@@ -76,25 +77,27 @@ class ForwardQueue:
 
     compute: runs batches of different slots; logits of each one's last token.
     joins: whether a batch may be cut and share a forward; one that may not runs whole and alone.
+    part_tokens: prompts are read in parts of about so many tokens, see `Batch.parts`.
 
-    A forward takes one step of every running answer, and beside them a limited number of prompt
-    tokens, in equal shares: a long prompt holds up neither answers nor short prompts.
+    A forward takes one step of every running answer, and beside them one part of a prompt, or of
+    several where these fit. Prompts take turns: a long one holds up neither answers nor others.
     """
 
     def __init__(
         self,
         compute: Callable[[Sequence[Batch]], list[torch.Tensor]],
         joins: Callable[[Batch], bool],
+        part_tokens: int,
     ) -> None:
         self._compute = compute
         self._joins = joins
+        self._part_tokens = part_tokens
         self._thread = _Thread()
-        self._waiting: list[_Job] = []  # in the order they came
+        self._waiting: list[_Job] = []  # in the order of their turns
         self._is_led = False
         self._arrived = threading.Condition()  # guards the lines around it
         self._expected: set[int] = set()  # owners of the last forward's finished batches
         self._patience_ends = 0.0
-        self._tokens_per_s = float("inf")  # in the last forward that read prompts
 
     @contextmanager
     def cancelled_by(self, is_cancelled: IsCancelled) -> Iterator[None]:
@@ -119,7 +122,9 @@ class ForwardQueue:
 
         Raises: RequestCancelledError: nobody waits for it any longer, see `cancelled_by`.
         """
-        job = _Job(batch, self._thread.is_cancelled)
+        joins = self._joins(batch)
+        parts = batch.parts(self._part_tokens) if joins else [batch]
+        job = _Job(parts, self._thread.is_cancelled, joins=joins)
         with self._arrived:
             self._waiting.append(job)
             self._arrived.notify()
@@ -175,13 +180,13 @@ class ForwardQueue:
     def _turn(self) -> int:
         """One forward; how many batches it was about."""
         self._gather()
-        parts = self._next()
+        jobs = self._next()
         try:
-            self._forward(parts)
+            self._forward(jobs)
         finally:
-            for job, _ in parts:
+            for job in jobs:
                 job.at_rest.set()
-        return len(parts)
+        return len(jobs)
 
     def _gather(self) -> None:
         """Wait a little for those who will have a next token to compute, to take them along."""
@@ -191,8 +196,8 @@ class ForwardQueue:
                 if left <= 0 or not self._arrived.wait(left):
                     return
 
-    def _next(self) -> list[tuple[_Job, Batch]]:
-        """What the next forward computes: jobs and the part of each."""
+    def _next(self) -> list[_Job]:
+        """Choose the jobs whose next parts the next forward computes."""
         with self._arrived:
             waiting = list(self._waiting)
         for job in waiting:
@@ -201,60 +206,59 @@ class ForwardQueue:
         waiting = [job for job in waiting if not job.is_done]
         if not waiting:
             return []
-        first = waiting[0]
-        if not self._joins(first.rest):
-            return self._begun([(first, first.rest)])
-        joining = [job for job in waiting if self._joins(job.rest)][:_MOST_BATCHES]
-        steps = [job for job in joining if job.rest.num_tokens <= _FEW_TOKENS]
-        others = [job for job in joining if job.rest.num_tokens > _FEW_TOKENS]
-        # Those of the last forward who aren't back yet will be, so it is not made long meanwhile.
-        is_shared = steps or self._expected
-        budget = self._tokens_beside_steps if is_shared else _TOKENS_PER_FORWARD
-        shares = _shares([job.rest.num_tokens for job in others], budget)
-        parts = zip(others, shares, strict=True)
-        heads = [(job, _head(job.rest, share)) for job, share in parts if share]
-        return self._begun([(job, job.rest) for job in steps] + heads)
+        if not waiting[0].joins:
+            return self._begun(waiting[:1])
+        joining = [job for job in waiting if job.joins][:_MOST_BATCHES]
+        chosen, room = [], self._part_tokens
+        for job in joining:
+            tokens = job.parts[0].num_tokens
+            if tokens <= _FEW_TOKENS:
+                chosen.append(job)
+            elif tokens <= room or room == self._part_tokens:
+                chosen.append(job)
+                room -= tokens
+        return self._begun(chosen)
 
-    @property
-    def _tokens_beside_steps(self) -> int:
-        in_time = min(_PAUSE_S * self._tokens_per_s, _MOST_BESIDE_STEPS)
-        return max(int(in_time), _LEAST_SHARE)
-
-    def _begun(self, parts: Sequence[tuple[_Job, Batch]]) -> list[tuple[_Job, Batch]]:
-        """Those that are still waited for; from now on a forward is at them."""
+    def _begun(self, jobs: Sequence[_Job]) -> list[_Job]:
+        """Drop jobs that nobody waits for and mark the others as running."""
         with self._arrived:
-            begun = [part for part in parts if part[0] in self._waiting]
-            for job, _ in begun:
+            begun = [job for job in jobs if job in self._waiting]
+            for job in begun:
                 job.at_rest.clear()
             return begun
 
-    def _forward(self, parts: Sequence[tuple[_Job, Batch]]) -> None:
-        """Compute parts together; where that fails, each by itself, so that one fails alone."""
-        if not parts:
+    def _forward(self, jobs: Sequence[_Job]) -> None:
+        """Compute jobs' next parts together; where that fails, each alone, so that one fails."""
+        if not jobs:
             return
         started = time.perf_counter()
         try:
-            found = self._compute([batch for _, batch in parts])
+            found = self._compute([job.parts[0] for job in jobs])
         except Exception as error:
-            if len(parts) == 1:
-                self._finish(parts[0][0], error)
+            if len(jobs) == 1:
+                self._finish(jobs[0], error)
             else:
-                for part in parts:
-                    self._forward([part])
+                for job in jobs:
+                    self._forward([job])
             return
         ended = time.perf_counter()
-        tokens = sum(batch.num_tokens for _, batch in parts)
-        if tokens >= _FEWEST_TIMED:
-            self._tokens_per_s = tokens / max(ended - started, 1e-9)
         finished = set()
-        for (job, batch), logits in zip(parts, found, strict=True):
-            if batch.num_tokens < job.rest.num_tokens:
-                job.rest = job.rest.split(batch.num_tokens)[1]
+        for job, logits in zip(jobs, found, strict=True):
+            job.parts.popleft()
+            if job.parts:
+                self._line_up_again(job)
                 continue
             self._finish(job, logits)
             finished.add(job.owner)
         self._expected = finished
         self._patience_ends = ended + min(_PATIENCE * (ended - started), _LONGEST_WAIT_S)
+
+    def _line_up_again(self, job: _Job) -> None:
+        """Let the others have their turns before the job's next part."""
+        with self._arrived:
+            if job in self._waiting:  # its thread may have left meanwhile
+                self._waiting.remove(job)
+                self._waiting.append(job)
 
     def _finish(self, job: _Job, result: torch.Tensor | Exception) -> None:
         with self._arrived:
@@ -264,23 +268,3 @@ class ForwardQueue:
         else:
             job.logits = result
         job.wake.set()
-
-
-def _head(batch: Batch, tokens: int) -> Batch:
-    """The batch's first tokens; itself if these are all."""
-    return batch if tokens >= batch.num_tokens else batch.split(tokens)[0]
-
-
-def _shares(sizes: Sequence[int], budget: int) -> list[int]:
-    """How many tokens of each to compute: in equal shares, what small ones leave to the others.
-
-    In the order they came, so that those whom the budget doesn't reach get 0 this time.
-    """
-    reached = sizes[: max(1, budget // _LEAST_SHARE)]
-    shares = [0] * len(sizes)
-    left = budget
-    smallest_first = sorted(range(len(reached)), key=lambda index: sizes[index])
-    for rank, index in enumerate(smallest_first):
-        shares[index] = min(sizes[index], max(left, 0) // (len(reached) - rank))
-        left -= shares[index]
-    return shares

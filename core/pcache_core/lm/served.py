@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from pcache_core.lm.loading import BUILTIN_PREFIX, load_tokenizer, resolve
+from pcache_core.lm.loading import load_tokenizer, resolve
 from pcache_core.lm.tokenizer import SegmentTokenizer
 from pcache_core.prompt import Segment
 
@@ -28,15 +28,14 @@ class ServedModel:
 
     @classmethod
     def from_pretrained(cls, name: str, context_length: int | None) -> ServedModel:
-        """Load the tokenizer of `builtin:tiny-rag`, a directory or a hub id; no weights.
+        """Load the tokenizer of a built-in model, a directory, a hub id or a GGUF file; no weights.
 
         Raises: ModelError: there is none.
         """
-        source = resolve(name) if name.startswith(BUILTIN_PREFIX) else name
-        folder = Path(source).expanduser()
-        return cls(
-            load_tokenizer(name, str(folder) if folder.is_dir() else source), name, context_length
-        )
+        path = Path(name).expanduser()
+        # A directory without weights will do here.
+        source = str(path) if path.is_dir() and (path / "config.json").is_file() else resolve(name)
+        return cls(load_tokenizer(name, source), name, context_length)
 
     def token_ids(self, text: str) -> list[int]:
         """Ids of a text alone, without special tokens added."""

@@ -35,6 +35,7 @@ class SegmentTokenizer:
         self._lock = threading.Lock()
         self._memory: OrderedDict[tuple[str, bool], tuple[int, ...]] = OrderedDict()
         self._remembered = 0
+        self._markup: dict[str, tuple[str, tuple[str, ...]]] = {}  # of one chat template
         self.bos_ids: tuple[int, ...] = self._find_bos()
 
     def ids(self, segment: Segment) -> tuple[int, ...]:
@@ -61,6 +62,50 @@ class SegmentTokenizer:
     def holds_special(self, text: str) -> bool:
         """Whether a text spells a special token."""
         return any(token in text for token in self._tokenizer.all_special_tokens)
+
+    def marks_roles(self) -> bool:
+        """Whether the chat template writes a user's turn and an assistant's differently.
+
+        One that doesn't is no dialogue format: it only joins the contents, and a completion prompt
+        says the same.
+        """
+        if not self._tokenizer.chat_template:
+            return False
+        try:
+            user, assistant = (
+                self.apply_chat_template([{"role": role, "content": "Hello"}])
+                for role in ("user", "assistant")
+            )
+        except ChatTemplateError:  # It knows roles, or it could not refuse one.
+            return True
+        return user != assistant
+
+    def holds_chat_markup(self, text: str) -> bool:
+        """Whether a text holds what the chat template writes around a message; no without one.
+
+        That is a control token of the template's, or the template's beginning at its own.
+        """
+        opening, tokens = self._chat_markup()
+        at_beginning = bool(opening) and text.lstrip().startswith(opening)
+        return at_beginning or any(token in text for token in tokens)
+
+    def _chat_markup(self) -> tuple[str, tuple[str, ...]]:
+        """What the template writes before a message, and which control tokens it writes."""
+        template = str(self._tokenizer.chat_template)
+        if template not in self._markup:
+            self._markup = {template: self._read_chat_markup()}
+        return self._markup[template]
+
+    def _read_chat_markup(self) -> tuple[str, tuple[str, ...]]:
+        mark = "\ue0f0message\ue0f1"
+        try:
+            text = self.apply_chat_template([{"role": "user", "content": mark}])
+        except ChatTemplateError:
+            return "", ()
+        added = [token.content for token in self._tokenizer.added_tokens_decoder.values()]
+        tokens = (*added, *self._tokenizer.all_special_tokens)
+        found = dict.fromkeys(token for token in tokens if token.strip() and token in text)
+        return text.partition(mark)[0].strip(), tuple(found)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of the ids, special tokens left out."""

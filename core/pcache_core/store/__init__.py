@@ -14,17 +14,13 @@ from pcache_core.store.base import (
 )
 from pcache_core.store.disk import DiskStore
 from pcache_core.store.memory import MemoryStore
-from pcache_core.store.policy import CostAware, EvictionPolicy, LeastRecentlyUsed
 from pcache_core.store.tiered import TieredStore
 
 __all__ = [
     "BatchStore",
-    "CostAware",
     "DiskStore",
-    "EvictionPolicy",
     "Hit",
     "LastingStore",
-    "LeastRecentlyUsed",
     "MemoryStore",
     "ModuleStore",
     "Opened",

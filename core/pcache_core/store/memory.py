@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 from pcache_core.errors import BudgetError
 from pcache_core.key import ModuleKey
 from pcache_core.kv import KVState
 from pcache_core.store.base import Hit, StoreStats
 from pcache_core.store.fork import ForkSafeLock
-from pcache_core.store.policy import EvictionPolicy, LeastRecentlyUsed
 
 DEFAULT_BUDGET_BYTES = 2 * 2**30
 
@@ -25,19 +26,16 @@ def check_budget(budget_bytes: object) -> int:
 class MemoryStore:
     """A byte-bounded store in this process's memory, on the device the states were made on.
 
-    policy: which state goes first when room is needed; `LeastRecentlyUsed()` if not given.
-
-    A state larger than the whole budget is not kept; nothing is evicted for it.
+    The state whose last use is longest ago goes first when room is needed. One larger than the
+    whole budget is not kept; nothing is evicted for it.
 
     Raises: BudgetError: `budget_bytes` is not a positive integer.
     """
 
-    def __init__(
-        self, budget_bytes: int = DEFAULT_BUDGET_BYTES, policy: EvictionPolicy | None = None
-    ) -> None:
+    def __init__(self, budget_bytes: int = DEFAULT_BUDGET_BYTES) -> None:
         self._budget_bytes = check_budget(budget_bytes)
-        self._policy: EvictionPolicy = policy or LeastRecentlyUsed()
-        self._states: dict[str, tuple[ModuleKey, KVState]] = {}
+        # Least recently used first.
+        self._states: OrderedDict[str, tuple[ModuleKey, KVState]] = OrderedDict()
         self._nbytes = 0
         self._hits = 0
         self._misses = 0
@@ -51,7 +49,7 @@ class MemoryStore:
             if state is None or state.token_ids != key.token_ids:
                 self._misses += 1
                 return None
-            self._note_use(key.digest, state)
+            self._states.move_to_end(key.digest)
             self._hits += 1
             return Hit(state, "memory")
 
@@ -62,11 +60,10 @@ class MemoryStore:
         with self._lock:
             self._remove(key.digest)
             while self._nbytes + state.nbytes > self._budget_bytes:
-                self._remove(self._policy.victim())
+                self._remove(next(iter(self._states)))
                 self._evictions += 1
             self._states[key.digest] = (key, state)
             self._nbytes += state.nbytes
-            self._note_use(key.digest, state)
         return True
 
     def contains(self, key: ModuleKey) -> bool:
@@ -97,11 +94,7 @@ class MemoryStore:
                 evictions=self._evictions,
             )
 
-    def _note_use(self, digest: str, state: KVState) -> None:
-        self._policy.used(digest, num_tokens=state.num_tokens, nbytes=state.nbytes)
-
     def _remove(self, digest: str) -> None:
-        self._policy.removed(digest)
         if digest in self._states:
             _, state = self._states.pop(digest)
             self._nbytes -= state.nbytes

@@ -13,9 +13,9 @@ from pcache_core.store.tiered import TieredStore
 
 
 def find_stored(
-    store: ModuleStore, space: KeySpace, texts: Container[tuple[int, ...]]
+    store: ModuleStore, space: KeySpace, texts: Container[tuple[int, ...]] | None = None
 ) -> Iterator[ModuleKey]:
-    """Keys of the states of these token sequences in a store's memory and folders.
+    """Keys of the states of these token sequences, or of all, in a store's memory and folders.
 
     They may have been written by any process, after any preamble: they say what they are. Servers
     are not searched. Reads every file's header once.
@@ -27,12 +27,12 @@ def find_stored(
             yield from find_stored(tier, space, texts)
     elif isinstance(store, MemoryStore):
         for key in store.keys():
-            if key.space == space and key.token_ids in texts:
+            if key.space == space and (texts is None or key.token_ids in texts):
                 yield key
     elif isinstance(store, DiskStore) and store.path.is_dir():  # it may have been removed meanwhile
         for state in stored_states(
             store.path, Selection(model=space.model, namespace=space.namespace)
         ):
             record = state.record
-            if record is not None and record.token_ids in texts:
+            if record is not None and (texts is None or record.token_ids in texts):
                 yield ModuleKey(record.digest, record.token_ids)
