@@ -135,6 +135,7 @@ def describe_engine(engine: Engine, options: Mapping[str, Any]) -> dict[str, Any
             "model": engine.lm.name,
             "base_url": engine.address.base_url,
             "namespace": engine.namespace,
+            "preamble": engine.preamble,
             "reuse": engine.reuse,
         }
     return {
@@ -185,11 +186,8 @@ class EngineOptions:
                     f"{name}={getattr(self, name)!r} is settled where the server is started "
                     "(`pcache serve`); leave it out beside base_url"
                 )
-        for name in ("repair", "preamble"):
-            if getattr(self, name) is not None:
-                raise OptionError(
-                    f"{name}= has no effect on a server; leave it out beside base_url"
-                )
+        if self.repair is not None:
+            raise OptionError("repair= has no effect on a server; leave it out beside base_url")
 
 
 _built: WeakValueDictionary[EngineOptions, Engine] = WeakValueDictionary()
@@ -223,8 +221,13 @@ def _local(options: EngineOptions) -> PromptCacheEngine:
 
 def _remote(options: EngineOptions) -> RemoteEngine:
     assert options.server is not None
-    reuse = check_reuse(options.reuse)
-    return RemoteEngine(options.server, options.model, reuse=reuse, namespace=options.namespace)
+    return RemoteEngine(
+        options.server,
+        options.model,
+        reuse=check_reuse(options.reuse),
+        namespace=options.namespace,
+        preamble=options.preamble,
+    )
 
 
 class EngineHandle:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from pcache_core.lm import CausalLM
@@ -32,6 +32,7 @@ class PrefixCache:
         self._lm = lm
         self._budget_bytes = budget_bytes
         self._idle: list[KVSequence] = []  # least recently used first
+        self._idle_nbytes = 0
         self._running: set[KVSequence] = set()
         self._in_use = StatesInUse()
         self._lock = threading.Lock()
@@ -58,6 +59,7 @@ class PrefixCache:
         """Forget the sequences of finished requests."""
         with self._lock:
             self._idle.clear()
+            self._idle_nbytes = 0
 
     @property
     def nbytes(self) -> int:
@@ -70,16 +72,13 @@ class PrefixCache:
     def _acquire(self, request: Request, *, lends: bool) -> KVSequence:
         if self._lm.support.kind == "no-cache":
             return KVSequence(self._lm.new_slot, self._lm.new_slot(0), stock=self._lm.stock_run())
-        tokens = request.tokens
-        wanted = list(zip(tokens.token_ids, tokens.positions, strict=True))
         # What is on loan needs no room; should it turn out not to be there, the buffers grow.
         lent = sum(state.num_rows for state in request.states if not state.is_opening)
         capacity = request.capacity - (lent if lends else 0)
         with self._lock:
-            best, rows = self._best_match(request, wanted)
+            best, rows = self._best_match(request)
             if best is not None and _may_continue(best, rows, capacity):
-                self._idle.remove(best)
-                sequence = best
+                sequence = self._take(best)
             else:
                 held = 0 if best is None else best.slot.index(rows)
                 sequence = self._new(max(capacity, held), keep=best)
@@ -102,25 +101,32 @@ class PrefixCache:
         with self._lock:
             self._running.discard(sequence)
             self._idle.insert(len(self._idle) if sequence.token_ids else 0, sequence)
-            while len(self._idle) > 1 and self._idle_bytes() > self._budget_bytes:
-                del self._idle[0]
+            self._idle_nbytes += sequence.nbytes
+            while len(self._idle) > 1 and self._idle_nbytes > self._budget_bytes:
+                self._take(self._idle[0])
 
-    def _idle_bytes(self) -> int:
-        return sum(sequence.nbytes for sequence in self._idle)
+    def _take(self, sequence: KVSequence) -> KVSequence:
+        """Take a finished sequence out."""
+        self._idle.remove(sequence)
+        self._idle_nbytes -= sequence.nbytes
+        return sequence
 
-    def _best_match(
-        self, request: Request, wanted: Sequence[_Token]
-    ) -> tuple[KVSequence | None, int]:
+    def _best_match(self, request: Request) -> tuple[KVSequence | None, int]:
         accepts = _filter(request)
+        token_ids, positions = list(request.tokens.token_ids), list(request.tokens.positions)
         best, rows = None, 0
         # Among equals the one used last: the oldest may have to give its buffers.
         for sequence in reversed(self._idle):
-            if _continues(sequence, wanted, request.repair):
-                matching = _alike(sequence, wanted)
-            else:
-                matching = _matching_rows(sequence, wanted, accepts)
-            if matching > rows:
-                best, rows = sequence, matching
+            if sequence.token_ids[rows : rows + 1] != token_ids[rows : rows + 1]:
+                continue  # of many sequences, few can hold more than the best so far
+            alike = min(len(sequence.token_ids), len(token_ids) - 1)
+            alike = _common(sequence.token_ids, token_ids, alike)
+            alike = _common(sequence.positions, positions, alike)
+            if not _continues(sequence, token_ids, positions, request.repair):
+                labels = sequence.labels
+                alike = next((row for row in range(alike) if not accepts(row, labels[row])), alike)
+            if alike > rows:
+                best, rows = sequence, alike
         return best, rows
 
     def _new(self, capacity: int, keep: KVSequence | None) -> KVSequence:
@@ -130,11 +136,10 @@ class PrefixCache:
         """
         capacity = -(-capacity // _ROUND_UP) * _ROUND_UP
         needed = capacity * self._lm.bytes_per_token
-        if self._idle_bytes() + needed > self._budget_bytes:
+        if self._idle_nbytes + needed > self._budget_bytes:
             for sequence in self._idle:
                 if sequence is not keep and sequence.slot.capacity >= capacity:
-                    self._idle.remove(sequence)
-                    sequence.shorten(0)
+                    self._take(sequence).shorten(0)
                     return sequence
         return KVSequence(self._lm.new_slot, self._lm.new_slot(capacity))
 
@@ -152,10 +157,6 @@ def whole_prefix(request: Request, rows: int) -> int:
         rows = min(state.start for state in cut)
         cut = [state for state in request.states if state.start < rows < state.stop]
     return rows
-
-
-_Token = tuple[int, int]
-"""A token's id and position."""
 
 
 def _filter(request: Request) -> Accepts:
@@ -178,27 +179,29 @@ def _may_continue(sequence: KVSequence, rows: int, capacity: int) -> bool:
     return sequence.slot.capacity >= capacity and 2 * rows >= len(sequence.token_ids)
 
 
-def _alike(sequence: KVSequence, wanted: Sequence[_Token]) -> int:
-    """Rows from the first on that hold the prompt's tokens, whatever they came from."""
-    most = min(len(sequence.token_ids), len(wanted) - 1)
-    held = zip(sequence.token_ids[:most], sequence.positions, strict=False)
-    pairs = zip(held, wanted, strict=False)
-    return next((row for row, (mine, theirs) in enumerate(pairs) if mine != theirs), most)
+def _common(one: list[int], other: list[int], most: int) -> int:
+    """Return how many of the first `most` numbers are equal; by bisection, as slices are fast."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
-def _matching_rows(sequence: KVSequence, wanted: Sequence[_Token], accepts: Accepts) -> int:
-    alike = _alike(sequence, wanted)
-    labels = sequence.labels
-    return next((row for row in range(alike) if not accepts(row, labels[row])), alike)
-
-
-def _continues(sequence: KVSequence, wanted: Sequence[_Token], repair: float | None) -> bool:
+def _continues(
+    sequence: KVSequence, token_ids: list[int], positions: list[int], repair: float | None
+) -> bool:
     """Whether the prompt is the one that rows were repaired for, or goes on after it."""
     if repair is None or not _same_budget(sequence.repair, repair):
         return False
     count = sequence.repaired_for
-    held = zip(sequence.token_ids[:count], sequence.positions[:count], strict=True)
-    return list(held) == list(wanted[:count])
+    return (
+        sequence.token_ids[:count] == token_ids[:count]
+        and sequence.positions[:count] == positions[:count]
+    )
 
 
 def _same_budget(one: float | None, other: float | None) -> bool:

@@ -79,13 +79,13 @@ def run_demo(
     Each framework has a store of its own, so that neither profits from the other. An interrupt
     (ctrl-C) ends it with what there is.
     """
-    console.print(
-        f"[bold]{escape(lm.name)}[/] on {lm.device}: {len(questions)} questions, "
-        f"{top_k} of {len(corpus.documents)} documents in each prompt, "
-        "through LangChain and through LlamaIndex"
-    )
     demo = Demo()
     try:
+        console.print(
+            f"[bold]{escape(lm.name)}[/] on {lm.device}: {len(questions)} questions, "
+            f"{top_k} of {len(corpus.documents)} documents in each prompt, "
+            "through LangChain and through LlamaIndex"
+        )
         for build in (langchain_pipeline, llama_index_pipeline):
             store = MemoryStore()
             engines = {mode: PromptCacheEngine(lm, store, mode) for mode in MODES}

@@ -23,6 +23,7 @@ from vllm_server import Cluster
 
 pytestmark = pytest.mark.timeout(900)  # servers take a minute to start, on a busy machine many
 
+TINY = "builtin:tiny-rag"
 TEMPLATE = PromptTemplate.from_template(
     OPENING.replace("{", "{{") + "{context}\n\nQuestion: {question}\nAnswer:"
 )
@@ -41,7 +42,7 @@ def test_a_langchain_model_needs_a_base_url_alone_and_says_what_was_cached(
     cluster: Cluster,
 ) -> None:
     one = item(101)
-    llm = PromptCacheLLM(base_url=cluster.first.url, max_tokens=12, reuse="fast")
+    llm = PromptCacheLLM(model=TINY, base_url=cluster.first.url, max_tokens=12, reuse="fast")
     assert llm.cache_documents([Document(page_content=text) for text in one.contexts]).kept == 12
     chain = TEMPLATE | llm
     first = chain.invoke(filled(one, one.contexts))
@@ -65,7 +66,7 @@ def test_a_langchain_model_needs_a_base_url_alone_and_says_what_was_cached(
 
 async def test_a_langchain_model_answers_many_at_once_without_blocking(cluster: Cluster) -> None:
     one = item(102)
-    llm = PromptCacheLLM(base_url=cluster.first.url, max_tokens=8, reuse="fast")
+    llm = PromptCacheLLM(model=TINY, base_url=cluster.first.url, max_tokens=8, reuse="fast")
     chain = TEMPLATE | llm
     alone = await asyncio.to_thread(chain.invoke, filled(one, one.contexts))
     assert await chain.abatch([filled(one, one.contexts)] * 4) == [alone] * 4
@@ -77,7 +78,7 @@ def test_a_chat_model_has_its_usage_and_answers_in_a_schema(cluster: Cluster) ->
         name: Literal["Ann", "Berth"]
         sang: bool
 
-    chat = ChatPromptCache(base_url=cluster.first.url, max_tokens=48, reuse="balanced")
+    chat = ChatPromptCache(model=TINY, base_url=cluster.first.url, max_tokens=48, reuse="balanced")
     total = AIMessageChunk(content="")
     for chunk in chat.stream("Who sang?"):
         assert isinstance(chunk, AIMessageChunk)
@@ -93,7 +94,7 @@ def test_a_chat_model_has_its_usage_and_answers_in_a_schema(cluster: Cluster) ->
 
 def test_a_llama_index_model_answers_from_an_index_it_cached(cluster: Cluster) -> None:
     one = item(103)
-    llm = LlamaIndexLLM(base_url=cluster.first.url, max_tokens=12, reuse="fast")
+    llm = LlamaIndexLLM(model=TINY, base_url=cluster.first.url, max_tokens=12, reuse="fast")
     llm.set_global_tokenizer()
     nodes = [TextNode(text=text, id_=str(n)) for n, text in enumerate(one.contexts)]
     assert llm.cache_documents(SummaryIndex(nodes), progress=False).kept == 12
@@ -107,7 +108,7 @@ def test_a_llama_index_model_answers_from_an_index_it_cached(cluster: Cluster) -
 
 
 async def test_a_llama_index_model_streams_and_counts_as_openai_does(cluster: Cluster) -> None:
-    llm = LlamaIndexLLM(base_url=cluster.first.url, max_tokens=6)
+    llm = LlamaIndexLLM(model=TINY, base_url=cluster.first.url, max_tokens=6)
     whole = await llm.acomplete("Who sang?")
     last = None
     async for piece in await llm.astream_complete("Who sang?"):
@@ -129,10 +130,10 @@ def test_a_model_that_the_server_does_not_have_is_named(cluster: Cluster) -> Non
 @pytest.mark.parametrize("option", [{"store": "./states"}, {"dtype": "float32"}])
 def test_what_the_server_settles_is_refused(option: dict[str, str]) -> None:
     with pytest.raises(OptionError, match="settled where the server is started"):
-        PromptCacheLLM(base_url="http://localhost:1", **option)
+        PromptCacheLLM(model=TINY, base_url="http://localhost:1", **option)
 
 
 def test_a_server_that_is_not_there_is_named() -> None:
-    llm = PromptCacheLLM(base_url="http://127.0.0.1:9/v1", max_retries=0)
+    llm = PromptCacheLLM(model=TINY, base_url="http://127.0.0.1:9/v1", max_retries=0)
     with pytest.raises(ModelError, match=r"127\.0\.0\.1:9 gives no answer.*pcache serve"):
         llm.invoke("x")

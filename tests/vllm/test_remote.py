@@ -133,8 +133,15 @@ def test_a_shared_engine_brings_its_server(plain: _PlainServer) -> None:
     for model in (LangChainLLM(engine=engine), LlamaIndexLLM(engine=engine)):
         assert model.engine is engine
         assert (model.model, model.base_url) == ("builtin:tiny-rag", engine.address.base_url)
+        assert model.preamble == engine.preamble
     with pytest.raises(OptionError, match="brings its own base_url"):
         LangChainLLM(engine=engine, base_url="http://localhost:1")
+
+
+def test_a_language_model_gives_its_preamble_to_the_engine(plain: _PlainServer) -> None:
+    url, mine = f"http://127.0.0.1:{plain.server_port}", Preamble("Look here.\n", [FACTS[2]])
+    for kind in (LangChainLLM, LlamaIndexLLM):
+        assert kind(model="builtin:tiny-rag", base_url=url, preamble=mine).engine.preamble == mine
 
 
 async def test_an_answer_that_takes_too_long_is_given_up(plain: _PlainServer) -> None:
