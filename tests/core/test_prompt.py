@@ -7,7 +7,7 @@ import pytest
 import tiny_models
 from pcache_core import Prompt, PromptError, Segment
 from pcache_core.lm.tokenizer import SegmentTokenizer
-from pcache_core.plan import candidates, computed_rows, tokenise
+from pcache_core.tokens import tokenise
 
 
 def test_a_prompts_text_is_the_concatenation_of_its_segments() -> None:
@@ -61,21 +61,3 @@ def test_data_and_markup_of_the_same_text_are_remembered_apart() -> None:
     first = text.ids(segment)
     assert text.ids(Segment("<eos>", "literal")) != first
     assert text.ids(segment) == first
-
-
-def test_the_last_token_and_short_documents_are_never_candidates() -> None:
-    prompt = Prompt(
-        [
-            Segment("12345678", "document"),
-            Segment("123", "document"),
-            Segment("123456789", "document"),
-        ]
-    )
-    tokens = tokenise(prompt, lambda s: [int(c) for c in s.text], [0])
-    found = candidates(tokens, min_module_tokens=8, min_literal_tokens=64)
-    assert [(c.start, c.stop, c.is_opening) for c in found] == [(0, 1, True), (1, 9, False)]
-
-
-def test_computed_rows_are_those_that_nothing_fills() -> None:
-    assert computed_rows(8, [(5, 7), (0, 2)]) == [2, 3, 4, 7]
-    assert computed_rows(3, []) == [0, 1, 2]

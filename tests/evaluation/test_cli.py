@@ -14,8 +14,7 @@ from pcache_integrations.cli import TOY, app
 
 
 def run(*arguments: str) -> str:
-    named = () if "--model" in arguments else ("--model", "builtin:tiny-rag")
-    result = CliRunner().invoke(app, ["eval", *named, *arguments])
+    result = CliRunner().invoke(app, ["eval", *arguments])
     if result.exception is not None:
         raise result.exception
     return result.stdout

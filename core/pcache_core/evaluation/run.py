@@ -154,7 +154,7 @@ def _store_for(
         return
     engine = PromptCacheEngine(lm)
     tokens = sum(len(engine.tokenise(each.prompt).token_ids) for each in asked)
-    yield MemoryStore(budget_bytes=max(lm.bytes_per_token, 3 * tokens * lm.bytes_per_token))
+    yield MemoryStore(budget_bytes=max(1, (3 * tokens + 1) * lm.bytes_per_token))
 
 
 def kl_divergence(reference: torch.Tensor, other: torch.Tensor) -> float:
