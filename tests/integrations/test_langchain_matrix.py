@@ -124,7 +124,10 @@ def _assert_mapped(report: Report, shape: Shape, name: str) -> None:
     expected = {document[: shape.cut] for document in shape.texts(question)}
     assert all(document in text for document in expected)
     found = {part.text for part in report.segments if part.kind == "document"}
-    assert found == (set() if name == UNANNOUNCED else expected)
+    if name == UNANNOUNCED:  # another test of this process may have announced them
+        assert found <= expected
+    else:
+        assert found == expected
     for part in (*shape.literals, *([question] if shape.asks else [])):
         start = text.index(part)
         assert "document" not in kinds[start : start + len(part)]

@@ -63,7 +63,7 @@ class TestIntegration(ChatModelIntegrationTests):
         return False  # an engine has one model
 
     def invoke_with_cache_read_input(self, *, stream: bool = False) -> AIMessage:
-        model = self.chat_model_class(**PARAMS)
+        model = self.chat_model_class(**PARAMS, reuse="fast")
         model.cache_documents(DOCUMENTS, progress=False)
         message = _ask(model, stream=stream)
         assert message.usage_metadata["input_token_details"]["cache_read"] > 0
@@ -71,7 +71,7 @@ class TestIntegration(ChatModelIntegrationTests):
 
     def invoke_with_cache_creation_input(self, *, stream: bool = False) -> AIMessage:
         # Models of one namespace share what they have encoded.
-        model = self.chat_model_class(**PARAMS, namespace=f"creation-{stream}")
+        model = self.chat_model_class(**PARAMS, reuse="fast", namespace=f"creation-{stream}")
         message = _ask(model, stream=stream)
         assert message.usage_metadata["input_token_details"]["cache_creation"] > 0
         return message

@@ -92,8 +92,10 @@ def test_what_any_search_finds_is_known(
 def test_what_an_untracked_store_finds_is_not_known(
     llm: PromptCacheLLM, store: InMemoryVectorStore
 ) -> None:
-    track(store)
-    assert documents_in_a_prompt(llm, store.similarity_search(QUESTION, k=2)) == []
+    own = InMemoryVectorStore(store.embeddings)  # of a text that no other test announces
+    own.add_documents([Document("Nobody tracks the shop where Una Yiltman buys her paper.")])
+    track(own)
+    assert documents_in_a_prompt(llm, own.similarity_search(QUESTION, k=1)) == []
 
 
 def test_a_tracked_store_is_a_vector_store_with_all_that_the_other_has(
