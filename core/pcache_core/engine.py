@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import AsyncGenerator, Generator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Generator, Iterable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from functools import cached_property, partial
@@ -18,7 +18,7 @@ from pcache_core.admission import Admission, AdmissionName, check_admission
 from pcache_core.background import BackgroundStreams
 from pcache_core.chat import Message, render_chat
 from pcache_core.deadline import in_turn
-from pcache_core.errors import BudgetError, OptionError
+from pcache_core.errors import BudgetError, ContextLengthError, OptionError
 from pcache_core.forget import ForgetReport, forget
 from pcache_core.gate import Gate
 from pcache_core.generate import AnswerText, decode_loop
@@ -38,7 +38,7 @@ from pcache_core.plan import TokenisedPrompt, tokenise
 from pcache_core.pml import Positions, PromptTree, Schema
 from pcache_core.precompute import precompute, precompute_units
 from pcache_core.prompt import Prompt
-from pcache_core.reading import PromptReader
+from pcache_core.reading import PromptReader, Reading
 from pcache_core.report import EncodeReport
 from pcache_core.request import Request, check_request
 from pcache_core.results import Chunk, Generation, Prefill
@@ -155,23 +155,31 @@ class PromptCacheEngine:
         prompt: Prompt,
         reuse: ReuseMode | None = None,
         repair: RepairPolicy | None = None,
+        continuation: Sequence[int] = (),
     ) -> Prefill:
         """Read a prompt and return the logits of the token after it.
 
+        continuation: token ids to go on with, whatever the model would have chosen; it is asked how
+            likely each of them was.
         Raises: ContextLengthError, OptionError, PromptError: before any work.
         """
         started = time.perf_counter()
-        request = self._check(prompt, SamplingParams(max_tokens=1), reuse, repair)
+        params = SamplingParams(max_tokens=max(1, len(continuation)))
+        request = self._check(prompt, params, reuse, repair)
+        self._check_continuation(request, continuation)
         place = self._gate.queue(started)
         try:
             place.start(self.lm.check_cancelled)
             reading = self._reader.read(request)
-            reading.close()
+            reading.report.ttft_ms = _ms_since(started)
+            try:
+                logprobs = tuple(_follow(reading, continuation))
+            finally:
+                reading.close()
         finally:
             place.leave()
-        reading.report.ttft_ms = _ms_since(started)
         self.reports.append(reading.report)
-        return Prefill(reading.logits, reading.report)
+        return Prefill(reading.logits, reading.report, logprobs)
 
     def generate(
         self,
@@ -360,6 +368,15 @@ class PromptCacheEngine:
     def _end_ids(self, params: SamplingParams) -> frozenset[int]:
         return self.lm.end_ids | self.lm.stop_ids(params.stop) | set(params.stop_token_ids)
 
+    def _check_continuation(self, request: Request, continuation: Sequence[int]) -> None:
+        self.lm.check_ids(continuation)
+        if len(continuation) > request.params.max_tokens:  # the context's rest, if that is less
+            raise ContextLengthError(
+                f"the continuation has {len(continuation)} tokens, but after the prompt "
+                f"{self.lm.name} has room for {request.params.max_tokens}; use a shorter one, "
+                "or fewer or shorter documents"
+            )
+
     def _check_budget(self) -> None:
         budget = self.store.stats().budget_bytes
         needed = self.lm.bytes_per_token
@@ -368,6 +385,15 @@ class PromptCacheEngine:
                 f"the store's budget of {budget:,} bytes can't hold a state of even one token, "
                 f"which takes {needed:,} bytes with {self.lm.name}; raise budget_bytes"
             )
+
+
+def _follow(reading: Reading, continuation: Sequence[int]) -> Iterator[float]:
+    """Log probabilities of given tokens, each after the prompt and the tokens before it."""
+    logits = reading.logits
+    for number, token_id in enumerate(continuation, 1):
+        yield float(logits.log_softmax(-1)[token_id])
+        if number < len(continuation):
+            logits = reading.step(token_id)
 
 
 def _ms_since(started: float) -> float:

@@ -74,8 +74,10 @@ class Generation:
 class Prefill:
     """The state after reading a prompt.
 
-    logits: [vocab], fp32, of the token after the prompt.
+    logits: [vocab], fp32, of the token after the prompt. logprobs: of the continuation's tokens, in
+        nats, each given the prompt and the tokens before it; none unless one was given.
     """
 
     logits: torch.Tensor
     report: Report
+    logprobs: tuple[float, ...] = ()

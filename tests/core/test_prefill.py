@@ -11,7 +11,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pcache_core import CausalLM, Prompt, PromptCacheEngine, SamplingParams, Segment
+from pcache_core import (
+    CausalLM,
+    ContextLengthError,
+    ModelError,
+    Prompt,
+    PromptCacheEngine,
+    SamplingParams,
+    Segment,
+)
 from pcache_core.params import RepairPolicy, ReuseMode
 
 TOLERANCE = 1e-4
@@ -202,3 +210,30 @@ def test_a_slot_that_holds_only_the_start_of_the_opening_does_not_keep_its_state
     engine.prefill(Prompt([other, MILL, Segment("\nWho? A:")]))
     found = engine.prefill(ask("\nWho? A:", BEES)).report
     assert [segment.source for segment in found.segments] == ["memory", "memory", "computed"]
+
+
+@pytest.mark.parametrize("mode", ["off", "exact", "fast"])
+def test_a_continuation_is_as_likely_as_one_token_after_the_other(
+    llama: CausalLM, mode: ReuseMode
+) -> None:
+    """Each of its tokens, written at the end of the prompt, is what the next is asked after."""
+    ids = [llama.token_ids(letter)[0] for letter in "xyz"]
+    prefill = PromptCacheEngine(llama).prefill(PROMPTS[0], mode, continuation=ids)
+    segments, expected = list(PROMPTS[0].segments), []
+    for token_id, letter in zip(ids, "xyz", strict=True):
+        logits = PromptCacheEngine(llama).prefill(Prompt(segments), mode).logits
+        expected.append(float(logits.log_softmax(-1)[token_id]))
+        segments.append(Segment(letter, "argument"))
+    assert prefill.logprobs == pytest.approx(expected, abs=TOLERANCE)
+    assert alike(prefill.logits, PromptCacheEngine(llama).prefill(PROMPTS[0], mode).logits)
+
+
+def test_a_continuation_that_has_no_room_or_no_such_token_is_refused(llama: CausalLM) -> None:
+    engine = PromptCacheEngine(llama)  # 512 tokens
+    room = 512 - len(engine.tokenise(PROMPTS[0]).token_ids) + 1
+    assert len(engine.prefill(PROMPTS[0], continuation=[5] * room).logprobs) == room
+    with pytest.raises(ContextLengthError, match=rf"has {room + 1} tokens, .* room for {room}"):
+        engine.prefill(PROMPTS[0], continuation=[5] * (room + 1))
+    with pytest.raises(ModelError, match="id 100000"):
+        engine.prefill(PROMPTS[0], continuation=[100_000])
+    assert engine.prefill(PROMPTS[0]).logprobs == ()

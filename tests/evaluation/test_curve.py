@@ -13,7 +13,7 @@ from pcache_core.evaluation.curve import check_plot, plot, sweep
 from pcache_core.evaluation.data import Item, QuestionSet
 from pcache_core.evaluation.table import Evaluation, Row
 
-ROW = Row("fast", 0.5, 0.5, None, 0.5, 0.1, 0.2, 200.0, 0.0, 20.0, 10.0, 12.0)
+ROW = Row("fast", 0.6, 0.1, 0.5, 0.5, None, 0.5, 0.1, 0.2, 3.0, 200.0, 0.0, 20.0, 10.0, 12.0)
 EVALUATION = Evaluation(
     "a model",
     QuestionSet("a made-up set", (Item("Who?", ("x",), ("x",)),), "whole"),
@@ -23,8 +23,11 @@ EVALUATION = Evaluation(
         replace(ROW, reuse="balanced", repaired_tokens=20.0),
         *(replace(ROW, reuse=way.name, repaired_tokens=5.0) for way in sweep()),
     ),
+    answers=({},),
+    layout="completion",
     max_tokens=8,
     shortened=0,
+    unasked=0,
     environment={},
     notes=(),
 )

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from pcache_core.evaluation.metrics import exact_match, normalise, rouge_l, token_f1
+from pcache_core.evaluation.metrics import contains, exact_match, normalise, rouge_l, token_f1
 from pcache_core.evaluation.run import kl_divergence
 
 
@@ -84,3 +84,19 @@ def test_kl_divergence_of_what_can_not_come_is_nothing() -> None:
     certain = torch.tensor([0.0, -math.inf])
     assert kl_divergence(certain, torch.tensor([0.0, 0.0])) == pytest.approx(math.log(2))
     assert kl_divergence(certain, certain) == 0
+
+
+@pytest.mark.parametrize(
+    ("answer", "references", "expected"),
+    [
+        ("The keeper was Osvald Trine, I think.", ["osvald trine"], 1),
+        ("It ripens for 14 months.", ["fourteen months", "14 months"], 1),
+        ("It is 2,310 metres high.", ["2310"], 1),
+        ("The keeper was Osvald.", ["Osvald Trine"], 0),
+        ("", ["Osvald Trine"], 0),
+    ],
+)
+def test_an_answer_contains_a_value_whatever_stands_around_it(
+    answer: str, references: list[str], expected: float
+) -> None:
+    assert contains(answer, references) == expected

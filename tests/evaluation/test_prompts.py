@@ -78,3 +78,27 @@ def test_a_document_that_is_longer_than_the_context_is_refused(
         ContextLengthError, match=r"question 'Who\?' with one document .* holds 512"
     ):
         fit(engine, Item("Who?", ("a" * 600, "b" * 600), ("x",)), "completion", max_tokens=8)
+
+
+def test_the_right_answer_begins_with_a_space_unless_the_prompt_ends_with_white_space(
+    engine: PromptCacheEngine,
+) -> None:
+    item = Item("Who?", ("One is here today.",), ("Zoe Barton", "Zoe"))
+    tokenizer = engine.lm.tokenizer
+    own = tokenizer.chat_template
+    for ending, text in (("<answer>", " Zoe Barton"), ("{{ '\\n' }}", "Zoe Barton")):
+        tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}" + ending
+        try:
+            fitted = fit(engine, item, "chat", max_tokens=4)
+        finally:
+            tokenizer.chat_template = own
+        assert list(fitted.gold_ids) == tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def test_there_is_room_for_the_right_answer(tiny_lm: Callable[..., CausalLM]) -> None:
+    engine = PromptCacheEngine(tiny_lm())  # 512 tokens, about one a character
+    item = Item("Who?", tuple(letter * 90 for letter in "abcde"), ("x" * 200,))
+    fitted = fit(engine, item, "completion", max_tokens=4)
+    used = len(engine.tokenise(fitted.prompt).token_ids)
+    assert fitted.left_out > 0
+    assert used + len(fitted.gold_ids) - 1 <= 512

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import version
 
 import torch
@@ -12,8 +13,8 @@ from tqdm import tqdm
 from pcache_core.engine import PromptCacheEngine
 from pcache_core.evaluation.data import QuestionSet
 from pcache_core.evaluation.metrics import ROUGE_HINT, has_rouge
-from pcache_core.evaluation.prompts import Layout, fit
-from pcache_core.evaluation.run import BASELINE, Outcomes, Way, measure
+from pcache_core.evaluation.prompts import Fitted, Layout, fit
+from pcache_core.evaluation.run import BASELINE, Conditions, Outcomes, Way, measure
 from pcache_core.evaluation.table import Evaluation, summarise
 from pcache_core.lm import CausalLM
 from pcache_core.params import REUSE_MODES, ReuseMode, SamplingParams
@@ -28,50 +29,78 @@ def evaluate(  # noqa: PLR0913 (each is an option of the command)
     *,
     modes: Sequence[ReuseMode] = REUSE_MODES,
     sweep: Sequence[Way] = (),
-    layout: Layout = "completion",
+    layout: Layout | None = None,
     max_tokens: int = ANSWER_TOKENS,
     storage_dtype: StorageDtype | None = None,
+    warm: bool = False,
 ) -> Evaluation:
     """Ask every question in every mode, greedily, and compare the modes with `off`.
 
     modes: beside `off`, which is always asked and has a row. sweep: more ways to ask, for a curve.
+    layout: `chat` if not given and the model's chat template tells a user from an assistant.
     storage_dtype: how files keep the states between being encoded and being used; None keeps them
-        in memory.
+        in memory. warm: encode all documents before the first question, as `engine.encode` does,
+        instead of each by the first question that has it.
     An answer ends at a line's end. Shows a progress bar on standard error if that is a terminal.
+    An interrupt (ctrl-C) ends it with the questions that were asked in every way until then.
 
     Raises: ContextLengthError, ChatTemplateError, OptionError: before the first question.
+        KeyboardInterrupt: before the first question was done.
     """
+    if layout is None:
+        layout = "chat" if lm.text.marks_roles() else "completion"
     chosen = (Way(mode, mode) for mode in modes)
     ways = list(dict.fromkeys((BASELINE, *chosen, *sweep)))
     params = SamplingParams(max_tokens=max_tokens, stop=["\n"])
     engine = PromptCacheEngine(lm)
     fitted = [fit(engine, item, layout, max_tokens) for item in questions.items]
-    prompts = [each.prompt for each in fitted]
-    shortened = [each.left_out for each in fitted if each.left_out]
-    outcomes = list(
-        tqdm(
-            measure(lm, prompts, ways, params, storage_dtype),
-            desc="questions",
-            total=len(prompts),
-            disable=None,  # unless standard error is a terminal
-        )
-    )
+    conditions = Conditions(params, storage_dtype, warm)
+    outcomes = _ask(lm, fitted, ways, conditions)
     names = [way.name for way in ways]
+    asked = replace(questions, items=questions.items[: len(outcomes)])
+    shortened = [each.left_out for each in fitted[: len(outcomes)] if each.left_out]
     return Evaluation(
         model=lm.name,
-        questions=questions,
-        rows=summarise(questions, outcomes, names),
+        questions=asked,
+        rows=summarise(asked, outcomes, names),
+        answers=tuple({name: each[name].answer for name in names} for each in outcomes),
+        layout=layout,
         max_tokens=max_tokens,
         shortened=len(shortened),
+        unasked=len(fitted) - len(outcomes),
         environment=environment(lm),
-        notes=(*_storage(storage_dtype), *_notes(outcomes, names, shortened)),
+        notes=(*_how(conditions), *_notes(outcomes, names, shortened)),
     )
 
 
-def _storage(storage_dtype: StorageDtype | None) -> tuple[str, ...]:
-    if storage_dtype is None:
-        return ()
-    return (f"states were read from files that keep them as {storage_dtype}",)
+def _ask(
+    lm: CausalLM, fitted: Sequence[Fitted], ways: Sequence[Way], conditions: Conditions
+) -> list[Outcomes]:
+    """All questions in every way, or those until an interrupt."""
+    outcomes: list[Outcomes] = []
+    with tqdm(
+        desc="answers",
+        total=len(fitted) * len(ways),
+        disable=None,  # unless standard error is a terminal
+    ) as bar:
+        try:
+            for each in measure(lm, fitted, ways, conditions, bar.update):
+                outcomes.append(each)
+        except KeyboardInterrupt:
+            if not outcomes:
+                raise
+    return outcomes
+
+
+def _how(conditions: Conditions) -> tuple[str, ...]:
+    """What was different from the usual."""
+    notes = []
+    if conditions.warm:
+        notes.append("all documents were encoded ahead")
+    if conditions.storage_dtype is not None:
+        kept = conditions.storage_dtype
+        notes.append(f"states were read from files that keep them as {kept}")
+    return tuple(notes)
 
 
 def environment(lm: CausalLM) -> dict[str, str | int]:

@@ -1,4 +1,4 @@
-"""How right an answer is: exact match, token F1 and ROUGE-L, each from 0 to 1."""
+"""How right an answer is: contained, exact match, token F1, ROUGE-L; each from 0 to 1."""
 
 from __future__ import annotations
 
@@ -29,6 +29,11 @@ def exact_match(answer: str, references: Sequence[str], rule: MatchRule) -> floa
     """1 if the answer equals one of the references under the rule, else 0."""
     form = str.strip if rule == "whole" else normalise
     return float(form(answer) in {form(reference) for reference in references})
+
+
+def contains(answer: str, references: Sequence[str]) -> float:
+    """1 if one of the references stands in the answer, both normalised, else 0."""
+    return float(any(normalise(reference) in normalise(answer) for reference in references))
 
 
 def token_f1(answer: str, references: Sequence[str]) -> float:

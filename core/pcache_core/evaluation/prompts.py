@@ -20,14 +20,21 @@ documents and question as a user's message in the model's own chat template."""
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """A prompt, and how many of the item's documents had to be left out of it."""
+    """A prompt, and how many of the item's documents had to be left out of it.
+
+    gold_ids: of the first of the right answers, tokenised alone, as the model would begin it: after
+        a space where the prompt ends without white space.
+    """
 
     prompt: Prompt
     left_out: int
+    gold_ids: tuple[int, ...]
 
 
 def fit(engine: PromptCacheEngine, item: Item, layout: Layout, max_tokens: int) -> Fitted:
     """Build an item's prompt; where it would not fit, leave out documents from the middle.
+
+    max_tokens: of an answer; there is always room for the right one.
 
     What LongBench does with long texts: their beginning and their end are kept.
 
@@ -37,9 +44,12 @@ def fit(engine: PromptCacheEngine, item: Item, layout: Layout, max_tokens: int) 
     limit = engine.lm.context_length
     while True:
         prompt = make_prompt(engine, item.question, contexts, layout)
-        needed = len(engine.tokenise(prompt).token_ids) + max_tokens - 1
+        space = "" if prompt.text[-1].isspace() else " "
+        gold_ids = tuple(engine.lm.token_ids(space + item.answers[0]))
+        answer_tokens = max(max_tokens, len(gold_ids))
+        needed = len(engine.tokenise(prompt).token_ids) + answer_tokens - 1
         if limit is None or needed <= limit:
-            return Fitted(prompt, len(item.contexts) - len(contexts))
+            return Fitted(prompt, len(item.contexts) - len(contexts), gold_ids)
         if len(contexts) == 1:
             raise ContextLengthError(
                 f"question {item.question[:60]!r} with one document and an answer takes {needed} "

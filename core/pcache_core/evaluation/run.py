@@ -1,24 +1,27 @@
 """Asking every question in every reuse mode, so that the modes can be compared.
 
 Each request runs in an engine of its own, over the same model and one store for a question's
-states. No slot of an earlier request can serve it then: an engine continues prompts that it has
-just read, and the second mode to be asked would look like a prefix cache. So `exact` computes the
-whole prompt here, which is what it does for a question that meets its documents for the first time.
+states, or for those of all questions where they are encoded ahead. No slot of an earlier request
+can serve it then: an engine continues prompts that it has just read, and the second mode to be
+asked would look like a prefix cache. So `exact` computes the whole prompt here, which is what it
+does for a question that meets its documents for the first time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from statistics import fmean
 from tempfile import TemporaryDirectory
 
 import torch
 
 from pcache_core.engine import PromptCacheEngine
+from pcache_core.evaluation.prompts import Fitted
 from pcache_core.lm import CausalLM
 from pcache_core.params import RepairPolicy, ReuseMode, SamplingParams
-from pcache_core.prompt import Prompt
 from pcache_core.report import Report
 from pcache_core.store import DiskStore, MemoryStore, ModuleStore
 from pcache_core.store.record import StorageDtype
@@ -42,11 +45,13 @@ class Outcome:
     """One question asked in one way.
 
     kl: of the distribution of the token after the prompt from that of `off`, KL(off ‖ way), in
-        nats. report: of the request that gave the answer.
+        nats. gold_nll: mean negative log likelihood of the right answer's tokens, each given the
+        prompt and the right tokens before it, in nats. report: of the request that gave the answer.
     """
 
     answer: str
     kl: float
+    gold_nll: float
     report: Report
 
 
@@ -54,63 +59,102 @@ Outcomes = dict[str, Outcome]
 """One question in every way, by the ways' names."""
 
 
+@dataclass(frozen=True, slots=True)
+class Conditions:
+    """Under which all questions are asked.
+
+    params: of the answers. storage_dtype: how files keep the states between being encoded and being
+    used; None: they stay in memory as they were encoded. warm: whether all documents are encoded
+    ahead, as `engine.encode` does, instead of by the first question that has them.
+    """
+
+    params: SamplingParams
+    storage_dtype: StorageDtype | None = None
+    warm: bool = False
+
+
 def measure(
     lm: CausalLM,
-    prompts: Sequence[Prompt],
+    asked: Sequence[Fitted],
     ways: Sequence[Way],
-    params: SamplingParams,
-    storage_dtype: StorageDtype | None = None,
+    conditions: Conditions,
+    answered: Callable[[], object] = lambda: None,
 ) -> Iterator[Outcomes]:
     """Ask each prompt in every way; yields as they finish, in the prompts' order.
 
     ways: `BASELINE` among them, each name once. The first prompt is asked once more before,
     uncounted: first calls pay for memory and kernels. The order of the ways changes from prompt to
-    prompt, so that none always goes first.
-
-    storage_dtype: how files keep the states between being encoded and being used; None: they stay
-        in memory as they were encoded.
+    prompt, so that none always goes first. answered: called after each answer that counts.
     """
-    _measure(lm, prompts[0], ways, params, storage_dtype)
-    for number, prompt in enumerate(prompts):
-        turn = number % len(ways)
-        yield _measure(lm, prompt, [*ways[turn:], *ways[:turn]], params, storage_dtype)
+    with _store_for(lm, asked if conditions.warm else (), conditions) as shared:
+        if conditions.warm:
+            _encode_documents(lm, shared, asked)
+
+        def ask(each: Fitted, order: Sequence[Way], answered: Callable[[], object]) -> Outcomes:
+            with _store_for(lm, (each,), conditions) as own:
+                store = shared if conditions.warm else own
+                return _measure(lm, store, each, order, conditions, answered)
+
+        ask(asked[0], ways, lambda: None)
+        for number, each in enumerate(asked):
+            turn = number % len(ways)
+            yield ask(each, [*ways[turn:], *ways[:turn]], answered)
+
+
+def _encode_documents(lm: CausalLM, store: ModuleStore, asked: Sequence[Fitted]) -> None:
+    """Encode each document of the prompts once."""
+    texts = dict.fromkeys(
+        segment.text
+        for each in asked
+        for segment in each.prompt.segments
+        if segment.kind == "document"
+    )
+    PromptCacheEngine(lm, store).encode(list(texts), progress=sys.stderr.isatty())
 
 
 def _measure(
     lm: CausalLM,
-    prompt: Prompt,
+    store: ModuleStore,
+    asked: Fitted,
     ways: Sequence[Way],
-    params: SamplingParams,
-    storage_dtype: StorageDtype | None,
+    conditions: Conditions,
+    answered: Callable[[], object],
 ) -> Outcomes:
     """Logits first, without looking at the clock, which also encodes every state; then answers."""
-    with _store_for(lm, prompt, storage_dtype) as store:
 
-        def new_engine(way: Way) -> PromptCacheEngine:
-            return PromptCacheEngine(lm, store, way.mode, repair=way.repair, admission="always")
+    def new_engine(way: Way) -> PromptCacheEngine:
+        return PromptCacheEngine(lm, store, way.mode, repair=way.repair, admission="always")
 
-        if storage_dtype is not None:
-            new_engine(_ENCODING).prefill(prompt)  # what is encoded is used without being stored
-        logits = {way.name: new_engine(way).prefill(prompt).logits.cpu() for way in ways}
-        outcomes = {}
-        for way in ways:
-            answer = new_engine(way).generate(prompt, params)
-            kl = kl_divergence(logits[BASELINE.name], logits[way.name])
-            outcomes[way.name] = Outcome(answer.text, kl, answer.report)
-        return outcomes
+    prompt = asked.prompt
+    if conditions.storage_dtype is not None:
+        new_engine(_ENCODING).prefill(prompt)  # what is encoded is used without being stored
+    read = {way.name: new_engine(way).prefill(prompt, continuation=asked.gold_ids) for way in ways}
+    logits = {name: prefill.logits.cpu() for name, prefill in read.items()}
+    outcomes = {}
+    for way in ways:
+        answer = new_engine(way).generate(prompt, conditions.params)
+        outcomes[way.name] = Outcome(
+            answer=answer.text,
+            kl=kl_divergence(logits[BASELINE.name], logits[way.name]),
+            gold_nll=-fmean(read[way.name].logprobs),
+            report=answer.report,
+        )
+        answered()
+    return outcomes
 
 
 @contextmanager
 def _store_for(
-    lm: CausalLM, prompt: Prompt, storage_dtype: StorageDtype | None
+    lm: CausalLM, asked: Sequence[Fitted], conditions: Conditions
 ) -> Iterator[ModuleStore]:
-    """Room for the states of all the prompt's parts and of what they are encoded behind."""
-    if storage_dtype is not None:
+    """Room for the states of all the prompts' parts and of what they are encoded behind."""
+    if conditions.storage_dtype is not None:
         with TemporaryDirectory(prefix="pcache-eval-") as folder:
-            yield DiskStore(folder, storage_dtype=storage_dtype)
+            yield DiskStore(folder, storage_dtype=conditions.storage_dtype)
         return
-    tokens = len(PromptCacheEngine(lm).tokenise(prompt).token_ids)
-    yield MemoryStore(budget_bytes=max(1, 2 * tokens * lm.bytes_per_token))
+    engine = PromptCacheEngine(lm)
+    tokens = sum(len(engine.tokenise(each.prompt).token_ids) for each in asked)
+    yield MemoryStore(budget_bytes=max(1, (2 * tokens + 1) * lm.bytes_per_token))
 
 
 def kl_divergence(reference: torch.Tensor, other: torch.Tensor) -> float:
