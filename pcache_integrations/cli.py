@@ -20,9 +20,12 @@ from pcache_integrations.cli_serve import serve
 from pcache_integrations.cli_store import app as store_app
 
 if TYPE_CHECKING:
+    from pcache_core import CausalLM
     from pcache_core.evaluation.data import QuestionSet
 
+TOY = "builtin:tiny-rag"
 _QUESTIONS = 400  # one question is a quarter of a point
+_DOCUMENTS = 12  # of the corpus, in a prompt: about 1,150 tokens
 _WIDTH_OF_A_FILE = 120  # columns of output that is not a terminal
 
 app: typer.Typer = typer.Typer(
@@ -46,42 +49,93 @@ app.command(
 @app.command(epilog="Example: pcache demo --model Qwen/Qwen2.5-0.5B-Instruct --top-k 6")
 def demo(
     model: Annotated[
-        str,
-        typer.Option(help="A built-in model, a directory, a hub id, a .gguf file or ollama:NAME."),
-    ] = DEFAULT_MODEL,
-    corpus: Annotated[
-        Path | None, typer.Option(help="A folder of .txt files and questions.tsv.")
+        str | None,
+        typer.Option(
+            help="A built-in model, a directory, a hub id, a .gguf file or ollama:NAME.",
+            show_default=DEFAULT_MODEL,
+        ),
     ] = None,
-    top_k: Annotated[int, typer.Option(min=1, help="Documents retrieved for a question.")] = 8,
+    corpus: Annotated[
+        Path | None,
+        typer.Option(
+            help="A folder of .txt files and questions.tsv.", show_default="the project's own"
+        ),
+    ] = None,
+    questions: Annotated[int, typer.Option(min=1, help="How many of the corpus's first.")] = 12,
+    top_k: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Documents retrieved for a question.", show_default="12, tiny model: 8"
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Ask questions over a small corpus through LangChain and LlamaIndex, reuse off and on."""
-    from pcache_core import CausalLM
-    from pcache_integrations.demo.corpus import Corpus, default_folder
+    """Ask questions over a small corpus through LangChain and LlamaIndex, reuse off and on.
+
+    Without the default model it runs the tiny one. Interrupted by ctrl-C, it sums up what there
+    is.
+    """
+    from pcache_integrations.demo.corpus import Corpus, shipped
     from pcache_integrations.demo.run import run_demo
 
-    documents = Corpus(corpus or default_folder())
-    lm = CausalLM.from_pretrained(model)
-    asked = run_demo(lm, documents, top_k=top_k, console=Console(quiet=as_json))
+    console = Console(quiet=as_json, highlight=False)
+    lm = _demo_model(model)
+    is_toy = lm.name == TOY
+    documents = Corpus(corpus or shipped("corpus_toy" if is_toy else "corpus"))
+    chosen = documents.questions[:questions]
+    found = top_k or (8 if is_toy else _DOCUMENTS)
+    done = run_demo(lm, documents, chosen, top_k=found, console=console)
     if as_json:
-        print(json.dumps({"model": model, "questions": [each.as_json() for each in asked]}))
+        asked = [each.as_json() for each in done.asked]
+        encoded_s = {name: report.seconds for name, report in done.encoded.items()}
+        figures = {"model": lm.name, "encoded_s": encoded_s, "interrupted": done.interrupted}
+        print(json.dumps({**figures, "questions": asked}))
+    if done.interrupted:
+        raise typer.Exit(INTERRUPTED)
 
 
-@app.command("eval", epilog="Example: pcache eval --documents 8 --split --modes fast,balanced")
+def _demo_model(name: str | None) -> CausalLM:
+    """The model that was named; else the default one, or, where that isn't to be had, the tiny one.
+
+    Raises: ModelError: the one that was named can't be loaded.
+    """
+    from pcache_core import CausalLM
+    from pcache_core.errors import ModelError
+
+    if name is not None:
+        return CausalLM.from_pretrained(name)
+    try:
+        return CausalLM.from_pretrained(DEFAULT_MODEL)
+    except ModelError as error:
+        stderr = Console(stderr=True)
+        stderr.print(explain(error), markup=False, highlight=False)
+        stderr.print(f"The demo goes on with {TOY}, which needs no download.\n", style="bold")
+        return CausalLM.from_pretrained(TOY)
+
+
+@app.command("eval", epilog="Example: pcache eval --documents 12 --modes fast,balanced --warm")
 def evaluate(  # noqa: PLR0913 (each is an option of the command)
     model: Annotated[
-        str,
-        typer.Option(help="A built-in model, a directory, a hub id, a .gguf file or ollama:NAME."),
-    ] = DEFAULT_MODEL,
+        str | None,
+        typer.Option(
+            help="A built-in model, a directory, a hub id, a .gguf file or ollama:NAME.",
+            show_default="builtin:smollm2; builtin:tiny-rag for the tiny world",
+        ),
+    ] = None,
     data: Annotated[
         Path | None,
         typer.Option(
             help="Questions as JSON or JSON lines: question, contexts, answers; or in the shape "
-            "of LongBench, MuSiQue, HotpotQA or 2WikiMQA. Without it, the tiny world is asked."
+            "of LongBench, MuSiQue, HotpotQA or 2WikiMQA. Without it, the corpus that comes with "
+            "the project is asked; the tiny world where the model is builtin:tiny-rag, or an "
+            "option of the tiny world is given."
         ),
     ] = None,
     documents: Annotated[
-        int | None, typer.Option(help="Tiny world: documents of a question.", show_default="8")
+        int | None,
+        typer.Option(
+            help="Documents in each prompt, without --data.", show_default="12, tiny world: 8"
+        ),
     ] = None,
     hops: Annotated[
         int | None, typer.Option(help="Tiny world: 2 for chains of two facts.", show_default="1")
@@ -98,14 +152,24 @@ def evaluate(  # noqa: PLR0913 (each is an option of the command)
     ] = None,
     questions: Annotated[
         int | None,
-        typer.Option(min=1, help="How many.", show_default="400 of the tiny world, all of a file"),
+        typer.Option(
+            min=1, help="How many.", show_default="all; 400 of the tiny world, which has no end"
+        ),
     ] = None,
     modes: Annotated[
         str | None,
         typer.Option(help="Reuse modes to compare with off, by commas.", show_default="all"),
     ] = None,
     chat: Annotated[
-        bool, typer.Option("--chat", help="Ask through the model's own chat template.")
+        bool | None,
+        typer.Option(
+            "--chat/--raw",
+            help="Ask through the model's own chat template, or in plain text.",
+            show_default="--chat if its template tells a user from an assistant",
+        ),
+    ] = None,
+    warm: Annotated[
+        bool, typer.Option("--warm", help="Encode all documents before the first question.")
     ] = False,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 32,
     dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
@@ -121,9 +185,15 @@ def evaluate(  # noqa: PLR0913 (each is an option of the command)
         Path | None,
         typer.Option(help="Also sweep the repaired share, and plot it into this .svg or .png."),
     ] = None,
+    show: Annotated[
+        int, typer.Option(min=0, help="Print the answers to this many questions, too.")
+    ] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Compare the reuse modes on one question set: accuracy, agreement with off, speed."""
+    """Compare the reuse modes on one question set: accuracy, agreement with off, speed.
+
+    Interrupted by ctrl-C, it prints what the questions until then gave.
+    """
     from pcache_core import CausalLM
     from pcache_core.evaluation.curve import check_plot, plot, sweep
     from pcache_core.evaluation.evaluate import evaluate as ask
@@ -139,35 +209,47 @@ def evaluate(  # noqa: PLR0913 (each is an option of the command)
     storage = None if storage_dtype is None else check_storage_dtype(storage_dtype)
     if curve is not None:
         check_plot(curve)
-    asked = _questions(data, given, questions)
+    model = model or (TOY if given.keys() - {"documents"} else DEFAULT_MODEL)
+    asked = _questions(model, data, given, questions)
     result = ask(
         CausalLM.from_pretrained(model, dtype=dtype, device=device),
         asked,
         modes=chosen,
         sweep=() if curve is None else sweep(),
-        layout="chat" if chat else "completion",
+        layout=None if chat is None else "chat" if chat else "completion",
         max_tokens=max_tokens,
         storage_dtype=storage,
+        warm=warm,
     )
     if as_json:
-        print(json.dumps(result.as_json(), indent=2))
+        print(json.dumps(result.as_json(show), indent=2))
     else:
-        Console(width=None if sys.stdout.isatty() else _WIDTH_OF_A_FILE).print(result)
+        console = Console(width=None if sys.stdout.isatty() else _WIDTH_OF_A_FILE)
+        if show:
+            console.print(result.transcript(show))
+        console.print(result)
     if curve is not None:
         plot(result, curve)
+    if result.unasked:
+        raise typer.Exit(INTERRUPTED)
 
 
-def _questions(data: Path | None, world: dict[str, Any], count: int | None) -> QuestionSet:
-    """Those of a file, or of the tiny world with the options that were given for it."""
+def _questions(
+    model: str, data: Path | None, world: dict[str, Any], count: int | None
+) -> QuestionSet:
+    """Those of a file, of the corpus, or of the tiny world with the options given for it."""
     from pcache_core.evaluation.data import WorldOptions, tiny_world
     from pcache_core.evaluation.files import read_questions
+    from pcache_integrations.demo.corpus import Corpus, shipped
 
     if data is None:
-        return tiny_world(WorldOptions(**world), _QUESTIONS if count is None else count)
+        if model == TOY or world.keys() - {"documents"}:
+            return tiny_world(WorldOptions(**world), _QUESTIONS if count is None else count)
+        return Corpus(shipped("corpus")).question_set(world.get("documents", _DOCUMENTS), count)
     if world:
         options = ", ".join(f"--{name}" for name in world)
         raise OptionError(
-            f"--data asks what {data} holds, but {options} is for questions of the tiny world; "
+            f"--data asks what {data} holds, but {options} is for questions without --data; "
             "leave out one or the other"
         )
     return read_questions(data, count)

@@ -31,7 +31,8 @@ def test_the_wheel_holds_types_model_corpus_and_nothing_of_the_tests(unpacked: P
     packages = ("pcache_core", "pcache_integrations", "pcache_templates")
     assert all((unpacked / package / "py.typed").is_file() for package in packages)
     assert (unpacked / "pcache_core/models/tiny-rag/model.safetensors").stat().st_size > 2**20
-    assert (unpacked / "pcache_integrations/corpus/questions.tsv").is_file()
+    for corpus in ("corpus", "corpus_toy"):
+        assert (unpacked / "pcache_integrations" / corpus / "questions.tsv").is_file()
     assert (unpacked / "pcache_integrations/bench/workers/vllm_worker.py").is_file()
     names = {path.name for path in unpacked.iterdir()}
     assert names - {*packages} == {n for n in names if n.endswith(".dist-info")}
@@ -40,10 +41,11 @@ def test_the_wheel_holds_types_model_corpus_and_nothing_of_the_tests(unpacked: P
 def test_an_installed_package_finds_its_model_and_its_corpus(unpacked: Path) -> None:
     code = (
         "import pcache_core, pcache_integrations\n"
-        "from pcache_integrations.demo.corpus import Corpus, default_folder\n"
+        "from pcache_integrations.demo.corpus import Corpus, shipped\n"
         "from pcache_core.lm.loading import resolve\n"
-        "print(pcache_core.__file__, resolve('builtin:tiny-rag'), default_folder())\n"
-        "assert Corpus(default_folder()).questions\n"
+        "print(pcache_core.__file__, resolve('builtin:tiny-rag'))\n"
+        "print(shipped('corpus'), shipped('corpus_toy'))\n"
+        "assert Corpus(shipped('corpus')).questions\n"
     )
     done = subprocess.run(
         [sys.executable, "-P", "-c", code],

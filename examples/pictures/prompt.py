@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageChops
 
 from pcache_core import CausalLM, Prompt, PromptCacheEngine, Report, Segment
-from pcache_integrations.demo.corpus import Corpus, default_folder
+from pcache_integrations.demo.corpus import Corpus, shipped
 
 DOCS = Path(__file__).parents[2] / "docs"
 OPENING = "Answer the question from the documents.\n\n"
@@ -30,7 +30,7 @@ WIDTH, HEIGHT, SCALE, COLOURS = 840, 900, 2, 96
 def report() -> Report:
     """Three documents that were encoded before, one that is new, and a question."""
     torch.set_num_threads(1)  # quickest for a model this small
-    texts = {document.name: document.text for document in Corpus(default_folder()).documents}
+    texts = {document.name: document.text for document in Corpus(shipped("corpus_toy")).documents}
     engine = PromptCacheEngine(CausalLM.from_pretrained("builtin:tiny-rag"))
     engine.encode([texts[name] for name in KNOWN], anchor=OPENING, progress=False)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from langchain_core.callbacks import CallbackManagerForRetrieverRun
@@ -15,8 +15,8 @@ from llama_index.core.query_engine import RetrieverQueryEngine
 from llama_index.core.retrievers import BaseRetriever as LlamaIndexRetriever
 from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode
 
-from pcache_core import PromptCacheEngine
-from pcache_core.params import ReuseMode
+from pcache_core import EncodeReport, PromptCacheEngine, Report
+from pcache_core.params import DEFAULT_REUSE, ReuseMode
 from pcache_integrations.demo.corpus import Corpus
 from pcache_integrations.langchain import PromptCacheLLM as LangChainLLM
 from pcache_integrations.llama_index import PromptCacheLLM as LlamaIndexLLM
@@ -25,21 +25,28 @@ OPENING = "Answer the question from the documents.\n\n"
 MAX_TOKENS = 24
 STOP = ["\n"]
 
+Engines = Mapping[ReuseMode, PromptCacheEngine]
+"""One for each mode, over one store: none continues what another has just read."""
+
 
 @dataclass(frozen=True, slots=True)
 class Pipeline:
     """A framework's way from a question to an answer.
 
-    ask: question and reuse mode to the answer's text. cache: encodes the whole corpus.
+    cache: encodes the whole corpus. answer: question and reuse mode to the answer's text.
     """
 
     name: str
-    engine: PromptCacheEngine
-    cache: Callable[[], object]
-    ask: Callable[[str, ReuseMode], str]
+    engines: Engines
+    cache: Callable[[], EncodeReport]
+    answer: Callable[[str, ReuseMode], str]
+
+    def ask(self, question: str, mode: ReuseMode) -> tuple[str, Report]:
+        """The answer, and the report of its request."""
+        return self.answer(question, mode).strip(), self.engines[mode].reports[-1]
 
 
-def langchain_pipeline(engine: PromptCacheEngine, corpus: Corpus, top_k: int) -> Pipeline:
+def langchain_pipeline(engines: Engines, corpus: Corpus, top_k: int) -> Pipeline:
     """`retriever | template | llm`, as in LangChain's own tutorials."""
 
     class Retriever(LangChainRetriever):
@@ -49,20 +56,22 @@ def langchain_pipeline(engine: PromptCacheEngine, corpus: Corpus, top_k: int) ->
             return [Document(d.text, id=d.name) for d in corpus.search(query, top_k)]
 
     template = PromptTemplate.from_template(OPENING + "{context}\n\nQuestion: {question}\nAnswer:")
-    retriever = Retriever()
+    context = Retriever() | (lambda found: "\n\n".join(d.page_content for d in found))
+    llms = {
+        mode: LangChainLLM(engine=engine, reuse=mode, max_tokens=MAX_TOKENS, stop=STOP)
+        for mode, engine in engines.items()
+    }
 
-    def ask(question: str, reuse: ReuseMode) -> str:
-        llm = LangChainLLM(engine=engine, reuse=reuse, max_tokens=MAX_TOKENS, stop=STOP)
-        context = retriever | (lambda found: "\n\n".join(d.page_content for d in found))
-        chain = {"context": context, "question": RunnablePassthrough()} | template | llm
-        return str(chain.invoke(question)).strip()
+    def answer(question: str, mode: ReuseMode) -> str:
+        chain = {"context": context, "question": RunnablePassthrough()} | template | llms[mode]
+        return str(chain.invoke(question))
 
     documents = [Document(document.text, id=document.name) for document in corpus.documents]
-    llm = LangChainLLM(engine=engine)
-    return Pipeline("LangChain", engine, lambda: llm.cache_documents(documents), ask)
+    llm = llms[DEFAULT_REUSE]
+    return Pipeline("LangChain", engines, lambda: llm.cache_documents(documents), answer)
 
 
-def llama_index_pipeline(engine: PromptCacheEngine, corpus: Corpus, top_k: int) -> Pipeline:
+def llama_index_pipeline(engines: Engines, corpus: Corpus, top_k: int) -> Pipeline:
     """A query engine over a retriever, as `index.as_query_engine()` builds one."""
     nodes = {d.name: TextNode(text=d.text, id_=d.name) for d in corpus.documents}
 
@@ -72,13 +81,16 @@ def llama_index_pipeline(engine: PromptCacheEngine, corpus: Corpus, top_k: int) 
             return [NodeWithScore(node=nodes[document.name], score=1.0) for document in found]
 
     template = LlamaIndexTemplate(OPENING + "{context_str}\n\nQuestion: {query_str}\nAnswer:")
+    llms = {
+        mode: LlamaIndexLLM(engine=engine, reuse=mode, max_tokens=MAX_TOKENS, stop=STOP)
+        for mode, engine in engines.items()
+    }
 
-    def ask(question: str, reuse: ReuseMode) -> str:
-        llm = LlamaIndexLLM(engine=engine, reuse=reuse, max_tokens=MAX_TOKENS, stop=STOP)
+    def answer(question: str, mode: ReuseMode) -> str:
         query_engine = RetrieverQueryEngine.from_args(
-            Retriever(), llm=llm, text_qa_template=template
+            Retriever(), llm=llms[mode], text_qa_template=template
         )
-        return str(query_engine.query(question)).strip()
+        return str(query_engine.query(question))
 
-    llm = LlamaIndexLLM(engine=engine)
-    return Pipeline("LlamaIndex", engine, lambda: llm.cache_documents(nodes.values()), ask)
+    llm = llms[DEFAULT_REUSE]
+    return Pipeline("LlamaIndex", engines, lambda: llm.cache_documents(nodes.values()), answer)

@@ -3,124 +3,220 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
 
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
 
-from pcache_core import CausalLM, PromptCacheEngine, Report
+from pcache_core import CausalLM, EncodeReport, MemoryStore, PromptCacheEngine, Report
+from pcache_core.evaluation.metrics import contains
 from pcache_core.params import DEFAULT_REUSE, ReuseMode
 from pcache_integrations.demo.corpus import Corpus, Question
 from pcache_integrations.demo.pipelines import Pipeline, langchain_pipeline, llama_index_pipeline
 
-_MODES: tuple[ReuseMode, ReuseMode] = ("off", DEFAULT_REUSE)
+MODES: tuple[ReuseMode, ...] = ("off", DEFAULT_REUSE, "fast")
+_NAME_COLUMNS = max(map(len, MODES))
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
-    """One question asked through a framework, without and with reuse.
+class Reply:
+    """An answer in one mode. is_right: whether it holds the expected value; None if unknown."""
 
-    expected: what the corpus says, empty if unknown. off, on: reports of the two requests.
-    """
+    answer: str
+    is_right: bool | None
+    report: Report
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One question, asked through a framework in every mode."""
 
     framework: str
-    question: str
-    expected: str
-    answer_off: str
-    answer_on: str
-    off: Report
-    on: Report
-
-    @property
-    def speedup(self) -> float:
-        """Time to first token without reuse over that with reuse."""
-        return self.off.ttft_ms / self.on.ttft_ms
+    question: Question
+    replies: dict[ReuseMode, Reply]
 
     def as_json(self) -> dict[str, object]:
         """Plain values, for machines."""
         return {
             "framework": self.framework,
-            "question": self.question,
-            "expected": self.expected or None,
-            "answer_off": self.answer_off,
-            "answer_on": self.answer_on,
-            "prompt_tokens": self.on.prompt_tokens,
-            "cached_tokens": self.on.cached_tokens,
-            "ttft_off_ms": self.off.ttft_ms,
-            "ttft_on_ms": self.on.ttft_ms,
+            "question": self.question.text,
+            "expected": list(self.question.answers) or None,
+            "prompt_tokens": self.replies["off"].report.prompt_tokens,
+            "replies": {
+                mode: {
+                    "answer": reply.answer,
+                    "right": reply.is_right,
+                    "cached_tokens": reply.report.cached_tokens,
+                    "repaired_tokens": reply.report.repaired_tokens,
+                    "computed_tokens": reply.report.computed_tokens,
+                    "ttft_ms": reply.report.ttft_ms,
+                }
+                for mode, reply in self.replies.items()
+            },
         }
 
 
-def run_demo(lm: CausalLM, corpus: Corpus, *, top_k: int, console: Console) -> list[Comparison]:
-    """Ask every question through both frameworks, reuse off and on; print each as it comes.
+@dataclass(slots=True)
+class Demo:
+    """What happened so far.
 
-    Each framework has an engine and a store of its own, so that neither profits from the other.
+    encoded: by framework, when its documents were encoded ahead. interrupted: by ctrl-C.
     """
-    console.print(
-        f"{escape(lm.name)} on {lm.device}, {len(corpus.documents)} documents, "
-        f"{len(corpus.questions)} questions, {top_k} documents each"
-    )
-    results: list[Comparison] = []
-    for build in (langchain_pipeline, llama_index_pipeline):
-        pipeline = build(PromptCacheEngine(lm), corpus, top_k)
-        console.rule(pipeline.name)
-        console.print(str(pipeline.cache()))
-        _warm_up(pipeline)
-        for number, question in enumerate(corpus.questions):
-            comparison = compare(pipeline, question, off_first=number % 2 == 0)
-            _print_comparison(console, question, comparison)
-            results.append(comparison)
-    console.rule()
-    console.print(summary(results))
-    return results
+
+    asked: list[Asked] = field(default_factory=list)
+    encoded: dict[str, EncodeReport] = field(default_factory=dict)
+    interrupted: bool = False
 
 
-def compare(pipeline: Pipeline, question: Question, *, off_first: bool) -> Comparison:
-    """Ask one question without and with reuse. The order alternates, so that neither gains."""
-    answers: dict[ReuseMode, tuple[str, Report]] = {}
-    for mode in _MODES if off_first else _MODES[::-1]:
-        answer = pipeline.ask(question.text, mode)
-        answers[mode] = (answer, pipeline.engine.reports[-1])
-    (answer_off, off), (answer_on, on) = (answers[mode] for mode in _MODES)
-    return Comparison(pipeline.name, question.text, question.answer, answer_off, answer_on, off, on)
+def run_demo(
+    lm: CausalLM, corpus: Corpus, questions: Sequence[Question], *, top_k: int, console: Console
+) -> Demo:
+    """Ask the questions through both frameworks in three modes; print each answer as it comes.
+
+    Each framework has a store of its own, so that neither profits from the other. An interrupt
+    (ctrl-C) ends it with what there is.
+    """
+    demo = Demo()
+    try:
+        console.print(
+            f"[bold]{escape(lm.name)}[/] on {lm.device}: {len(questions)} questions, "
+            f"{top_k} of {len(corpus.documents)} documents in each prompt, "
+            "through LangChain and through LlamaIndex"
+        )
+        for build in (langchain_pipeline, llama_index_pipeline):
+            store = MemoryStore()
+            engines = {mode: PromptCacheEngine(lm, store, mode) for mode in MODES}
+            _run_pipeline(build(engines, corpus, top_k), questions, demo, console)
+    except KeyboardInterrupt:
+        demo.interrupted = True
+    if demo.asked:
+        _print_ending(demo, console)
+    return demo
 
 
-def summary(results: Sequence[Comparison]) -> str:
-    """One line over everything that was asked."""
-    documents = [part for c in results for part in c.on.segments if part.kind == "document"]
-    tokens = sum(part.num_tokens for part in documents)
-    reused = sum(p.num_tokens for p in documents if p.source not in ("computed", "encoded"))
-    known = [c for c in results if c.expected]
-    off, on = median(c.off.ttft_ms for c in results), median(c.on.ttft_ms for c in results)
-    return (
-        f"{len(results)} questions: "
-        f"{sum(c.answer_on == c.answer_off for c in results)} answers the same with reuse, "
-        f"{sum(c.answer_off == c.expected for c in known)} right without and "
-        f"{sum(c.answer_on == c.expected for c in known)} right with it (of {len(known)}); "
-        f"{reused / tokens if tokens else 0:.0%} of document tokens reused; "
-        f"median time to first token {off:.1f} → {on:.1f} ms, {off / on:.1f} times faster"
-    )
-
-
-def _warm_up(pipeline: Pipeline) -> None:
-    """First calls pay for imports and memory; measure neither mode with them."""
-    for mode in _MODES:
+def _run_pipeline(
+    pipeline: Pipeline, questions: Sequence[Question], demo: Demo, console: Console
+) -> None:
+    console.print()
+    console.rule(pipeline.name)
+    demo.encoded[pipeline.name] = encoded = pipeline.cache()
+    console.print(f"encoded ahead: {escape(str(encoded))}", style="dim")
+    for mode in MODES:  # first calls pay for imports and memory; measure no mode with them
         pipeline.ask("Is anybody there?", mode)
+    for number, question in enumerate(questions):
+        turn = number % len(MODES)  # none always goes first
+        told = {mode: pipeline.ask(question.text, mode) for mode in MODES[turn:] + MODES[:turn]}
+        replies = {mode: _reply(question, *told[mode]) for mode in MODES}
+        asked = Asked(pipeline.name, question, replies)
+        demo.asked.append(asked)
+        console.print()
+        console.print(f"[dim]{number + 1}/{len(questions)}[/]  [bold]{escape(question.text)}[/]")
+        console.print(_replies(asked))
 
 
-def _print_comparison(console: Console, question: Question, result: Comparison) -> None:
-    names = [part.name or "?" for part in result.on.segments if part.kind == "document"]
-    verdict = ""
-    if result.expected:
-        verdict = "[green]right[/]" if result.answer_on == result.expected else "[red]wrong[/]"
-    console.print(f"[bold]{escape(question.text)}[/]")
-    console.print(f"  {escape(result.answer_on)}  {verdict}")
-    if result.answer_on != result.answer_off:
-        console.print(f"  without reuse: {escape(result.answer_off)}")
-    console.print(f"  [dim]{escape(', '.join(names))}[/]")
-    console.print(
-        f"  {result.on.cached_tokens} tokens reused, {result.on.computed_tokens} computed; "
-        f"first token {result.off.ttft_ms:.1f} → {result.on.ttft_ms:.1f} ms, "
-        f"{result.speedup:.1f} times faster"
-    )
+def _reply(question: Question, answer: str, report: Report) -> Reply:
+    right = bool(contains(answer, question.answers)) if question.answers else None
+    return Reply(answer, right, report)
+
+
+def _replies(asked: Asked) -> Table:
+    """A line for each mode: its name, right or not, the answer, time to the first token."""
+    grid = Table.grid(padding=(0, 1), expand=True)
+    grid.add_column(width=2 + _NAME_COLUMNS)
+    grid.add_column(width=1)
+    grid.add_column(ratio=1)
+    grid.add_column(justify="right", no_wrap=True)
+    for mode, reply in asked.replies.items():
+        answer = Text(reply.answer) if reply.answer else Text("(no answer)", style="dim")
+        grid.add_row(f"  {mode}", _mark(reply), answer, f"{_time(reply.report.ttft_ms)}")
+    return grid
+
+
+def _mark(reply: Reply) -> Text:
+    if reply.is_right is None:
+        return Text(" ")
+    return Text("✓", style="green") if reply.is_right else Text("✗", style="red")
+
+
+def _print_ending(demo: Demo, console: Console) -> None:
+    """The last prompt by source, the figures as a table, and in words."""
+    last = demo.asked[-1].replies[DEFAULT_REUSE].report
+    console.print()
+    console.rule("one of the prompts, by where it came from")
+    console.print(last)
+    console.print()
+    console.rule("in numbers")
+    console.print(_table(demo.asked))
+    console.print()
+    for sentence in sentences(demo):
+        console.print(sentence)
+
+
+def _table(asked: Sequence[Asked]) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("\nframework", no_wrap=True)
+    table.add_column("\nreuse", no_wrap=True)
+    for header in ("answers\nright", "\nempty", "first token\n(median)", "\nsooner"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for framework in dict.fromkeys(each.framework for each in asked):
+        own = [each for each in asked if each.framework == framework]
+        for number, mode in enumerate(MODES):
+            replies = [each.replies[mode] for each in own]
+            sooner = _speedup(own, mode)
+            table.add_row(
+                "" if number else framework,
+                mode,
+                _share(sum(bool(reply.is_right) for reply in replies), len(replies)),
+                str(sum(not reply.answer for reply in replies)),
+                _time(median(reply.report.ttft_ms for reply in replies)),
+                "" if mode == "off" else f"{sooner:.1f} ×",
+            )
+    return table
+
+
+def sentences(demo: Demo) -> list[str]:
+    """What the table says, in words."""
+    asked = demo.asked
+    known = [each for each in asked if each.question.answers]
+    tokens = [each.replies["off"].report.prompt_tokens for each in asked]
+
+    def right(mode: ReuseMode) -> int:
+        return sum(bool(each.replies[mode].is_right) for each in known)
+
+    off = median(each.replies["off"].report.ttft_ms for each in asked)
+    lines = [
+        f"A prompt has {min(tokens):,} to {max(tokens):,} tokens. With reuse [bold]off[/], its "
+        f"first token takes {_time(off)} (median), and {right('off')} of {len(known)} answers are "
+        "right."
+    ]
+    for mode in MODES[1:]:
+        name = f"{mode}[/], the default mode," if mode == DEFAULT_REUSE else f"{mode}[/]"
+        lines.append(
+            f"In [bold]{name} the first token comes [bold]{_speedup(asked, mode):.1f} times "
+            f"sooner[/], and {right(mode)} of {len(known)} answers are right."
+        )
+    seconds = [f"{report.seconds:.1f}" for report in demo.encoded.values() if report.encoded]
+    if seconds:
+        texts = next(iter(demo.encoded.values())).texts
+        lines.append(
+            f"Before, each framework encoded the {texts} documents once, in "
+            f"{' and '.join(seconds)} seconds; that is not in the times."
+        )
+    return lines
+
+
+def _speedup(asked: Sequence[Asked], mode: ReuseMode) -> float:
+    """Time to the first token without reuse, over that in a mode; of medians."""
+    off, own = (median(e.replies[m].report.ttft_ms for e in asked) for m in ("off", mode))
+    return off / own
+
+
+def _share(count: int, total: int) -> str:
+    return f"{count} of {total}"
+
+
+def _time(time_ms: float) -> str:
+    return f"{time_ms:,.0f} ms" if time_ms < 10_000 else f"{time_ms / 1000:,.1f} s"

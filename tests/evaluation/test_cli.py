@@ -10,19 +10,19 @@ from typer.testing import CliRunner
 
 from pcache_core import OptionError
 from pcache_core.params import REUSE_MODES
-from pcache_integrations.cli import app
+from pcache_integrations.cli import TOY, app
 
 
 def run(*arguments: str) -> str:
-    named = () if "--model" in arguments else ("--model", "builtin:tiny-rag")
-    result = CliRunner().invoke(app, ["eval", *named, *arguments])
+    result = CliRunner().invoke(app, ["eval", *arguments])
     if result.exception is not None:
         raise result.exception
     return result.stdout
 
 
 def test_json_is_all_there_is_on_standard_output() -> None:
-    figures = json.loads(run("--documents", "3", "--questions", "3", "--max-tokens", "8", "--json"))
+    asked = ("--documents", "3", "--seed", "0", "--questions", "3", "--max-tokens", "8")
+    figures = json.loads(run(*asked, "--json"))
     assert figures["model"] == "builtin:tiny-rag"
     assert (figures["questions"], figures["seed"]) == (3, 0)
     rows = {row["reuse"]: row for row in figures["rows"]}
@@ -42,19 +42,42 @@ def test_the_table_has_a_row_for_each_mode_and_the_guesser() -> None:
     assert first_words[3:7] == ["guesser", "off", "fast", "exact"]
 
 
+def test_answers_are_shown_when_asked_for() -> None:
+    asked = ("--split", "--questions", "2", "--modes", "fast", "--max-tokens", "4")
+    lines = run(*asked, "--show", "1").splitlines()
+    assert [line.split()[:2] for line in lines[1:4]] == [
+        ["expected:", lines[1].split()[1]], [lines[2].split()[0], "off"],
+        [lines[3].split()[0], "fast"],
+    ]  # fmt: skip
+    (shown,) = json.loads(run(*asked, "--show", "1", "--json"))["answers"]
+    assert set(shown["answers"]) == {"off", "fast"}
+
+
+@pytest.mark.usefixtures("real_lm")
+def test_the_corpus_is_asked_of_a_real_model() -> None:
+    figures = json.loads(
+        run("--documents", "2", "--questions", "1", "--modes", "fast", "--warm", "--json")
+    )
+    assert figures["model"].startswith("builtin:smollm2")
+    assert (figures["set"], figures["layout"]) == ("corpus, 2 documents", "chat")
+    assert figures["rows"][0]["contains"] == 1
+    assert "all documents were encoded ahead" in figures["notes"]
+
+
 def test_a_file_is_asked_in_the_models_chat(tmp_path: Path) -> None:
     file = tmp_path / "questions.jsonl"
     record = {"question": "Who?", "contexts": ["Ann is here today, as ever."], "answers": ["Ann"]}
     file.write_text(json.dumps(record))
-    asked = ("--data", str(file), "--modes", "off", "--max-tokens", "4", "--json")
-    for layout in ((), ("--chat",)):
-        figures = json.loads(run(*asked, *layout))
+    asked = ("--model", TOY, "--data", str(file), "--modes", "off", "--max-tokens", "4", "--json")
+    for option, layout in (((), "completion"), (("--chat",), "chat"), (("--raw",), "completion")):
+        figures = json.loads(run(*asked, *option))
+        assert figures["layout"] == layout
         assert (figures["set"], figures["seed"]) == ("questions.jsonl", None)
         assert (figures["guesser"], figures["match"]) == (None, "normalised")
 
 
 def test_states_can_be_kept_in_fewer_bits_between_encoding_and_use() -> None:
-    asked = ("--questions", "2", "--modes", "fast", "--max-tokens", "4", "--json")
+    asked = ("--model", TOY, "--questions", "2", "--modes", "fast", "--max-tokens", "4", "--json")
     kept = {
         dtype: json.loads(run(*asked, *(("--storage-dtype", dtype) if dtype else ())))
         for dtype in (None, "float32", "int8")
@@ -69,7 +92,7 @@ def test_states_can_be_kept_in_fewer_bits_between_encoding_and_use() -> None:
 
 def test_a_curve_repairs_growing_shares(tmp_path: Path) -> None:
     file = tmp_path / "curve.svg"
-    asked = ("--questions", "1", "--modes", "fast", "--max-tokens", "2", "--json")
+    asked = ("--model", TOY, "--questions", "1", "--modes", "fast", "--max-tokens", "2", "--json")
     figures = json.loads(run(*asked, "--curve", str(file)))
     assert "repaired, % of the reused tokens" in file.read_text("utf-8")
     rows = {row["reuse"]: row for row in figures["rows"]}
@@ -89,15 +112,16 @@ def test_a_curve_repairs_growing_shares(tmp_path: Path) -> None:
     [
         (("--curve", "curve.txt"), r"must end in \.png or \.svg"),
         (("--curve", "no/such/curve.svg"), "make no/such first"),
-        (("--data", "q.json", "--documents", "8"), "--documents is for questions of the tiny"),
+        (("--data", "q.json", "--documents", "8"), "--documents is for questions without --data"),
         (("--data", "q.json", "--split", "--seed", "0"), "--split, --seed is for questions"),
         (("--data", "missing.json"), r"missing\.json can't be read"),
         (("--split", "--hops", "2"), "hops=2 and split"),
         (("--storage-dtype", "int4"), "storage_dtype='int4'"),
-        (("--documents", "0"), "documents=0"),
+        (("--documents", "0"), "documents=0 is out of range; a question of corpus takes 2 to 56"),
+        (("--documents", "0", "--seed", "1"), "documents=0 is out of range; single questions"),
         (("--modes", "off,best"), "unknown reuse mode 'best'"),
         (("--modes", ""), "unknown reuse mode ''"),
-        (("--questions", "1", "--device", "tpu7"), "device"),
+        (("--model", TOY, "--questions", "1", "--device", "tpu7"), "device"),
     ],
 )
 def test_what_does_not_fit_together_is_refused(arguments: tuple[str, ...], message: str) -> None:
