@@ -10,7 +10,7 @@ import json
 import os
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
 from pathlib import Path
@@ -43,7 +43,7 @@ class Preamble:
     """
 
     opening: str | None = None
-    company: tuple[str, ...] | None = None
+    company: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         if self.opening is not None:
