@@ -137,7 +137,7 @@ class PromptCachePrecompute(TransformComponent):
         try:
             encode_documents(engine, nodes, progress=self.progress)
         except (ContextLengthError, BudgetError):
-            most = _most_tokens(engine)
+            most = _most_tokens(engine, nodes)
             fitting = [node for node in nodes if _count_tokens(engine, node_text(node)) <= most]
             _logger.warning(
                 "%d of %d nodes have more than the %d tokens that can have a state, and are left "
@@ -189,12 +189,13 @@ def _count_tokens(engine: Engine, text: str) -> int:
     return len(engine.lm.text.ids(Segment(text, "document")))
 
 
-def _most_tokens(engine: Engine) -> int:
-    """Tokens of the longest text that can have a state which is of use and can be kept."""
+def _most_tokens(engine: Engine, nodes: Sequence[BaseNode]) -> int:
+    """Tokens of the longest text that fits after each node's preamble and can be kept."""
     limit = engine.lm.context_length
     limits = [sys.maxsize]
     if limit is not None:
-        limits.append(limit - len(engine.lm.text.bos_ids) - 1)
+        preambles = (engine.preamble_for(node_text(node)) for node in nodes)
+        limits.append(limit - max(map(len, preambles)))
     budget = engine.stats().budget_bytes
     if isinstance(engine, PromptCacheEngine) and budget is not None:
         limits.append(budget // engine.lm.bytes_per_token)

@@ -409,7 +409,7 @@ class TestOptions:
 
 class TestDocuments:
     def test_documents_nodes_and_strings_are_encoded(self, engine: PromptCacheEngine) -> None:
-        llm = PromptCacheLLM(engine=PromptCacheEngine(engine.lm))
+        llm = PromptCacheLLM(engine=PromptCacheEngine(engine.lm), reuse="fast")
         document = Document(
             text=DOCUMENTS[0],
             metadata={"year": "1990", "path": "hidden"},

@@ -195,7 +195,8 @@ class TestQueryEngines:
     def test_documents_cached_beforehand_are_read_from_memory(
         self, engines: dict[str, PromptCacheEngine]
     ) -> None:
-        llm = PromptCacheLLM(engine=PromptCacheEngine(engines["completion"].lm), max_tokens=2)
+        engine = PromptCacheEngine(engines["completion"].lm)
+        llm = PromptCacheLLM(engine=engine, max_tokens=2, reuse="fast")
         report = llm.cache_documents([*FOUND[:2], NodeWithScore(node=FOUND[2])], progress=False)
         assert report.encoded == 3
         query_engine(llm, "compact").query(QUESTION)
@@ -272,7 +273,8 @@ class TestOtherPaths:
     def test_plain_strings_can_be_cached_too(self, completion_llm: PromptCacheLLM) -> None:
         fact = "The bridge at Nadbridge was painted green by Marcus Stenman in 1975."
         completion_llm.cache_documents([fact], progress=False)
-        completion_llm.complete(f"Read this.\n{fact}\nQuestion: Which colour?\nAnswer:")
+        asked = f"Read this.\n{fact}\nQuestion: Which colour?\nAnswer:"
+        completion_llm.complete(asked, reuse="fast")
         sources = [s.source for s in completion_llm.engine.reports[-1].segments]
         assert "memory" in sources
 

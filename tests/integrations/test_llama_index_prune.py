@@ -40,8 +40,7 @@ from llama_index.core.storage.docstore import SimpleDocumentStore
 from llama_index.core.vector_stores import SimpleVectorStore
 
 from corpus import DOCUMENTS
-from pcache_core import OptionError, PromptCacheEngine, Segment, StoreError
-from pcache_core.passage import Passage
+from pcache_core import MemoryStore, OptionError, PromptCacheEngine, Segment, StoreError
 from pcache_integrations._engines import load_lm
 from pcache_integrations.llama_index import PromptCacheLLM
 
@@ -74,11 +73,15 @@ def index_of(some: list[TextNode], **options: Any) -> VectorStoreIndex:
 
 
 def stored(llm: PromptCacheLLM, *some: BaseNode) -> list[bool]:
-    """Whether the store has a state of each node's text behind no opening."""
-    library = llm.engine._library
-    text = library.lm.text
-    ids = [text.ids(Segment(n.get_content(MetadataMode.LLM).strip(), "document")) for n in some]
-    return [library.contains(library.key(text.bos_ids, Passage(own), 0)) for own in ids]
+    """Whether the store has each node's text: both of its states or none."""
+    store = llm.engine.store
+    assert isinstance(store, MemoryStore)
+    held = [key.token_ids for key in store.held_keys()]
+    ids = llm.engine.lm.text.ids
+    texts = [n.get_content(MetadataMode.LLM).strip() for n in some]
+    counts = [held.count(tuple(ids(Segment(text, "document")))) for text in texts]
+    assert set(counts) <= {0, 2}
+    return [count == 2 for count in counts]
 
 
 def _fail(texts: object) -> None:
@@ -93,7 +96,7 @@ class TestPrune:
         assert llm.prune(index).dropped == 0
         index.delete_ref_doc("doc1", delete_from_docstore=from_docstore)
         report = llm.prune(index)
-        assert (report.states, report.dropped) == (2, 4)  # with metadata and bare
+        assert (report.states, report.dropped) == (2 * 2, 4)  # texts with metadata and bare
         assert stored(llm, *nodes()) == [True, True, False, False, True, True, True, True]
         assert llm.prune(index).dropped == 0
 
@@ -103,13 +106,13 @@ class TestPrune:
         before = llm.engine.stats().nbytes
         index.delete_ref_doc("doc0")  # n0, whose text doc3 has as well, and n1
         report = llm.prune(index)
-        assert (report.states, report.dropped, report.kept) == (1, 2, 12)  # bare texts, too
+        assert (report.states, report.dropped, report.kept) == (2, 2, 12)  # bare texts, too
         assert before is not None
         assert report.freed_bytes == before - (llm.engine.stats().nbytes or 0) > 0
-        assert str(report) == f"12 texts kept, 2 dropped: 1 states, {report.freed_bytes:,} bytes"
+        assert str(report) == f"12 texts kept, 2 dropped: 2 states, {report.freed_bytes:,} bytes"
         assert stored(llm, *nodes()[:3]) == [True, False, True]
         index.delete_ref_doc("doc3")
-        assert llm.prune(index).states == 2  # the text is nobody else's any more
+        assert llm.prune(index).states == 4  # the text is nobody else's any more
 
     def test_nodes_that_were_only_asked_about_are_known(self, llm: PromptCacheLLM) -> None:
         index = index_of(nodes())
@@ -123,13 +126,13 @@ class TestPrune:
         for model in (llm, other):
             model.cache_documents([*nodes()[:4], "A text of its own, and long."], progress=False)
         index.delete_ref_doc("doc1")
-        assert llm.prune(index).states == 2
+        assert llm.prune(index).states == 4
         assert stored(other, *nodes()[:4]) == [True] * 4
         assert llm.cache_documents(["A text of its own, and long."]).already_stored == 1
 
     def test_objects_that_share_an_engine_know_the_same(self, llm: PromptCacheLLM) -> None:
         llm.cache_documents(nodes()[:4], progress=False)
-        assert PromptCacheLLM(engine=llm.engine).prune(nodes()[:2]).states == 2
+        assert PromptCacheLLM(engine=llm.engine).prune(nodes()[:2]).states == 4
 
     def test_what_is_pruned_is_not_recognised_any_more(self, llm: PromptCacheLLM) -> None:
         fact = node("The weir at Prunewater was blown up by a beaver named Otto.", "doc", "n")
@@ -148,7 +151,7 @@ class TestPrune:
             patch.setattr(llm.engine, "forget", _fail)
             with pytest.raises(StoreError):
                 llm.prune(nodes()[:2])
-        assert llm.prune(nodes()[:2]).states == 5
+        assert llm.prune(nodes()[:2]).states == 10
 
     def test_what_an_index_deleted_may_be_in_another(self, llm: PromptCacheLLM) -> None:
         first, second = index_of(nodes()[:4]), index_of(nodes()[2:6])
@@ -181,7 +184,7 @@ class TestPrune:
         documents[1].set_content(DOCUMENTS[7])
         index.delete_ref_doc("doc1", delete_from_docstore=True)
         index.insert_nodes(steps.run(documents=documents))
-        assert llm.prune(index).states == 1
+        assert llm.prune(index).states == 2
         inputs = SimpleDocumentStore()
         inputs.add_documents([Document(text=" ".join(DOCUMENTS[:3]))])
         with pytest.raises(OptionError, match="holds none of the nodes that this LLM has met"):
@@ -207,7 +210,7 @@ class TestPrune:
         index = index_of(nodes()[:2])
         llm.cache_documents(index, progress=False)
         index.delete_ref_doc("doc0")
-        assert llm.prune(index).states == 2
+        assert llm.prune(index).states == 4
 
     @pytest.mark.parametrize("kind", [SummaryIndex, SimpleKeywordTableIndex, DocumentSummaryIndex])
     def test_other_kinds_of_index(self, llm: PromptCacheLLM, kind: type[BaseIndex[Any]]) -> None:
@@ -313,7 +316,7 @@ def test_a_store_that_keeps_the_nodes_beside_copies_is_believed(llm: PromptCache
     index = index_of(nodes()[:4], storage_context=stores, store_nodes_override=True)
     llm.cache_documents(index, progress=False)
     index.delete_ref_doc("doc1")
-    assert llm.prune(index).states == 2
+    assert llm.prune(index).states == 4
 
 
 def test_in_a_folder_after_a_restart(tmp_path: Path) -> None:
