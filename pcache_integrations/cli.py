@@ -183,7 +183,7 @@ def evaluate(  # noqa: PLR0913 (each is an option of the command)
     ] = None,
     curve: Annotated[
         Path | None,
-        typer.Option(help="Also sweep the repaired share, and plot it into this .svg or .png."),
+        typer.Option(help="Also sweep repair budgets, and plot it into this .svg or .png."),
     ] = None,
     show: Annotated[
         int, typer.Option(min=0, help="Print the answers to this many questions, too.")

@@ -48,15 +48,15 @@ def plot(evaluation: Evaluation, file: Path) -> None:
 
     with rc_context({"svg.hashsalt": "pcache", "svg.fonttype": "none"}):
         figure = Figure(figsize=(7, 6), layout="constrained")
-        accuracy, ttft = figure.subplots(2, sharex=True)
+        divergence, ttft = figure.subplots(2, sharex=True)
         rows = {row.reuse: row for row in evaluation.rows}
-        _draw(accuracy, rows, {name: 100 * row.exact_match for name, row in rows.items()})
+        _draw(divergence, rows, {name: row.kl_mean for name, row in rows.items()})
         _draw(ttft, rows, {name: row.ttft_p50_ms for name, row in rows.items()})
-        accuracy.set_ylabel("exact match, %")
+        divergence.set_ylabel("divergence from off, nats")
         ttft.set_ylabel("TTFT p50, ms")
         ttft.set_ylim(bottom=0)
         ttft.set_xlabel("tokens computed again")
-        accuracy.legend(fontsize="small")
+        divergence.legend(fontsize="small")
         asked = evaluation.questions
         figure.suptitle(f"{evaluation.model}, {len(asked.items)} questions of {asked.description}")
         undated = {"Date": None} if file.suffix.lower() == ".svg" else None
