@@ -57,11 +57,17 @@ class TestBorders:
             ("document", ONE), ("argument", "\n"), ("document", TWO), ("argument", "\nWhich one?"),
         ]  # fmt: skip
 
-    def test_they_are_reused_in_any_order(self, llm: PromptCacheLLM) -> None:
+    def test_they_are_reused_in_any_order(self, engine: PromptCacheEngine) -> None:
+        # An engine of its own: others' prompts would be prefixes, of which no states are made.
+        llm = PromptCacheLLM(engine=PromptCacheEngine(engine.lm), max_tokens=1)
         llm.chat([of_blocks(ONE, TWO, POINT, "Which one?")], reuse="fast")
         llm.chat([of_blocks(TWO, ONE, POINT, "And now?")], reuse="fast")
-        sources = [s.source for s in llm.engine.reports[-1].segments if s.kind == "document"]
-        assert sources == ["memory", "memory"]
+        # Each has been first and second by now. Another beginning: no prefix is shared.
+        system = ChatMessage("Be brief.", role="system")
+        for texts in ((ONE, TWO), (TWO, ONE)):
+            llm.chat([system, of_blocks(*texts, POINT, "And now?")], reuse="fast")
+            sources = [s.source for s in llm.engine.reports[-1].segments if s.kind == "document"]
+            assert sources == ["memory", "memory"]
 
     def test_a_message_marked_as_a_whole_is_a_module(self, llm: PromptCacheLLM) -> None:
         marked = of_blocks(ONE, additional_kwargs={"cache_control": {"type": "ephemeral"}})
