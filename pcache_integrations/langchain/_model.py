@@ -47,8 +47,6 @@ class CachedModel(BaseLanguageModel[Any]):
     namespace: states are shared within one only.
     storage_dtype: how a folder or server keeps states: `auto` as the model has them, or
         `float32`, `bfloat16`, `float16`, `int8`, which is a quarter of `float32`.
-    recurring_text: whether text that LangChain knows nothing of is looked for, too: blocks that
-        come back are modules from their second sight on, and so is what the caller's f-strings say.
     base_url: of a vLLM server that runs the model (`pcache serve`), instead of this process; with
         it the store, the dtype and the device are the server's.
     api_key, timeout, max_retries: how it is asked, `timeout` in seconds; without `base_url` they
