@@ -32,7 +32,7 @@ def report() -> Report:
     torch.set_num_threads(1)  # quickest for a model this small
     texts = {document.name: document.text for document in Corpus(shipped("corpus_toy")).documents}
     # The default repairs more tokens, and would compute a prompt this short as a whole.
-    engine = PromptCacheEngine(CausalLM.from_pretrained("builtin:tiny-rag"), repair=16)
+    engine = PromptCacheEngine(CausalLM.from_pretrained("builtin:tiny-rag"), repair=32)
     engine.encode([texts[name] for name in KNOWN], progress=False)
 
     def prompt(*names: str) -> Prompt:
