@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
 import torch
+from tqdm import tqdm
 
 from pcache_core import CausalLM, OptionError, PromptCacheEngine, SamplingParams
 from pcache_core.evaluation.data import Item, QuestionSet, WorldOptions, tiny_world
@@ -130,6 +132,8 @@ def test_a_bar_shows_how_far_it_is_and_an_interrupt_keeps_what_was_asked(
                 raise KeyboardInterrupt
             return super().write(text) if not self.getvalue().endswith("pressed") else len(text)
 
+    # The interrupt comes while the bar holds its lock, which then nobody else may wait for.
+    monkeypatch.setattr(tqdm, "_lock", threading.RLock(), raising=False)
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     questions = tiny_world(WorldOptions(documents=2), 20)
