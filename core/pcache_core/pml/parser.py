@@ -1,9 +1,15 @@
-"""PML text to trees: strict XML, then the grammar, then the rules that a grammar can't say."""
+"""PML text to trees: strict XML, then the grammar, then the rules that a grammar can't say.
+
+White space with a line break in it, at either end of a text, is layout: next to the tags of the
+element that the text is in it is dropped, next to a child's tag it is one space. All other white
+space is kept as written, and so is everything under `xml:space="preserve"`. Between chat messages,
+white space alone is never text.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import cast
 
@@ -31,9 +37,13 @@ from pcache_core.pml.nodes import (
     Union,
 )
 from pcache_core.pml.source import Source, read_source
-from pcache_core.pml.whitespace import SpaceRule, as_written, in_prompt, in_schema
 
 DEFAULT_LIMITS = Limits()
+SpaceRule = Callable[[str, str | None, str | None], str]
+"""From a text and the tags of its neighbours (None: of the element that holds it) to its text."""
+
+_SPACE = " \t\n"
+_SILENT = (*ROLES, "scaffold")
 
 
 def parse_schema(
@@ -55,7 +65,7 @@ def parse_schema(
     left = limits.max_bytes - len(source.text.encode())
     folder = None if src_root is None else SourceFolder(src_root, left)
     reader = _SchemaReader(source, folder)
-    children = reader.children(root, _space_rule(root, in_schema, in_schema))
+    children = reader.children(root, _space_rule(root, _in_schema, _in_schema))
     schema = Schema(root.attributes["name"], children, root.line, source)
     check_schema(schema)
     return schema
@@ -72,7 +82,7 @@ def parse_prompt(
     root = markup.root
     arguments = _arguments(root)
     name = arguments.pop("schema")
-    children = tuple(_prompt_children(root, _space_rule(root, in_prompt, in_prompt)))
+    children = tuple(_prompt_children(root, _space_rule(root, _in_prompt, _in_prompt)))
     return PromptTree(name, children, arguments, root.line, markup.source)
 
 
@@ -108,13 +118,13 @@ class _SchemaReader:
 
     def _node(self, element: Element, space: SpaceRule) -> SchemaNode:
         given, line = element.attributes, element.line
-        space = _space_rule(element, space, in_schema)
+        space = _space_rule(element, space, _in_schema)
         match element.tag:
             case "module":
                 return self._module(element, space)
             case "union":
                 modules = [part for part in element.parts if isinstance(part, Element)]
-                members = (self._module(m, _space_rule(m, space, in_schema)) for m in modules)
+                members = (self._module(m, _space_rule(m, space, _in_schema)) for m in modules)
                 return Union(tuple(members), given.get("scaffold"), line)
             case "slot":
                 return Slot(given["name"], self._tokens(element, "max-tokens"), line)
@@ -160,7 +170,7 @@ def _prompt_children(element: Element, space: SpaceRule) -> Iterator[PromptNode]
         if isinstance(part, Text):
             yield part
             continue
-        inside = tuple(_prompt_children(part, _space_rule(part, space, in_prompt)))
+        inside = tuple(_prompt_children(part, _space_rule(part, space, _in_prompt)))
         if part.tag == "document":
             text = "".join(node.text for node in inside if isinstance(node, Text))
             yield Document(text, part.attributes.get("name"), part.line)
@@ -187,8 +197,43 @@ def _parts(element: Element, space: SpaceRule) -> Iterator[Text | Element]:
 def _space_rule(element: Element, inherited: SpaceRule, default: SpaceRule) -> SpaceRule:
     """What `xml:space` says of the element."""
     asked = element.attributes.get("xml:space")
-    return {"preserve": as_written, "default": default}.get(asked or "", inherited)
+    return {"preserve": _as_written, "default": default}.get(asked or "", inherited)
 
 
 def _arguments(element: Element) -> dict[str, str]:
     return {name: value for name, value in element.attributes.items() if name != "xml:space"}
+
+
+def _in_schema(text: str, before: str | None, after: str | None) -> str:
+    """Make layout between two children one space: they are words apart."""
+    return _kept(text, before, after, between=" ")
+
+
+def _in_prompt(text: str, before: str | None, after: str | None) -> str:
+    """Make layout between two children nothing: the schema has its own."""
+    return _kept(text, before, after, between="")
+
+
+def _as_written(text: str, before: str | None, after: str | None) -> str:
+    """Keep all white space, except between chat messages."""
+    between_messages = before in ROLES or after in ROLES
+    return "" if between_messages and not text.strip(_SPACE) else text
+
+
+def _kept(text: str, before: str | None, after: str | None, *, between: str) -> str:
+    core = text.strip(_SPACE)
+    if not core:
+        if before in _SILENT or after in _SILENT:
+            return ""
+        if "\n" not in text:
+            return text
+        return between if before and after else ""
+    length = len(text) - len(text.lstrip(_SPACE))
+    leading, trailing = text[:length], text[length + len(core) :]
+    return _edge(leading, before) + core + _edge(trailing, after)
+
+
+def _edge(space: str, neighbour: str | None) -> str:
+    if "\n" not in space:
+        return space
+    return " " if neighbour and neighbour not in ROLES else ""

@@ -8,14 +8,14 @@ from itertools import accumulate
 from typing import get_args
 
 from pcache_core.errors import OptionError
+from pcache_core.pml.layout import Marks, ModulePath, PlacedRole, SchemaLayout
 from pcache_core.pml.nodes import PromptTree, RoleName, Turn
-from pcache_core.pml.order import Message, Piece, Positions, RunKind, in_order
-from pcache_core.pml.places import Layout, Marks, ModulePath, PlacedRole
+from pcache_core.pml.order import Message, Positions, RunKind, UnplacedRun, in_order
 from pcache_core.pml.source import error_at
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class TokenRun:
     """Tokens at positions that follow each other.
 
     kind: `module` and `anonymous` are text of the schema (in a module, outside of all), `argument`
@@ -52,7 +52,7 @@ class Resolution:
     scaffolds: sets of modules, all used, that are encoded together; no module is in two.
     """
 
-    runs: tuple[Run, ...]
+    runs: tuple[TokenRun, ...]
     scaffolds: tuple[tuple[ModulePath, ...], ...]
 
     @property
@@ -72,7 +72,7 @@ class Resolution:
 
 
 def resolve(
-    layout: Layout,
+    layout: SchemaLayout,
     prompt: PromptTree,
     *,
     positions: Positions = "schema",
@@ -90,19 +90,19 @@ def resolve(
             f"unknown positions {positions!r}; use one of {', '.join(get_args(Positions))}"
         )
     ordered = in_order(layout, prompt, positions)
-    if not ordered.pieces:
+    if not ordered.runs:
         raise error_at(
             prompt.source, prompt.line, "the prompt is empty; use a module or write some text"
         )
-    pieces = _with_marks(ordered.pieces, layout.marks, prompt)
+    pieces = _with_marks(ordered.runs, layout.marks, prompt)
     place = _schema_positions if positions == "schema" else _compact_positions
     starts = place(pieces, layout.start)
     runs = tuple(_run(piece, start) for piece, start in zip(pieces, starts, strict=True))
     return Resolution(runs, _scaffolds(layout, ordered.used))
 
 
-def _run(piece: Piece, start: int) -> Run:
-    return Run(
+def _run(piece: UnplacedRun, start: int) -> TokenRun:
+    return TokenRun(
         piece.kind,
         piece.text,
         piece.token_ids,
@@ -115,7 +115,9 @@ def _run(piece: Piece, start: int) -> Run:
     )
 
 
-def _with_marks(pieces: Sequence[Piece], marks: Marks, prompt: PromptTree) -> list[Piece]:
+def _with_marks(
+    pieces: Sequence[UnplacedRun], marks: Marks, prompt: PromptTree
+) -> list[UnplacedRun]:
     """Put the chat template's marks where messages begin, and at the end.
 
     In a prompt with messages, what stands beside them belongs to the user's message before it, or
@@ -123,7 +125,7 @@ def _with_marks(pieces: Sequence[Piece], marks: Marks, prompt: PromptTree) -> li
     """
     if all(piece.message is None for piece in pieces):
         return list(pieces)
-    written: list[Piece] = []
+    written: list[UnplacedRun] = []
     current: Message = None
     implied: Message = None
     opened: set[int] = set()
@@ -151,7 +153,7 @@ def _with_marks(pieces: Sequence[Piece], marks: Marks, prompt: PromptTree) -> li
     return [piece for piece in written if piece.token_ids]
 
 
-def _mark(marks: Marks, before: Message, after: Message, prompt: PromptTree) -> Piece:
+def _mark(marks: Marks, before: Message, after: Message, prompt: PromptTree) -> UnplacedRun:
     roles = [None if message is None else message.role for message in (before, after)]
     mark = marks(*roles)
     if mark is None:
@@ -163,10 +165,10 @@ def _mark(marks: Marks, before: Message, after: Message, prompt: PromptTree) -> 
             f"the model's chat template has no {names[1]} behind {names[0]}; put the messages in "
             "another order",
         )
-    return Piece("mark", mark.text, mark.token_ids, (), after)
+    return UnplacedRun("mark", mark.text, mark.token_ids, (), after)
 
 
-def _schema_positions(pieces: Sequence[Piece], first: int) -> list[int]:
+def _schema_positions(pieces: Sequence[UnplacedRun], first: int) -> list[int]:
     """Start of each piece: its own, or behind the piece before it, or behind all."""
     starts = []
     end = largest = first
@@ -179,13 +181,15 @@ def _schema_positions(pieces: Sequence[Piece], first: int) -> list[int]:
     return starts
 
 
-def _compact_positions(pieces: Sequence[Piece], first: int) -> list[int]:
+def _compact_positions(pieces: Sequence[UnplacedRun], first: int) -> list[int]:
     """Start of each piece: behind the one before it."""
     lengths = (len(piece.token_ids) for piece in pieces)
     return list(accumulate(lengths, initial=first))[:-1]
 
 
-def _scaffolds(layout: Layout, used: frozenset[ModulePath]) -> tuple[tuple[ModulePath, ...], ...]:
+def _scaffolds(
+    layout: SchemaLayout, used: frozenset[ModulePath]
+) -> tuple[tuple[ModulePath, ...], ...]:
     """Scaffolds whose modules are all used, the largest first; none that shares a module."""
     found: list[tuple[ModulePath, ...]] = []
     taken: set[ModulePath] = set()
