@@ -52,11 +52,15 @@ def no_marks(before: RoleName | None, after: RoleName | None) -> Mark | None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PlacedRole:
-    """A message of the schema. start: of its mark, for which `reserved` positions are kept."""
+    """A message of the schema. start: of its mark, for which `reserved` positions are kept.
+
+    is_apart: whether white space stands beside its tags.
+    """
 
     role: RoleName
     start: int
     reserved: int
+    is_apart: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -281,7 +285,7 @@ class _Placer:
         before = self._previous
         found = [self._marks(role, node.role) for role in before]
         reserved = max((len(mark.token_ids) for mark in found if mark is not None), default=0)
-        role = PlacedRole(node.role, self._position, reserved)
+        role = PlacedRole(node.role, self._position, reserved, node.is_apart)
         self._position += reserved
         yield from self._items(node.children, replace(scope, role=role))
         is_certain = any(isinstance(child, Text | Param) for child in node.children)

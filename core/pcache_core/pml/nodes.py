@@ -83,11 +83,12 @@ class Union:
 
 @dataclass(frozen=True, slots=True)
 class Role:
-    """A chat message of the schema."""
+    """A chat message of the schema. is_apart: whether white space stands beside its tags."""
 
     role: RoleName
     children: tuple[SchemaNode, ...] = ()
     line: int | None = field(default=None, compare=False, repr=False)
+    is_apart: bool = field(default=False, compare=False, repr=False)
 
 
 SchemaNode: TypeAlias = "Text | Param | Slot | Scaffold | Module | Union | Role"
@@ -145,11 +146,15 @@ class ModuleUse:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """A chat message of the prompt: text and module uses."""
+    """A chat message of the prompt: text and module uses.
+
+    is_apart: whether white space stands beside its tags.
+    """
 
     role: RoleName
     children: tuple[PromptNode, ...] = ()
     line: int | None = field(default=None, compare=False, repr=False)
+    is_apart: bool = field(default=False, compare=False, repr=False)
 
 
 PromptNode: TypeAlias = "Text | ModuleUse | Turn | Document"

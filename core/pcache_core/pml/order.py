@@ -205,9 +205,13 @@ class _Writer:
         self, items: Iterable[PlacedItem], node: ModuleUse | PromptTree, turn: Turn | None
     ) -> Iterator[UnplacedRun]:
         for item in items:
-            kind: RunKind = "argument"
+            message = turn or item.role
             if isinstance(item, PlacedText):
-                kind, text, ids = "module" if item.owner else "anonymous", item.text, item.token_ids
+                kind: RunKind = "module" if item.owner else "anonymous"
+                yield UnplacedRun(
+                    kind, item.text, item.token_ids, item.owner, message,
+                    home=item.start, is_reusable=item.cached,
+                )  # fmt: skip
             elif isinstance(item, PlacedParam):
                 text = node.arguments[item.name]
                 ids = self._ids(text)
@@ -217,19 +221,9 @@ class _Writer:
                         f"argument {item.name!r} has {len(ids)} tokens, the parameter holds "
                         f"{item.length}; raise len= or shorten it",
                     )
-            else:
-                continue
-            yield UnplacedRun(
-                kind,
-                text,
-                ids,
-                item.owner,
-                turn or item.role,
-                name=item.name if isinstance(item, PlacedParam) else None,
-                home=item.start,
-                begins=item.start,
-                is_reusable=isinstance(item, PlacedText) and item.cached,
-            )
+                yield UnplacedRun(
+                    "argument", text, ids, item.owner, message, name=item.name, home=item.start
+                )
 
     def _used(self, use: _Use) -> Iterator[UnplacedRun]:
         item, node = use.item, use.node

@@ -17,7 +17,7 @@ from pcache_core.errors import PMLError
 from pcache_core.pml.check import check_schema
 from pcache_core.pml.grammar import GrammarName, grammar
 from pcache_core.pml.include import SourceFolder
-from pcache_core.pml.markup import Element, Limits, Markup, read_markup
+from pcache_core.pml.markup import Chars, Element, Limits, Markup, read_markup
 from pcache_core.pml.nodes import (
     ROLES,
     Document,
@@ -112,11 +112,11 @@ class _SchemaReader:
     def children(self, element: Element, space: SpaceRule) -> tuple[SchemaNode, ...]:
         """What an element holds, in order; texts are never empty."""
         return tuple(
-            part if isinstance(part, Text) else self._node(part, space)
-            for part in _parts(element, space)
+            part if isinstance(part, Text) else self._node(part, space, is_apart=is_apart)
+            for part, is_apart in _parts(element, space)
         )
 
-    def _node(self, element: Element, space: SpaceRule) -> SchemaNode:
+    def _node(self, element: Element, space: SpaceRule, *, is_apart: bool) -> SchemaNode:
         given, line = element.attributes, element.line
         space = _space_rule(element, space, _in_schema)
         match element.tag:
@@ -135,7 +135,7 @@ class _SchemaReader:
                 return Param(given["name"], length or 0, given.get("scaffold"), line)
             case _:
                 role = cast(RoleName, element.tag)  # the grammar allows nothing else
-                return Role(role, self.children(element, space), line)
+                return Role(role, self.children(element, space), line, is_apart)
 
     def _module(self, element: Element, space: SpaceRule) -> Module:
         given, line = element.attributes, element.line
@@ -166,7 +166,7 @@ class _SchemaReader:
 
 
 def _prompt_children(element: Element, space: SpaceRule) -> Iterator[PromptNode]:
-    for part in _parts(element, space):
+    for part, is_apart in _parts(element, space):
         if isinstance(part, Text):
             yield part
             continue
@@ -175,27 +175,37 @@ def _prompt_children(element: Element, space: SpaceRule) -> Iterator[PromptNode]
             text = "".join(node.text for node in inside if isinstance(node, Text))
             yield Document(text, part.attributes.get("name"), part.line)
         elif part.tag in ROLES:
-            yield Turn(part.tag, inside, part.line)
+            yield Turn(part.tag, inside, part.line, is_apart)
         else:
             yield ModuleUse(part.tag, _arguments(part), inside, part.line)
 
 
-def _parts(element: Element, space: SpaceRule) -> Iterator[Text | Element]:
-    """Child elements, and texts without the white space that is only layout."""
-    parts = element.parts
-    tags = [part.tag if isinstance(part, Element) else None for part in parts]
-    for index, part in enumerate(parts):
-        if isinstance(part, Element):
-            yield part
+def _parts(element: Element, space: SpaceRule) -> Iterator[tuple[Text | Element, bool]]:
+    """Yield child elements, and texts without the white space that is only layout.
+
+    With each, whether white space stands beside the tags of the child.
+    """
+    parts = [None, *element.parts, None]
+    for before, part, after in zip(parts, element.parts, parts[2:], strict=False):
+        if isinstance(part, Chars):
+            tags = (
+                beside.tag if isinstance(beside, Element) else None for beside in (before, after)
+            )
+            if text := space(part.text, *tags):
+                yield Text(text, part.line), False
             continue
-        before = tags[index - 1] if index else None
-        after = tags[index + 1] if index + 1 < len(tags) else None
-        if text := space(part.text, before, after):
-            yield Text(text, part.line)
+        beside = (_edges(before)[1], _edges(after)[0])
+        inside = (_edges(part.parts[0])[0], _edges(part.parts[-1])[1]) if part.parts else ()
+        yield part, any(edge in _SPACE for edge in (*beside, *inside) if edge)
+
+
+def _edges(part: Element | Chars | None) -> tuple[str, str]:
+    """Return the first and the last character of a text."""
+    return (part.text[0], part.text[-1]) if isinstance(part, Chars) else ("", "")
 
 
 def _space_rule(element: Element, inherited: SpaceRule, default: SpaceRule) -> SpaceRule:
-    """What `xml:space` says of the element."""
+    """Return the rule that `xml:space` sets for an element."""
     asked = element.attributes.get("xml:space")
     return {"preserve": _as_written, "default": default}.get(asked or "", inherited)
 
