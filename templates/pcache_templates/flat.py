@@ -20,6 +20,7 @@ class _Field(NamedTuple):
 
     name: str
     source: str
+    spec: str = ""
 
 
 class _FlatTemplate(PromptTemplate):
@@ -77,8 +78,14 @@ class FormatTemplate(_FlatTemplate):
     FormatTemplate("From:\n{context}\n\nQ: {question}").render(context="…", question="Who?")
     ```
 
-    Raises: TemplateError: a brace is left open, or a field has no name.
+    Raises: TemplateError: a brace is left open, or what stands in braces can't be a field's name.
     """
+
+    _NAME = re.compile(r"(?!\d+$)\w(?:[\w -]*\w)?(?:\.\w+|\[[^\[\]]+\])*")
+    # Of Python's own types; of dates, `%` and letters.
+    _SPEC = re.compile(
+        r"(?:.?[<>=^])?[-+ ]?z?#?0?\d*[,_]?(?:\.\d+)?[,_]?[bcdeEfFgGnosxX%]?|.*[%{].*", re.DOTALL
+    )
 
     def _parse(self, source: str) -> Iterator[str | _Field]:
         try:
@@ -98,7 +105,21 @@ class FormatTemplate(_FlatTemplate):
                     f"the format string {source[:40]!r} has a field without a name; name it"
                 )
             converted = f"!{conversion}" if conversion else ""
-            yield _Field(name, f"{{{name}{converted}{':' if spec else ''}{spec}}}")
+            field = _Field(name, f"{{{name}{converted}{':' if spec else ''}{spec}}}", spec or "")
+            if not self._NAME.fullmatch(name):
+                raise self._no_field(field)
+            yield field
+
+    def _no_field(self, field: _Field) -> TemplateError:
+        return TemplateError(
+            f"{field.source[:40]!r} in the format string is not a field; "
+            "write {{ and }} for braces that are text"
+        )
+
+    def _field(self, field: _Field, origin: Path) -> Node:
+        if not self._SPEC.fullmatch(field.spec):
+            raise self._no_field(field)  # a type of one's own may know it, so it is rendered
+        return super()._field(field, origin)
 
     def _is_filled(self, field: _Field, values: Mapping[str, object]) -> bool:
         return True
@@ -108,7 +129,8 @@ class FormatTemplate(_FlatTemplate):
             return Formatter().vformat(field.source, (), values)
         except (LookupError, AttributeError, TypeError, ValueError) as error:
             raise TemplateError(
-                f"the field {field.source} can't be filled: {type(error).__name__}: {error}"
+                f"the field {field.source} can't be filled: {type(error).__name__}: {error}; "
+                "write {{ and }} for braces that are text"
             ) from error
 
 

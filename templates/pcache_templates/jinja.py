@@ -54,7 +54,7 @@ class _ConfinedLoader(FileSystemLoader):
     """Loads from one folder; a link that leads out of it leads nowhere."""
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
+        super().__init__(folder, encoding="utf-8-sig")
         self._folder = folder.resolve()
 
     def get_source(self, environment: Environment, template: str) -> tuple[str, str, object]:  # type: ignore[override]
@@ -167,7 +167,7 @@ def _line_of(error: Exception) -> int:
 def read_template(path: Path) -> str:
     """The text of a template file. Raises: TemplateError: it can't be read, or is not UTF-8."""
     try:
-        return path.read_bytes().decode()
+        return path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise TemplateError(f"{path}: {error.strerror}; give a template file") from None
     except UnicodeDecodeError as error:
