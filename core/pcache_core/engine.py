@@ -16,12 +16,15 @@ from functools import cached_property, partial
 
 import torch
 
-from pcache_core.chat import Message, render_chat
+from pcache_core.chat.messages import Message, render_chat
+from pcache_core.chat.tool_chat import render_tool_chat
+from pcache_core.chat.tools import Tool, ToolFormat, tool_format
 from pcache_core.errors import BudgetError, ContextLengthError, OptionError
-from pcache_core.generate import AnswerText, decode_loop
-from pcache_core.library import ModuleLibrary
+from pcache_core.generate import AnswerText, TokenScorer, decode_loop
+from pcache_core.kv.sequence import KVSequence
+from pcache_core.library.preamble import Preamble
+from pcache_core.library.states import ModuleLibrary
 from pcache_core.lm import CausalLM
-from pcache_core.logprobs import TokenScorer
 from pcache_core.params import (
     DEFAULT_REUSE,
     REPAIR,
@@ -32,7 +35,6 @@ from pcache_core.params import (
 )
 from pcache_core.plan import plan_prefill, plan_states
 from pcache_core.pml import Positions, PromptTree, Schema
-from pcache_core.preamble import Preamble
 from pcache_core.precompute import ForgetReport, forget, precompute, precompute_units
 from pcache_core.prefill import append_token, prefill
 from pcache_core.prefix_cache import PrefixCache
@@ -42,11 +44,8 @@ from pcache_core.request import Request, check_request
 from pcache_core.results import Chunk, Generation, Prefill
 from pcache_core.scheduler import Scheduler
 from pcache_core.schemas import SchemaShelf
-from pcache_core.sequence import KVSequence
 from pcache_core.store import MemoryStore, ModuleStore
 from pcache_core.tokens import TokenisedPrompt, tokenise
-from pcache_core.tool_chat import render_tool_chat
-from pcache_core.tools import Tool, ToolFormat, tool_format
 from pcache_core.totals import EngineStats, Reports
 
 _MAX_RUNNING = 16
@@ -225,7 +224,7 @@ class PromptCacheEngine:
 
         reuse, repair: for this request, instead of the engine's; `repair` alone means `balanced`.
         The prompt is checked at once and read when the first chunk is asked for; a stream that
-        is given up frees its slot.
+        is given up frees its buffers.
 
         Raises: ContextLengthError, OptionError, PromptError: before any work. OverloadedError:
             too many requests wait. DeadlineExceededError: `params.timeout_s` has passed.
@@ -252,7 +251,7 @@ class PromptCacheEngine:
         reuse: ReuseMode | None = None,
         repair: float | None = None,
     ) -> AsyncGenerator[Chunk, None]:
-        """`stream` without blocking the event loop; one that is given up frees its slot."""
+        """`stream` without blocking the event loop; one that is given up frees its buffers."""
         chunks = self._scheduler.run_in_thread(
             lambda: self.stream(prompt, params, reuse, repair),
             timeout_s=params.timeout_s if isinstance(params, SamplingParams) else None,

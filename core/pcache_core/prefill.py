@@ -8,11 +8,11 @@ from dataclasses import replace
 
 import torch
 
-from pcache_core.library import Loaded
+from pcache_core.kv.sequence import REPAIRED, KVSequence
+from pcache_core.library.states import Loaded
 from pcache_core.lm import Batch, CausalLM
 from pcache_core.plan import PrefillPlan
 from pcache_core.report import Report, SegmentReport, Source
-from pcache_core.sequence import REPAIRED, KVSequence
 from pcache_core.tokens import Piece
 
 # The answer begins after the last token; what it is read from, the last few look for.
@@ -65,7 +65,7 @@ def append_token(lm: CausalLM, sequence: KVSequence, token_id: int) -> torch.Ten
         positions = [*sequence.positions, sequence.end]
     rows = range(first, first + len(token_ids))
     sequence.reserve(rows.stop)
-    logits = lm.forward(Batch.of_rows(sequence.slot, token_ids, rows, positions))
+    logits = lm.forward(Batch.of_rows(sequence.buffers, token_ids, rows, positions))
     sequence.append(token_id, positions[-1])
     return logits
 
@@ -87,7 +87,7 @@ def _compute(
     sequence.take_back(repaired)
     rows = sorted([*missing, *repaired])
     batch = Batch.of_rows(
-        sequence.slot,
+        sequence.buffers,
         [sequence.token_ids[row] for row in rows],
         rows,
         [sequence.positions[row] for row in rows],

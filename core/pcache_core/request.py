@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from pcache_core.errors import ContextLengthError, OptionError, PromptError
+from pcache_core.kv.planned import PlannedState
 from pcache_core.lm import CausalLM
 from pcache_core.params import REPAIR, ReuseMode, SamplingParams
 from pcache_core.prompt import Prompt
-from pcache_core.states import PlannedState
 from pcache_core.tokens import TokenisedPrompt, tokenise
 
 _USUAL_ANSWER_TOKENS = 512
