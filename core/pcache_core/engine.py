@@ -39,6 +39,7 @@ from pcache_core.precompute import ForgetReport, forget, precompute, precompute_
 from pcache_core.prefill import append_token, prefill
 from pcache_core.prefix_cache import PrefixCache
 from pcache_core.prompt import Prompt
+from pcache_core.rank import ranking_prompts
 from pcache_core.report import EncodeReport, Report
 from pcache_core.request import Request, check_request
 from pcache_core.results import Chunk, Generation, Prefill
@@ -180,15 +181,17 @@ class PromptCacheEngine:
         reuse: ReuseMode | None = None,
         repair: float | None = None,
         continuation: Sequence[int] = (),
+        *,
+        sources: bool = False,
     ) -> Prefill:
         """Read a prompt and return the logits of the token after it.
 
         continuation: token ids to go on with, whatever the model would have chosen; it is asked how
-            likely each of them was.
+            likely each of them was. sources: as in `SamplingParams`.
         Raises: ContextLengthError, OptionError, PromptError: before any work.
         """
         started = time.perf_counter()
-        params = SamplingParams(max_tokens=max(1, len(continuation)))
+        params = SamplingParams(max_tokens=max(1, len(continuation)), sources=sources)
         request = self._check(prompt, params, reuse, repair)
         self._check_continuation(request, continuation)
 
@@ -202,6 +205,24 @@ class PromptCacheEngine:
         (found,) = self._scheduler.run(read, asked_at=started, timeout_s=None)
         self.reports.append(found.report)
         return found
+
+    def rank(self, question: str, documents: Sequence[str]) -> list[float]:
+        """Score documents by the attention that the question pays to them.
+
+        Documents that were encoded before are not read again, and a prompt finds those that are
+        encoded here. More than the model's context holds are ranked in parts.
+        Returns: of each document its share, from 0 to 1, of the attention that the question's last
+            tokens pay to the whole prompt. Parts compare roughly: documents of a smaller or weaker
+            part get a little more.
+        Raises: PromptError: no question, or something else than texts. ModelError: the model's
+            attention can't be observed. ContextLengthError: a document is longer than the context.
+        """
+        scores = [0.0] * len(documents)
+        for prompt in ranking_prompts(self.lm, question, documents):
+            for segment in self.prefill(prompt, "fast", sources=True).report.segments:
+                if segment.kind == "document" and segment.attention is not None:
+                    scores[int(segment.name or 0)] = segment.attention
+        return scores
 
     def generate(
         self,

@@ -114,6 +114,13 @@ class RemoteEngine:
         """
         return self._joined(prompt)[1]
 
+    def rank(self, question: str, documents: Sequence[str]) -> list[float]:
+        """Refuse. Raises: OptionError: always, as a server does not show its attention."""
+        raise OptionError(
+            "documents are ranked by attention, which a server does not show; "
+            "use a model in this process: leave out base_url"
+        )
+
     def generate(
         self,
         prompt: Prompt,
