@@ -3,8 +3,8 @@
 Templates and retrieved documents find their modules by themselves.
 """
 
-from pcache_integrations.langchain._tracking import track
 from pcache_integrations.langchain.chat import ChatPromptCache
 from pcache_integrations.langchain.llm import PromptCacheLLM
+from pcache_integrations.langchain.tracking import track
 
 __all__ = ["ChatPromptCache", "PromptCacheLLM", "track"]
