@@ -23,6 +23,7 @@ from pcache_core import (
     ToolAnswer,
     ToolFormat,
 )
+from pcache_core.chat.tools import MOST_CALLS
 from pcache_core.errors import ChatTemplateError, OptionError
 from pcache_core.grammar import close_objects
 from pcache_core.params import ReuseMode, check_reuse
@@ -31,7 +32,6 @@ from pcache_integrations._engines import Engine
 SAMPLING = tuple(field.name for field in fields(SamplingParams))
 ToolChoice = str | bool | Mapping[str, Any] | None
 
-_MOST_CALLS = 8
 _ANY_OBJECT: dict[str, Any] = {"type": "object"}
 _NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}}
 _MEANINGS = {"any": "any", "required": "any", "auto": "auto", "none": "none"}
@@ -164,7 +164,7 @@ def make_call(
         # The model's own stop strings are meant for text; a part of a call or an object is useless.
         params = replace(params, stop=())
     several = asked.parallel_tool_calls
-    most_calls = _MOST_CALLS if (not is_demanded if several is None else several) else 1
+    most_calls = MOST_CALLS if (not is_demanded if several is None else several) else 1
     return Call(params, reuse, schema, tools, choice, most_calls)
 
 
@@ -308,8 +308,9 @@ def _without_system(turns: Sequence[Message]) -> list[Message]:
 
 
 def reuse_figures(report: Report) -> dict[str, Any]:
-    """Return how much of a prompt was reused."""
-    return {name: getattr(report, name) for name in _REUSE_FIGURES}
+    """Return how much of a prompt was reused, and which documents the answer drew on."""
+    sources = [{"id": found.name, "share": found.share} for found in report.documents]
+    return {**{name: getattr(report, name) for name in _REUSE_FIGURES}, "sources": sources}
 
 
 def usage(reports: Sequence[Report]) -> dict[str, Any]:

@@ -187,11 +187,8 @@ class PromptCacheSynthesizer(BaseSynthesizer):
             )
         kept, left_out = sorted(ranked[:num_kept]), sorted(ranked[num_kept:])
         if left_out:
-            _logger.warning(
-                "%d of %d nodes are left out of the prompt, the context is full",
-                len(left_out),
-                len(nodes),
-            )
+            text = "%d of %d nodes are left out of the prompt, the context is full"
+            _logger.warning(text, len(left_out), len(nodes))
         written = list(kept)
         if self._order == "stable":
             written.sort(key=lambda index: _place_in_corpus(nodes[index]))

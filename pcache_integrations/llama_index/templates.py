@@ -24,7 +24,7 @@ from llama_index.core.prompts import PromptTemplate as LlamaTemplate
 from llama_index.core.types import BaseOutputParser
 
 from pcache_core import Message, Segment
-from pcache_core.chat import render_chat
+from pcache_core.chat.messages import render_chat
 from pcache_core.prompt import SegmentKind
 from pcache_integrations.llama_index.schema import render_rich, selected
 from pcache_integrations.llama_index.watch import DOCUMENTS

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pcache_core.calls import InvalidToolCall, Tool, ToolAnswer, ToolCall
+from pcache_core.chat.calls import InvalidToolCall, Tool, ToolAnswer, ToolCall
+from pcache_core.chat.reader import ToolReader
 from pcache_core.errors import ChatTemplateError, OptionError
 from pcache_core.grammar import Grammar, close_objects, json_rule
-from pcache_core.tool_reader import ToolReader
 
 __all__ = [
     "FORMATS",
@@ -23,7 +23,7 @@ __all__ = [
 ]
 
 ApplyToolTemplate = Callable[[list[dict[str, Any]], list[dict[str, Any]]], str]
-_MOST_CALLS = 8
+MOST_CALLS = 8
 _TEXT = r"TEXT: /(.|\n)*/"
 _TEXT_WITHOUT_BRACE = r"TEXT: /([^{](.|\n)*)?/"
 
@@ -83,7 +83,7 @@ class ToolFormat:
         self,
         tools: Sequence[Tool],
         choice: str = "auto",
-        most_calls: int = _MOST_CALLS,
+        most_calls: int = MOST_CALLS,
         answer: Mapping[str, Any] | None = None,
     ) -> Grammar | None:
         """What an answer may be, or None for anything.
