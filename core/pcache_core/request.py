@@ -22,6 +22,7 @@ class Request:
     repair: how many reused tokens are computed again, see `check_repair`; None for modes that
         repair nothing.
     states: that may fill its rows; none in modes that reuse no modules.
+    weights: version of the weights that the states are named by.
     """
 
     tokens: TokenisedPrompt
@@ -30,6 +31,7 @@ class Request:
     fallback_reason: str | None
     repair: float | None
     states: tuple[PlannedState, ...] = ()
+    weights: int = 0
 
     @property
     def capacity(self) -> int:
