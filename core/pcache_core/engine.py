@@ -169,7 +169,8 @@ class PromptCacheEngine:
     def clear(self) -> None:
         """Drop every state and every prefix of this engine: of its model in its namespace.
 
-        States on a server stay; they have their own time limit.
+        Also those of weights that the model had before. States on a server stay; they have their
+        own time limit.
         Raises: StoreError: a folder can't be read.
         """
         self._library.clear()
@@ -196,8 +197,9 @@ class PromptCacheEngine:
         self._check_continuation(request, continuation)
 
         def read(asked_at: float) -> Generator[Prefill, None, None]:
-            with self._prefix_cache.sequence(request) as sequence:
-                logits, report = self._read(request, sequence)
+            planned = self._plan(request)
+            with self._prefix_cache.sequence(planned) as sequence:
+                logits, report = self._read(planned, sequence)
                 report.ttft_ms = _ms_since(asked_at)
                 logprobs = tuple(self._follow(sequence, logits, continuation))
             yield Prefill(logits, report, logprobs)
@@ -376,7 +378,11 @@ class PromptCacheEngine:
                 )
             mode = "balanced"
         budget = self.repair if repair is None else repair
-        request = check_request(self.lm, prompt, params, mode, budget)
+        return check_request(self.lm, prompt, params, mode, budget)
+
+    def _plan(self, request: Request) -> Request:
+        """Name the states that may fill the request's rows, by the weights as they are now."""
+        request = replace(request, weights=self._library.follow_weights())
         if request.reuse in ("off", "exact"):
             return request
         states = plan_states(request.tokens, self._library, self.min_module_tokens)
@@ -391,6 +397,7 @@ class PromptCacheEngine:
         )
 
     def _answer(self, request: Request, asked_at: float) -> Generator[Chunk, None, None]:
+        request = self._plan(request)
         with self._prefix_cache.sequence(request) as sequence:
             logits, report = self._read(request, sequence)
             report.ttft_ms = _ms_since(asked_at)
