@@ -6,7 +6,7 @@ over the file that checks every byte and copies into a slot's rows (`--moved`: a
 another position). The yardstick is numpy copying as many bytes, from memory to memory. CPU time is
 this thread's own, whatever else runs on the machine.
 
-    python examples/benchmarks/stores.py --tokens 1000 --states 100000
+    python benchmarks/stores.py --tokens 1000 --states 100000
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -29,7 +30,7 @@ from pcache_core.key import KeySpace, ModuleKey
 from pcache_core.kv import KVState, LayerShape, Slot, stack_layers
 from pcache_core.lm import place
 from pcache_core.lm.relocation import Rotation
-from pcache_core.store.base import everything, milliseconds_since
+from pcache_core.store.base import milliseconds_since
 from pcache_core.store.packing import check_storage_dtype
 
 SPACE = KeySpace("0" * 64, "torch.bfloat16", "benchmark")
@@ -61,7 +62,7 @@ class Times:
 
 
 def load(store: DiskStore, key: ModuleKey, slot: Slot, position: int) -> None:
-    (opened,) = store.open_many([key], everything)
+    (opened,) = store.open_many([key])
     assert opened is not None
     started = time.perf_counter()
     place(slot, 0, opened.rows, (ROTATION,) * 24, position)
@@ -85,8 +86,8 @@ def measure_loading(folder: Path, arguments: argparse.Namespace) -> None:
     loads, copies = Times(), Times()
     for number in range(arguments.rounds * arguments.documents):
         index = number % arguments.documents
-        loads.measure(lambda i=index: load(store, pairs[i][0], slot, position))
-        copies.measure(lambda i=index: np.copyto(target, np.frombuffer(source[i], np.uint8)))
+        loads.measure(partial(load, store, pairs[index][0], slot, position))
+        copies.measure(partial(np.copyto, target, np.frombuffer(source[index], np.uint8)))
     for clock in ("wall", "cpu"):
         for name, pick in (("median", median), ("best", min)):
             load_ms, copy_ms = pick(getattr(loads, clock)), pick(getattr(copies, clock))
