@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from functools import cached_property
 
-from pcache_core import CausalLM, ChatTemplateError
-from pcache_core.lm import ServedModel
+from pcache_core import ChatTemplateError
+from pcache_core.lm import TextModel
 from pcache_integrations._engines import EngineHandle
 
 
@@ -34,12 +34,12 @@ class LazyEngine(EngineHandle):
         return tuple(token.content for token in tokens if token.special)
 
 
-def has_chat_template(lm: CausalLM | ServedModel) -> bool:
+def has_chat_template(lm: TextModel) -> bool:
     """Whether the model brings a chat template."""
     return bool(lm.tokenizer.chat_template)
 
 
-def _takes_system(lm: CausalLM | ServedModel) -> bool:
+def _takes_system(lm: TextModel) -> bool:
     if not has_chat_template(lm):
         return True
     chat = [{"role": role, "content": "Hello"} for role in ("system", "user")]
