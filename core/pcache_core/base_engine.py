@@ -7,18 +7,18 @@ from collections.abc import AsyncGenerator, Generator, Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
-from pcache_core.chat import Message, render_chat
+from pcache_core.chat.messages import Message, render_chat
+from pcache_core.chat.tool_chat import render_tool_chat
+from pcache_core.chat.tools import Tool, ToolFormat, tool_format
 from pcache_core.errors import OptionError, PromptError
+from pcache_core.library.preamble import Preamble
 from pcache_core.lm import TextModel
 from pcache_core.params import REPAIR, ReuseMode, SamplingParams, check_repair, check_reuse
-from pcache_core.preamble import Preamble
 from pcache_core.precompute import ForgetReport
 from pcache_core.prompt import Prompt
 from pcache_core.report import EncodeReport
 from pcache_core.results import Chunk, Generation
 from pcache_core.tokens import TokenisedPrompt, tokenise
-from pcache_core.tool_chat import render_tool_chat
-from pcache_core.tools import Tool, ToolFormat, tool_format
 from pcache_core.totals import EngineStats, Reports
 
 
@@ -105,6 +105,10 @@ class Engine(ABC):
         progress: bool = True,  # noqa: FBT001, FBT002 (the published signature)
     ) -> EncodeReport:
         """Precompute the states of documents."""
+
+    @abstractmethod
+    def rank(self, question: str, documents: Sequence[str]) -> list[float]:
+        """Score documents by the attention that the question pays to them."""
 
     @abstractmethod
     def forget(self, texts: Iterable[str]) -> ForgetReport:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import AsyncGenerator, Generator, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Generator, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
@@ -18,25 +18,25 @@ from typing import Any
 import torch
 
 from pcache_core.base_engine import Engine
-from pcache_core.errors import BudgetError, ContextLengthError, OptionError
-from pcache_core.generate import AnswerText, decode_loop
-from pcache_core.library import ModuleLibrary
+from pcache_core.errors import BudgetError, OptionError
+from pcache_core.generate import AnswerText, TokenScorer, decode_loop
+from pcache_core.kv.sequence import KVSequence
+from pcache_core.library.preamble import Preamble
+from pcache_core.library.states import ModuleLibrary
 from pcache_core.lm import CausalLM
-from pcache_core.logprobs import TokenScorer
 from pcache_core.params import DEFAULT_REUSE, ReuseMode, SamplingParams
 from pcache_core.plan import plan_prefill, plan_states
 from pcache_core.pml import Positions, PromptTree, Schema
-from pcache_core.preamble import Preamble
 from pcache_core.precompute import ForgetReport, forget, precompute, precompute_units
-from pcache_core.prefill import append_token, prefill
+from pcache_core.prefill import append_token, follow, ms_since, prefill
 from pcache_core.prefix_cache import PrefixCache
 from pcache_core.prompt import Prompt
+from pcache_core.rank import ranking_prompts, scores_of
 from pcache_core.report import EncodeReport, Report
-from pcache_core.request import Request, check_request
+from pcache_core.request import Request, check_continuation, check_request
 from pcache_core.results import Chunk, Prefill
 from pcache_core.scheduler import Scheduler
 from pcache_core.schemas import SchemaShelf
-from pcache_core.sequence import KVSequence
 from pcache_core.store import MemoryStore, ModuleStore, TieredStore
 from pcache_core.totals import EngineStats
 
@@ -190,34 +190,45 @@ class PromptCacheEngine(Engine):
         reuse: ReuseMode | None = None,
         repair: float | None = None,
         continuation: Sequence[int] = (),
+        *,
+        sources: bool = False,
     ) -> Prefill:
         """Read a prompt and return the logits of the token after it.
 
         continuation: token ids to go on with, whatever the model would have chosen; it is asked how
-            likely each of them was.
+            likely each of them was. sources: as in `SamplingParams`.
         Raises: ContextLengthError, OptionError, PromptError: before any work.
         """
         started = time.perf_counter()
-        params = SamplingParams(max_tokens=max(1, len(continuation)))
+        params = SamplingParams(max_tokens=max(1, len(continuation)), sources=sources)
         request = self._check(prompt, params, reuse, repair)
-        self.lm.check_ids(continuation)
-        room = request.params.max_tokens  # the context's rest, if that is less
-        if len(continuation) > room:
-            raise ContextLengthError(
-                f"the continuation has {len(continuation)} tokens, {self.lm.name} has room for "
-                f"{room} after the prompt; use a shorter one, or fewer or shorter documents"
-            )
+        check_continuation(self.lm, request, continuation)
 
         def read(asked_at: float) -> Generator[Prefill, None, None]:
             with self._prefix_cache.sequence(request) as sequence:
                 logits, report = self._read(request, sequence)
-                report.ttft_ms = _ms_since(asked_at)
-                logprobs = tuple(self._follow(sequence, logits, continuation))
+                report.ttft_ms = ms_since(asked_at)
+                logprobs = tuple(follow(self.lm, sequence, logits, continuation))
             yield Prefill(logits, report, logprobs)
 
         (found,) = self._scheduler.run(read, asked_at=started, timeout_s=None)
         self.reports.append(found.report)
         return found
+
+    def rank(self, question: str, documents: Sequence[str]) -> list[float]:
+        """Score documents by the attention that the question pays to them.
+
+        Documents that were encoded before are not read again, and a prompt finds those that are
+        encoded here. More than the model's context holds are ranked in parts.
+        Returns: of each document its share, from 0 to 1, of the attention that the question's last
+            tokens pay to the whole prompt. Parts compare roughly: documents of a smaller or weaker
+            part get a little more.
+        Raises: PromptError: no question, or something else than texts. ModelError: the model's
+            attention can't be observed. ContextLengthError: a document is longer than the context.
+        """
+        prompts = ranking_prompts(self.lm, question, documents)
+        reports = (self.prefill(prompt, "fast", sources=True).report for prompt in prompts)
+        return scores_of(reports, len(documents))
 
     def stream(
         self,
@@ -335,7 +346,7 @@ class PromptCacheEngine(Engine):
     def _answer(self, request: Request, asked_at: float) -> Generator[Chunk, None, None]:
         with self._prefix_cache.sequence(request) as sequence:
             logits, report = self._read(request, sequence)
-            report.ttft_ms = _ms_since(asked_at)
+            report.ttft_ms = ms_since(asked_at)
             yield from self._decode(request, sequence, logits, report)
 
     def _read(self, request: Request, sequence: KVSequence) -> tuple[torch.Tensor, Report]:
@@ -366,16 +377,3 @@ class PromptCacheEngine(Engine):
                 self.reports.append(report)
                 chunk = replace(chunk, report=report)
             yield chunk
-
-    def _follow(
-        self, sequence: KVSequence, logits: torch.Tensor, continuation: Sequence[int]
-    ) -> Iterator[float]:
-        """Yield log probabilities of given tokens, each after those before it."""
-        for number, token_id in enumerate(continuation, 1):
-            yield float(logits.log_softmax(-1)[token_id])
-            if number < len(continuation):
-                logits = append_token(self.lm, sequence, token_id)
-
-
-def _ms_since(started: float) -> float:
-    return (time.perf_counter() - started) * 1000

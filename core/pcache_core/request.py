@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from pcache_core.errors import ContextLengthError, PromptError
+from pcache_core.kv.planned import PlannedState
 from pcache_core.lm import CausalLM
 from pcache_core.params import REPAIR, ReuseMode, SamplingParams
 from pcache_core.prompt import Placement
-from pcache_core.states import PlannedState
 from pcache_core.tokens import TokenisedPrompt
+
+WATCHED_TOKENS = 3
+"""The answer begins after the last token; what it is read from, the last few look for."""
 
 _USUAL_ANSWER_TOKENS = 512
 
@@ -30,6 +34,16 @@ class Request:
     fallback_reason: str | None
     repair: float | None
     states: tuple[PlannedState, ...] = ()
+
+    @property
+    def observes(self) -> bool:
+        """Whether to look how much of the question's attention each part of the prompt gets."""
+        return self.params.sources or self.repair is not None
+
+    @property
+    def fresh_rows(self) -> int:
+        """How many of the last rows are computed in any case: for logits, and to be observed."""
+        return WATCHED_TOKENS if self.params.sources else 1
 
     @property
     def capacity(self) -> int:
@@ -72,6 +86,17 @@ def check_request(
     if budget is not None and repair is not None:
         budget = repair
     return Request(tokens, params, possible, reason, budget)
+
+
+def check_continuation(lm: CausalLM, request: Request, token_ids: Sequence[int]) -> None:
+    """Raises: ModelError: an id that the model has not. ContextLengthError: no room for them."""
+    lm.check_ids(token_ids)
+    room = request.params.max_tokens  # the context's rest, if that is less
+    if len(token_ids) > room:
+        raise ContextLengthError(
+            f"the continuation has {len(token_ids)} tokens, but after the prompt {lm.name} has "
+            f"room for {room}; use a shorter one, or fewer or shorter documents"
+        )
 
 
 def _check_fits(lm: CausalLM, tokens: TokenisedPrompt, limit: int) -> None:

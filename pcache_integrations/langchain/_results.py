@@ -18,11 +18,10 @@ _REUSE_FIGURES = (
 
 
 def generation_info(finish_reason: FinishReason, report: Report) -> dict[str, Any]:
-    """Why the answer ended, and how much of its prompt was reused."""
-    return {
-        "finish_reason": finish_reason,
-        "prompt_cache": {name: getattr(report, name) for name in _REUSE_FIGURES},
-    }
+    """Why the answer ended, how much of its prompt was reused, and whose documents it drew on."""
+    figures = {name: getattr(report, name) for name in _REUSE_FIGURES}
+    sources = [{"id": found.name, "share": found.share} for found in report.documents]
+    return {"finish_reason": finish_reason, "prompt_cache": {**figures, "sources": sources}}
 
 
 def usage_metadata(report: Report) -> UsageMetadata:

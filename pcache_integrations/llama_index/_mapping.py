@@ -25,7 +25,7 @@ from llama_index.core.prompts.base import SelectorPromptTemplate
 from llama_index.core.types import BaseOutputParser
 
 from pcache_core import Message, Segment
-from pcache_core.chat import render_chat
+from pcache_core.chat.messages import render_chat
 from pcache_core.prompt import SegmentKind
 from pcache_integrations.llama_index._blocks import in_stretches
 from pcache_integrations.llama_index._handlers import DOCUMENTS

@@ -9,7 +9,7 @@ from llama_index.core.base.llms.generic_utils import messages_to_prompt as joine
 from llama_index.core.base.llms.types import ChatMessage, MessageRole, TextBlock
 
 from pcache_core import Message, Prompt, Segment, Tool
-from pcache_core.chat import render_chat
+from pcache_core.chat.messages import render_chat
 from pcache_core.errors import ChatTemplateError
 from pcache_core.prompt import SegmentKind
 from pcache_integrations._engines import Engine

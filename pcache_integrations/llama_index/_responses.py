@@ -103,6 +103,7 @@ def raw(report: Report) -> dict[str, Any]:
             "computed_tokens": report.computed_tokens,
             "ttft_ms": report.ttft_ms,
             "fallback_reason": report.fallback_reason,
+            "sources": [{"id": found.name, "share": found.share} for found in report.documents],
         },
     }
 

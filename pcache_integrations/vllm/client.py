@@ -13,9 +13,9 @@ from typing import Any
 
 from pcache_core.base_engine import Engine
 from pcache_core.errors import ModelError, OptionError, PromptError
+from pcache_core.library.preamble import Preamble
 from pcache_core.lm import TextModel
 from pcache_core.params import DEFAULT_REUSE, ReuseMode, SamplingParams
-from pcache_core.preamble import Preamble
 from pcache_core.precompute import ForgetReport
 from pcache_core.prompt import Prompt, Segment
 from pcache_core.report import EncodeReport
@@ -217,6 +217,13 @@ class RemoteEngine(Engine):
         long = [d for d in documents if len(self.lm.text.ids(d)) >= LEAST_MODULE_TOKENS]
         modules = [found.maker.encodable(document) for document in long]
         return self._keeper.encode(found.connector, modules, len(texts), progress=progress)
+
+    def rank(self, question: str, documents: Sequence[str]) -> list[float]:
+        """Refuse: a server does not show its attention. Raises: OptionError, always."""
+        raise OptionError(
+            "documents are ranked by attention, which a server does not show; "
+            "use a model in this process: leave out base_url"
+        )
 
     def forget(self, texts: Iterable[str]) -> ForgetReport:
         """Refuse: states are dropped where they are kept. Raises: OptionError, always."""

@@ -29,10 +29,10 @@ from pcache_core.errors import (
     PromptCacheError,
     PromptError,
 )
-from pcache_core.key import KeySpace
+from pcache_core.kv.key import KeySpace
+from pcache_core.library.preamble import PreambleIds
 from pcache_core.lm import TextModel
 from pcache_core.params import ReuseMode
-from pcache_core.preamble import PreambleIds
 from pcache_core.store.inspect import stored_states
 from pcache_core.tokens import tokenise
 from pcache_integrations.langchain import PromptCacheLLM as LangChainLLM

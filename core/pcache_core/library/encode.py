@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from pcache_core.kv import KVState, Slot
+from pcache_core.kv.buffers import KVBuffers
+from pcache_core.kv.planned import ModuleTokens, RowRange
+from pcache_core.kv.state import KVState
 from pcache_core.lm import Batch, CausalLM, Span, place
-from pcache_core.states import Module, RowRange
 
 # Activations of more tokens than this fall out of a CPU's cache; a GPU wants more work at once.
 _TOKENS_ON_CPU = 1024
@@ -14,8 +15,8 @@ _TOKENS_ON_GPU = 8192
 
 
 def encode_modules(
-    lm: CausalLM, preamble: Sequence[KVState], modules: Sequence[Module]
-) -> Iterator[tuple[Module, KVState]]:
+    lm: CausalLM, preamble: Sequence[KVState], modules: Sequence[ModuleTokens]
+) -> Iterator[tuple[ModuleTokens, KVState]]:
     """Encode modules, each seeing its preamble and itself; yields as batches finish.
 
     preamble: the states of its parts, one after the other from position 0 on; every module's
@@ -27,9 +28,9 @@ def encode_modules(
         yield from zip(batch, _encode_batch(lm, preamble, batch), strict=True)
 
 
-def _batches(lm: CausalLM, modules: Sequence[Module]) -> Iterator[list[Module]]:
+def _batches(lm: CausalLM, modules: Sequence[ModuleTokens]) -> Iterator[list[ModuleTokens]]:
     most = _TOKENS_ON_CPU if lm.device.type == "cpu" else _TOKENS_ON_GPU
-    batch: list[Module] = []
+    batch: list[ModuleTokens] = []
     tokens = 0
     for module in sorted(modules, key=lambda module: module.num_tokens):
         full = tokens + module.num_tokens > most
@@ -43,13 +44,13 @@ def _batches(lm: CausalLM, modules: Sequence[Module]) -> Iterator[list[Module]]:
 
 
 def _encode_batch(
-    lm: CausalLM, preamble: Sequence[KVState], modules: Sequence[Module]
+    lm: CausalLM, preamble: Sequence[KVState], modules: Sequence[ModuleTokens]
 ) -> list[KVState]:
     """One forward: the buffers hold the preamble, then the modules one after another."""
     before = sum(part.num_tokens for part in preamble)
-    slot = lm.new_slot(before + sum(module.num_tokens for module in modules))
+    buffers = lm.new_buffers(before + sum(module.num_tokens for module in modules))
     for part in preamble:
-        place(slot, part.position, part, (None,) * len(lm.layers))
+        place(buffers, part.position, part, (None,) * len(lm.layers))
     input_ids: list[int] = []
     positions: list[int] = []
     spans = []
@@ -59,19 +60,19 @@ def _encode_batch(
         input_ids.extend(module.passage.token_ids)
         positions.extend(module.passage.positions(module.position))
     rows = range(before, before + len(input_ids))
-    lm.forward(Batch(slot, input_ids, rows, positions, spans))
+    lm.forward(Batch(buffers, input_ids, rows, positions, spans))
     return [
-        _state(slot, before + span.start, module)
+        _state(buffers, before + span.start, module)
         for span, module in zip(spans, modules, strict=True)
     ]
 
 
-def _state(slot: Slot, start: int, module: Module) -> KVState:
+def _state(buffers: KVBuffers, start: int, module: ModuleTokens) -> KVState:
     """Copy a module's rows out, without those that only stood in for others."""
     passage = module.passage
     rows = [start + index for index in passage.kept]
     first = passage.positions(module.position)[passage.kept[0]]
-    return slot.state_of(rows, passage.kept_ids, first)
+    return buffers.state_of(rows, passage.kept_ids, first)
 
 
 def _visible(preamble_tokens: int, own: RowRange) -> tuple[RowRange, ...]:

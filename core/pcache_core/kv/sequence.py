@@ -10,8 +10,9 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from pcache_core.key import ModuleKey
-from pcache_core.kv import KVState, Slot
+from pcache_core.kv.buffers import KVBuffers
+from pcache_core.kv.key import ModuleKey
+from pcache_core.kv.state import KVState
 
 COMPUTED = ""
 """Label of a row whose keys and values equal those of a full prefill."""
@@ -24,7 +25,7 @@ REPAIRED = "*"
 class KVSequence:
     """Keys and values of one request, and what each of its rows holds.
 
-    make_slot: makes larger buffers. slot: the buffers.
+    make_buffers: makes larger buffers. buffers: the buffers.
     token_ids, positions, labels: of every row that is filled: its token, where it stands and what
         it came from: `COMPUTED`, `REPAIRED`, or the digest of the state it was filled from.
     repair, repaired_for: the budget of the repair that made repaired rows, and the length of the
@@ -35,8 +36,8 @@ class KVSequence:
         token; its buffers hold nothing.
     """
 
-    make_slot: Callable[[int], Slot]
-    slot: Slot
+    make_buffers: Callable[[int], KVBuffers]
+    buffers: KVBuffers
     token_ids: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
     labels: list[str] = field(default_factory=list)
@@ -54,24 +55,24 @@ class KVSequence:
     @property
     def nbytes(self) -> int:
         """Bytes of the buffers, and of the states on loan."""
-        return self.slot.nbytes + sum(loan.state.nbytes for loan in self.slot.loans)
+        return self.buffers.nbytes + sum(loan.state.nbytes for loan in self.buffers.loans)
 
     def take_back(self, rows: Sequence[int]) -> None:
         """Let the buffers hold those of the rows that are on loan, so that they can be computed."""
-        loans = self.slot.loans
+        loans = self.buffers.loans
         lent = [row for row in rows if any(loan.start <= row < loan.stop for loan in loans)]
         if lent:
             self.reserve(len(self.token_ids), more=len(lent))
-            self.slot.take_back(lent, len(self.token_ids))
+            self.buffers.take_back(lent, len(self.token_ids))
 
     def reserve(self, rows: int, *, more: int = 0) -> None:
         """Move to larger buffers if the prompt's first `rows` rows, and `more`, need it."""
-        needed = self.slot.index(rows) + more
-        if needed > self.slot.capacity:
-            larger = self.make_slot(max(needed, 2 * self.slot.capacity))
-            larger.copy_rows(self.slot, len(self.token_ids))
-            larger.loans = self.slot.loans  # also of rows that are not filled yet
-            self.slot = larger
+        needed = self.buffers.index(rows) + more
+        if needed > self.buffers.capacity:
+            larger = self.make_buffers(max(needed, 2 * self.buffers.capacity))
+            larger.copy_rows(self.buffers, len(self.token_ids))
+            larger.loans = self.buffers.loans  # also of rows that are not filled yet
+            self.buffers = larger
 
     def append(self, token_id: int, position: int) -> None:
         """Note a computed token in the next row."""
@@ -82,13 +83,13 @@ class KVSequence:
     def shorten(self, rows: int) -> None:
         """Forget all but the first rows."""
         del self.token_ids[rows:], self.positions[rows:], self.labels[rows:]
-        self.slot.shorten(rows)
+        self.buffers.shorten(rows)
         if REPAIRED not in self.labels:
             self.repair, self.repaired_for = None, 0
 
     def copy_from(self, other: KVSequence, rows: int) -> None:
         """Take over another sequence's first rows."""
-        self.slot.copy_rows(other.slot, rows)
+        self.buffers.copy_rows(other.buffers, rows)
         self.token_ids, self.labels = other.token_ids[:rows], other.labels[:rows]
         self.positions = other.positions[:rows]
         self.repair, self.repaired_for = other.repair, other.repaired_for

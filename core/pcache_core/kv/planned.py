@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pcache_core.key import ModuleKey
-from pcache_core.passage import Passage
+from pcache_core.kv.key import ModuleKey
+from pcache_core.prompt import Passage
 
 RowRange = tuple[int, int]
 """Rows `start … stop`."""
 
 
 @dataclass(frozen=True, slots=True)
-class Module:
+class ModuleTokens:
     """A passage to encode: the tokens that it is encoded after, and its first token's position."""
 
     passage: Passage
@@ -40,7 +40,7 @@ class PlannedState:
     is_opening: it is the prompt's constant opening, an exact prefix that is encoded after nothing.
     """
 
-    module: Module
+    module: ModuleTokens
     key: ModuleKey
     runs: tuple[RowRange, ...]
     positions: tuple[int, ...]

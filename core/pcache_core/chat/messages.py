@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pcache_core.calls import ToolCall
+from pcache_core.chat.calls import ToolCall
 from pcache_core.errors import ChatTemplateError, PromptError
 from pcache_core.prompt import Prompt, Segment
 

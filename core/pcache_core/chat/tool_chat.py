@@ -7,11 +7,11 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from pcache_core.calls import Tool
-from pcache_core.chat import Message, render_chat
+from pcache_core.chat.calls import Tool
+from pcache_core.chat.messages import Message, render_chat
+from pcache_core.chat.tools import ApplyToolTemplate, ToolFormat
 from pcache_core.errors import ChatTemplateError
 from pcache_core.prompt import Prompt, Segment
-from pcache_core.tools import ApplyToolTemplate, ToolFormat
 
 _ID_LENGTH = 9
 _RESULT = ("<tool_response>\n", "\n</tool_response>")

@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Callable, Sequence
 from functools import cache
 
-from pcache_core.chat import ApplyTemplate
+from pcache_core.chat.messages import ApplyTemplate
 from pcache_core.errors import ChatTemplateError
 from pcache_core.pml import Mark, Marks, RoleName
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Iterator
 from typing import Any
 
-from pcache_core.calls import InvalidToolCall, ToolAnswer, ToolCall
+from pcache_core.chat.calls import InvalidToolCall, ToolAnswer, ToolCall
 
 _DECODER = json.JSONDecoder()
 _BARE = re.compile(r"\s*(\{|\[\s*\{)")

@@ -11,16 +11,17 @@ from functools import partial
 from typing import TypeVar
 from weakref import WeakValueDictionary
 
-from pcache_core.encode import encode_modules
 from pcache_core.errors import StateMismatchError
-from pcache_core.key import KeySpace, ModuleKey
-from pcache_core.kv import KVState, Loan, Rows
+from pcache_core.kv.buffers import Loan
+from pcache_core.kv.key import KeySpace, ModuleKey
+from pcache_core.kv.planned import ModuleTokens, PlannedState
+from pcache_core.kv.sequence import KVSequence
+from pcache_core.kv.state import KVState, StateSource
+from pcache_core.library.encode import encode_modules
+from pcache_core.library.preamble import Preamble, PreambleIds
 from pcache_core.lm import CausalLM, place
-from pcache_core.passage import Passage
-from pcache_core.preamble import Preamble, PreambleIds
+from pcache_core.prompt import Passage
 from pcache_core.report import Source
-from pcache_core.sequence import KVSequence
-from pcache_core.states import Module, PlannedState
 from pcache_core.store import ModuleStore, Opened, open_many
 from pcache_core.store.search import find_stored
 
@@ -87,7 +88,7 @@ class ModuleLibrary:
 
     def module(
         self, passage: Passage, text: str, position: int, *, is_first: bool
-    ) -> Module | None:
+    ) -> ModuleTokens | None:
         """Say what the state of a passage is encoded after, and where.
 
         text: of the passage, which chooses the preamble's language. position: where the passage is
@@ -97,14 +98,14 @@ class ModuleLibrary:
         """
         preamble_ids = self.preambles.opening if is_first else self.preambles.ids_for(text)
         if self._is_fixed:
-            module = Module(passage, preamble_ids[:position], position)
+            module = ModuleTokens(passage, preamble_ids[:position], position)
         else:
-            module = Module(passage, preamble_ids, len(preamble_ids))
+            module = ModuleTokens(passage, preamble_ids, len(preamble_ids))
         limit, end = self.lm.context_length, module.end
         fits = (limit is None or end <= limit) and not self.lm.support.is_beyond_stable(end)
         return module if fits else None
 
-    def modules(self, passage: Passage, text: str, position: int) -> list[Module]:
+    def modules(self, passage: Passage, text: str, position: int) -> list[ModuleTokens]:
         """All states of a passage that a prompt may want: as its first module, and as a later one.
 
         Arguments as for `module`.
@@ -112,7 +113,7 @@ class ModuleLibrary:
         both = (self.module(passage, text, position, is_first=first) for first in (True, False))
         return list(dict.fromkeys(module for module in both if module is not None))
 
-    def key(self, module: Module) -> ModuleKey:
+    def key(self, module: ModuleTokens) -> ModuleKey:
         """Name the state of a module."""
         passage = module.passage
         fixed = module.position if self._is_fixed else None
@@ -149,7 +150,7 @@ class ModuleLibrary:
         return Loaded(sources, load_ms, _ms_since(started), shared_tokens)
 
     def encode(
-        self, modules: Mapping[ModuleKey, Module]
+        self, modules: Mapping[ModuleKey, ModuleTokens]
     ) -> Iterator[tuple[ModuleKey, KVState, Source]]:
         """Encode modules and put their states in the store; yield them as they are made.
 
@@ -261,27 +262,29 @@ class ModuleLibrary:
                 continue  # it was read into its rows
             if sequence.lender is not None and _may_stay(planned, state, sequence):
                 state = sequence.lender.one(planned.key.digest, state)
-                sequence.slot.loans.append(Loan(state, planned.start, planned.position))
+                sequence.buffers.loans.append(Loan(state, planned.start, planned.position))
             else:
                 copied.append((planned, state))
         sequence.reserve(rows)
         for planned, state in copied:
             self._place(planned, sequence, state)
-        return sum(loan.state.num_tokens for loan in sequence.slot.loans)
+        return sum(loan.state.num_tokens for loan in sequence.buffers.loans)
 
-    def _place(self, planned: PlannedState, sequence: KVSequence, state: Rows) -> bool:
+    def _place(self, planned: PlannedState, sequence: KVSequence, state: StateSource) -> bool:
         """Copy a state into its rows, moved to their positions.
 
         Raises: StateMismatchError: it was damaged where it is kept.
         """
         rotations = self.lm.support.rotations or (None,) * len(self.lm.layers)
         for part, row, position in _parts(planned, state):
-            place(sequence.slot, sequence.slot.index(row), part, rotations, position)
+            place(sequence.buffers, sequence.buffers.index(row), part, rotations, position)
         return True
 
-    def _encode(self, modules: Mapping[ModuleKey, Module]) -> Iterator[tuple[ModuleKey, KVState]]:
+    def _encode(
+        self, modules: Mapping[ModuleKey, ModuleTokens]
+    ) -> Iterator[tuple[ModuleKey, KVState]]:
         """Encode modules, those after the same preamble together."""
-        by_preamble: dict[tuple[int, ...], dict[Module, ModuleKey]] = {}
+        by_preamble: dict[tuple[int, ...], dict[ModuleTokens, ModuleKey]] = {}
         for key, module in modules.items():
             by_preamble.setdefault(module.preamble_ids, {})[module] = key
         for preamble_ids, keys in by_preamble.items():
@@ -311,7 +314,7 @@ class ModuleLibrary:
     def _preamble_part(self, before: tuple[int, ...], token_ids: tuple[int, ...]) -> KVState:
         state = self._preamble_states.get((before, token_ids))
         if state is None:
-            module = Module(Passage(token_ids), before, len(before))
+            module = ModuleTokens(Passage(token_ids), before, len(before))
             ((_, state),) = encode_modules(self.lm, self._preamble(before), [module])
             self._preamble_states[before, token_ids] = state
         return state
@@ -322,7 +325,7 @@ class ModuleLibrary:
             self.encoded = Encoded(done.tokens + tokens, done.elapsed_ms + elapsed_ms)
 
 
-def _use(stored: Opened, use: Callable[[Rows], T]) -> T | None:
+def _use(stored: Opened, use: Callable[[StateSource], T]) -> T | None:
     """Let `use` read a state, once and whole; None if it was damaged, and is dropped."""
     started = time.perf_counter()
     result, error = None, None
@@ -341,11 +344,11 @@ def _may_stay(planned: PlannedState, state: KVState, sequence: KVSequence) -> bo
         and len(planned.runs) == 1
         and not planned.module.passage.shape
         and state.num_tokens >= _FEWEST_LENT_TOKENS
-        and state.keys[0].device == sequence.slot.positions.device
+        and state.keys[0].device == sequence.buffers.positions.device
     )
 
 
-def _parts(planned: PlannedState, rows: Rows) -> Iterator[tuple[Rows, int, int]]:
+def _parts(planned: PlannedState, rows: StateSource) -> Iterator[tuple[StateSource, int, int]]:
     """A state's runs, each without a gap, with the first row and position of each."""
     passage = planned.module.passage
     if len(planned.runs) == 1:
@@ -361,7 +364,7 @@ def _parts(planned: PlannedState, rows: Rows) -> Iterator[tuple[Rows, int, int]]
         done += stop - start
 
 
-def _check_identity(state: Rows, key: ModuleKey) -> None:
+def _check_identity(state: StateSource, key: ModuleKey) -> None:
     """Raises: StateMismatchError: the store gave the state of other tokens."""
     if state.token_ids != key.token_ids:
         raise StateMismatchError(

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pcache_core.calls import InvalidToolCall, Tool, ToolAnswer, ToolCall
+from pcache_core.chat.calls import InvalidToolCall, Tool, ToolAnswer, ToolCall
+from pcache_core.chat.reader import ToolReader
 from pcache_core.errors import ChatTemplateError, OptionError
 from pcache_core.grammar import Grammar, close_objects, json_rule
-from pcache_core.tool_reader import ToolReader
 
 __all__ = [
     "FORMATS",
