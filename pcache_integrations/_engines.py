@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 from pcache_core import CausalLM, Preamble, PromptCacheEngine
-from pcache_core.base_engine import Engine as Engine
+from pcache_core.base_engine import Engine
 from pcache_core.errors import OptionError
 from pcache_core.params import check_repair, check_reuse
 from pcache_integrations._stores import build_store, check_store

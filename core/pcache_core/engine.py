@@ -82,9 +82,9 @@ class PromptCacheEngine(Engine):
         max_waiting: int = 65_536,
     ) -> None:
         if not isinstance(lm, CausalLM):
+            kind = type(lm).__name__
             raise OptionError(
-                f"lm must be a CausalLM, got {type(lm).__name__}; "
-                "load one with CausalLM.from_pretrained(...)"
+                f"lm must be a CausalLM, got {kind}; use CausalLM.from_pretrained(...)"
             )
         for name, value, least in (
             ("min_module_tokens", min_module_tokens, 1),
@@ -94,19 +94,16 @@ class PromptCacheEngine(Engine):
         ):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise OptionError(f"{name}={value!r} must be an integer, {least} or more")
-        store = MemoryStore() if store is None else store
-        if not isinstance(store, ModuleStore):
-            raise OptionError(
-                f"store must be a ModuleStore such as MemoryStore(), got {type(store).__name__}"
-            )
+        self.store: ModuleStore = MemoryStore() if store is None else store
+        if not isinstance(self.store, ModuleStore):
+            kind = type(store).__name__
+            raise OptionError(f"store must be a ModuleStore such as MemoryStore(), got {kind}")
         super().__init__(lm, reuse, namespace, preamble, repair)
-        self.store: ModuleStore = store
         self.min_module_tokens = min_module_tokens
         if self.most_state_tokens == 0:
             raise BudgetError(
-                f"the store's budget of {store.stats().budget_bytes:,} bytes can't hold a state of "
-                f"even one token, which takes {lm.bytes_per_token:,} bytes with {lm.name}; raise "
-                "budget_bytes"
+                f"the store's budget_bytes={self.store.stats().budget_bytes:,} can't hold even one token, "
+                f"which takes {lm.bytes_per_token:,} bytes with {lm.name}; raise it"
             )
         self._library = ModuleLibrary(lm, self.store, namespace, preamble)
         self._prefix_cache = PrefixCache(lm, prefix_budget_bytes)
@@ -178,7 +175,8 @@ class PromptCacheEngine(Engine):
     def clear(self) -> None:
         """Drop every state and every prefix of this engine: of its model in its namespace.
 
-        States on a server stay; they have their own time limit.
+        Also those of weights that the model had before. States on a server stay; they have their
+        own time limit.
         Raises: StoreError: a folder can't be read.
         """
         self._library.clear()
@@ -205,8 +203,9 @@ class PromptCacheEngine(Engine):
         check_continuation(self.lm, request, continuation)
 
         def read(asked_at: float) -> Generator[Prefill, None, None]:
-            with self._prefix_cache.sequence(request) as sequence:
-                logits, report = self._read(request, sequence)
+            planned = self._plan(request)
+            with self._prefix_cache.sequence(planned) as sequence:
+                logits, report = self._read(planned, sequence)
                 report.ttft_ms = ms_since(asked_at)
                 logprobs = tuple(follow(self.lm, sequence, logits, continuation))
             yield Prefill(logits, report, logprobs)
@@ -329,11 +328,15 @@ class PromptCacheEngine(Engine):
         mode = self._mode(reuse, repair)
         tokens = self._checked_tokens(prompt, params)
         budget = self.repair if repair is None else repair
-        request = check_request(self.lm, tokens, prompt.placement, params, mode, budget)
-        if request.reuse not in ("off", "exact"):
-            states = plan_states(tokens, self._library, self.min_module_tokens)
-            request = replace(request, states=states)
-        return request
+        return check_request(self.lm, tokens, prompt.placement, params, mode, budget)
+
+    def _plan(self, request: Request) -> Request:
+        """Name the states that may fill the request's rows, by the weights as they are now."""
+        request = replace(request, weights=self._library.follow_weights())
+        if request.reuse in ("off", "exact"):
+            return request
+        states = plan_states(request.tokens, self._library, self.min_module_tokens)
+        return replace(request, states=states)
 
     def _in_turn(self, request: Request, check_s: float) -> Generator[Chunk, None, None]:
         """Begin when the first chunk is asked for."""
@@ -344,6 +347,7 @@ class PromptCacheEngine(Engine):
         )
 
     def _answer(self, request: Request, asked_at: float) -> Generator[Chunk, None, None]:
+        request = self._plan(request)
         with self._prefix_cache.sequence(request) as sequence:
             logits, report = self._read(request, sequence)
             report.ttft_ms = ms_since(asked_at)

@@ -26,6 +26,7 @@ class Request:
     repair: how many reused tokens are computed again, see `check_repair`; None for modes that
         repair nothing.
     states: that may fill its rows; none in modes that reuse no modules.
+    weights: version of the weights that the states are named by.
     """
 
     tokens: TokenisedPrompt
@@ -34,6 +35,7 @@ class Request:
     fallback_reason: str | None
     repair: float | None
     states: tuple[PlannedState, ...] = ()
+    weights: int = 0
 
     @property
     def observes(self) -> bool:

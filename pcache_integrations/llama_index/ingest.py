@@ -17,10 +17,10 @@ from pcache_core import Segment
 from pcache_core.base_engine import Engine
 from pcache_core.errors import BudgetError, ContextLengthError, OptionError
 from pcache_integrations._engines import ENGINE_OPTIONS, EngineHandle, EngineOptions
-from pcache_integrations._options import check_names
-from pcache_integrations.llama_index._documents import encode_documents, given_to
-from pcache_integrations.llama_index._handlers import install_handler, node_text
+from pcache_integrations.calls import check_names
 from pcache_integrations.llama_index.llm import PromptCacheLLM
+from pcache_integrations.llama_index.nodes import encode_documents, given_to
+from pcache_integrations.llama_index.watch import install_handler, node_text
 
 _logger = logging.getLogger(__name__)
 # A forked worker has another: torch's threads do not survive a fork, so it must not run a model.

@@ -7,8 +7,8 @@ from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import NodeWithScore, QueryBundle
 
 from pcache_core.errors import PromptError
-from pcache_integrations.llama_index._handlers import node_text
 from pcache_integrations.llama_index.llm import PromptCacheLLM
+from pcache_integrations.llama_index.watch import node_text
 
 
 class PromptCacheRerank(BaseNodePostprocessor):

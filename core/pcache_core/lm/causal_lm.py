@@ -26,6 +26,7 @@ from pcache_core.lm.sampling import Sampler
 from pcache_core.lm.stock import StockRun, own_cache_works
 from pcache_core.lm.structure import context_length
 from pcache_core.lm.text_model import TextModel
+from pcache_core.lm.weights import Weights
 from pcache_core.params import SamplingParams
 
 if TYPE_CHECKING:
@@ -84,6 +85,8 @@ class CausalLM(TextModel):
         with _lock_of(model):
             self.support: Support = probe(model)
         self._lock = _lock_of(model)
+        self._weights = Weights(model)
+        self._named: tuple[int, str] | None = None
         self._forwards = ForwardQueue(self._compute, self._joins, _part_tokens(model))
         self._compiler: GrammarCompiler | None = None
         if not self.support.reuses_modules:
@@ -155,10 +158,23 @@ class CausalLM(TextModel):
         """Whether a batch's `attention` is filled by a forward."""
         return self.encodes_many
 
-    @cached_property
+    @property
+    def weights_version(self) -> int:
+        """A number of the weights as they are now; looking costs a millisecond or less.
+
+        It is another one after a training step, after adapters were loaded, set or merged, and
+        after modules or parameters were replaced or changed in place.
+        """
+        return self._weights.version()
+
+    @property
     def fingerprint(self) -> str:
-        """Digest of configuration and weights; reads every weight once."""
-        return fingerprint(self.model)
+        """Digest of configuration and weights; reads every weight, again only if some changed."""
+        with self._lock:
+            while self._named is None or self._named[0] != self.weights_version:
+                version = self.weights_version
+                self._named = version, fingerprint(self.model)
+            return self._named[1]
 
     @cached_property
     def end_ids(self) -> frozenset[int]:

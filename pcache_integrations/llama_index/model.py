@@ -15,28 +15,21 @@ from llama_index.core.schema import BaseNode, NodeWithScore
 from llama_index.core.utils import set_global_tokenizer
 
 from pcache_core import EncodeReport, Preamble
-from pcache_core.errors import OptionError
+from pcache_core.base_engine import Engine
+from pcache_core.errors import ChatTemplateError, OptionError
 from pcache_core.params import DEFAULT_MODEL, DEFAULT_REUSE
 from pcache_integrations._engines import (
     ENGINE_OPTIONS,
-    Engine,
     EngineHandle,
     EngineOptions,
     describe_engine,
     server_address,
 )
-from pcache_integrations._options import check_names
-from pcache_integrations.llama_index import _schema
-from pcache_integrations.llama_index._calls import CallOptions
-from pcache_integrations.llama_index._documents import (
-    PruneReport,
-    Source,
-    encode_documents,
-    prune,
-)
-from pcache_integrations.llama_index._handlers import install_handler
-from pcache_integrations.llama_index._lazy import LazyEngine, Tokenizer
-from pcache_integrations.llama_index._prompts import ChatTemplate
+from pcache_integrations.calls import call_options, check_names
+from pcache_integrations.llama_index import schema
+from pcache_integrations.llama_index.messages import ChatTemplate
+from pcache_integrations.llama_index.nodes import PruneReport, Source, encode_documents, prune
+from pcache_integrations.llama_index.watch import install_handler
 
 _OF_A_CALL = (
     "reuse", "max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed",
@@ -113,7 +106,7 @@ class CachedLLM(FunctionCallingLLM):
         ),
     )
 
-    _lazy: LazyEngine = PrivateAttr()
+    _handle: EngineHandle = PrivateAttr()
 
     def __init__(
         self,
@@ -134,14 +127,14 @@ class CachedLLM(FunctionCallingLLM):
         wanted = {name: getattr(self, name) for name in ENGINE_OPTIONS}
         key = None if self.api_key is None else self.api_key.get_secret_value()
         server = server_address(self.base_url, key, self.timeout, self.max_retries)
-        self._lazy = LazyEngine(EngineOptions(**wanted, reuse=self.reuse, server=server), engine)
+        self._handle = EngineHandle(
+            EngineOptions(**wanted, reuse=self.reuse, server=server), engine
+        )
         # A pickle brings the renderer of the object that it was made from.
         if isinstance(options.get("messages_to_prompt"), ChatTemplate | None):
-            renderer: Any = ChatTemplate(self._lazy)
+            renderer: Any = ChatTemplate(self._handle)
             self.messages_to_prompt = renderer
-        CallOptions.of_chat(
-            self._own_options, {}
-        )  # A value out of range is refused here, not at the first question.
+        call_options(self._own_options, {}, "PromptCacheLLM")  # refuses a value out of range
         install_handler()
 
     @property
@@ -151,29 +144,29 @@ class CachedLLM(FunctionCallingLLM):
 
     @classmethod
     def class_name(cls) -> str:
-        """The name in traces and serialised indices."""
+        """Return the name in traces and serialised indices."""
         return "PromptCacheLLM"
 
     @property
     def engine(self) -> Engine:
-        """The engine behind this LLM. The first use loads the model."""
-        return self._lazy.get()
+        """Return the engine behind this LLM. The first use loads the model."""
+        return self._handle.get()
 
     @property
     def engine_handle(self) -> EngineHandle:
-        """How others share the engine before it is built."""
-        return self._lazy
+        """Return how others share the engine before it is built."""
+        return self._handle
 
     @property
     def metadata(self) -> LLMMetadata:
-        """What LlamaIndex plans prompts with. Loads the model if any of it is the model's."""
+        """Return what LlamaIndex plans prompts with; loads the model if any of it is its."""
         window, is_chat, calls = (
             self.context_window, self.is_chat_model, self.is_function_calling_model,
         )  # fmt: skip
         return LLMMetadata(
             context_window=window or self.engine.lm.context_length or DEFAULT_CONTEXT_WINDOW,
             num_output=self.max_tokens,
-            is_chat_model=self._lazy.marks_roles if is_chat is None else is_chat,
+            is_chat_model=self.engine.lm.text.marks_roles() if is_chat is None else is_chat,
             is_function_calling_model=self._calls_functions if calls is None else calls,
             model_name=self.model,
             system_role=self._system_role,
@@ -183,13 +176,13 @@ class CachedLLM(FunctionCallingLLM):
     def _calls_functions(self) -> bool:
         if self.is_chat_model is False or not isinstance(self.messages_to_prompt, ChatTemplate):
             return False
-        return self._lazy.calls_functions
+        return bool(self.engine.lm.tokenizer.chat_template) and self.engine.tool_format.is_native
 
     @property
     def _system_role(self) -> MessageRole:
-        """The role of system prompts: the user's, to a template that refuses the system's."""
-        own = isinstance(self.messages_to_prompt, ChatTemplate) and self._lazy.is_built
-        return MessageRole.USER if own and not self._lazy.takes_system else MessageRole.SYSTEM
+        """Return the role of system prompts: the user's if the template refuses them."""
+        own = isinstance(self.messages_to_prompt, ChatTemplate) and self._handle.is_built
+        return MessageRole.USER if own and not _takes_system(self.engine) else MessageRole.SYSTEM
 
     def set_global_tokenizer(self) -> None:
         """Have LlamaIndex count in this model's tokens, instead of in those of GPT-3.5.
@@ -197,11 +190,11 @@ class CachedLLM(FunctionCallingLLM):
         Query engines then don't cut nodes that do fit into the context, and never take too many.
         Node parsers that are made afterwards measure chunks in these tokens, too.
         """
-        set_global_tokenizer(Tokenizer(self._lazy))
+        set_global_tokenizer(Tokenizer(self._handle))
 
     def to_payload(self) -> dict[str, Any]:
-        """What traces show of this LLM. Does not load the model for it."""
-        if not self._lazy.is_built:
+        """Return what traces show of this LLM. Does not load the model for it."""
+        if not self._handle.is_built:
             return {"class_name": self.class_name(), "model_name": self.model}
         return super().to_payload()
 
@@ -212,13 +205,13 @@ class CachedLLM(FunctionCallingLLM):
         name: str | None = None,
         lengths: Mapping[str, int] | None = None,
     ) -> str:
-        """The PML schema of a prompt template.
+        """Return the PML schema of a prompt template.
 
         name: of the schema; made of the content when not given. lengths: the most tokens of each
             variable; 64 if not given.
         Raises: TemplateError: no schema can express the template.
         """
-        return _schema.schema_for(prompt_template, llm=self, name=name, lengths=lengths)
+        return schema.schema_for(prompt_template, llm=self, name=name, lengths=lengths)
 
     def cache_documents(
         self,
@@ -252,3 +245,25 @@ class CachedLLM(FunctionCallingLLM):
             can't be read, nothing was dropped.
         """
         return prune(self.engine, in_use)
+
+
+class Tokenizer:
+    """Text to token ids with an engine's tokenizer; a pickle of it builds the engine anew."""
+
+    def __init__(self, handle: EngineHandle) -> None:
+        self._handle = handle
+
+    def __call__(self, text: str) -> list[int]:
+        """Return the ids of `text`."""
+        return list(self._handle.get().lm.token_ids(text))
+
+
+def _takes_system(engine: Engine) -> bool:
+    """Whether the model's chat template takes a system message, or there is none to refuse."""
+    if not engine.lm.tokenizer.chat_template:
+        return True
+    chat = [{"role": role, "content": "Hello"} for role in ("system", "user")]
+    try:
+        return bool(engine.lm.text.apply_chat_template(chat))
+    except ChatTemplateError:
+        return False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -13,19 +12,19 @@ from langchain_core.prompts import BasePromptTemplate
 from pydantic import Field, SecretStr, ValidationError
 
 from pcache_core import EncodeReport, Preamble
+from pcache_core.base_engine import Engine
 from pcache_core.errors import OptionError
 from pcache_core.params import DEFAULT_MODEL, DEFAULT_REUSE, ReuseMode, SamplingParams
 from pcache_integrations._engines import (
     ENGINE_OPTIONS,
-    Engine,
     EngineHandle,
     EngineOptions,
     describe_engine,
     server_address,
 )
-from pcache_integrations._options import call_options, check_names
-from pcache_integrations.langchain import _schema
-from pcache_integrations.langchain._watch import WATCHER, document_name, watch_chains
+from pcache_integrations.calls import call_options, check_names
+from pcache_integrations.langchain import schema
+from pcache_integrations.langchain.watch import WATCHER, watch_chains
 
 _OF_A_CALL = (
     "reuse", "max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed",
@@ -104,18 +103,14 @@ class CachedModel(BaseLanguageModel[Any]):
         )
         if engine is not None or self.engine_handle is None or self.engine_handle.options != wanted:
             self.engine_handle = EngineHandle(wanted, engine)
-        self._call_options(None, {})
+        self._call_options(None, {})  # refuses a value out of range now, not at the first call
         watch_chains()
 
     @property
     def engine(self) -> Engine:
-        """The engine. Raises: ModelError: the model can't be loaded."""
+        """Return the engine. Raises: ModelError: the model can't be loaded."""
         assert self.engine_handle is not None
         return self.engine_handle.get()
-
-    async def _aengine(self) -> Engine:
-        """The engine; loading it does not block the event loop."""
-        return await asyncio.to_thread(lambda: self.engine)
 
     def schema_for(
         self,
@@ -124,13 +119,13 @@ class CachedModel(BaseLanguageModel[Any]):
         name: str | None = None,
         lengths: Mapping[str, int] | None = None,
     ) -> str:
-        """The PML schema of a prompt template.
+        """Return the PML schema of a prompt template.
 
         name: of the schema; made of the content when not given. lengths: the most tokens of each
             variable; 64 if not given.
         Raises: TemplateError: no schema can express the template.
         """
-        return _schema.schema_for(prompt_template, name=name, lengths=lengths)
+        return schema.schema_for(prompt_template, name=name, lengths=lengths)
 
     def cache_documents(
         self,
@@ -148,28 +143,35 @@ class CachedModel(BaseLanguageModel[Any]):
             )
         found = [_as_document(document) for document in documents]
         for document in found:
-            WATCHER.documents.add(document.page_content, document_name(document))
+            WATCHER.add_documents(document)
         return self.engine.encode(
             [document.page_content.strip() for document in found], progress=progress
         )
 
     def get_token_ids(self, text: str) -> list[int]:
-        """The ids of `text` for this model, without special tokens added."""
+        """Return the ids of `text` for this model, without special tokens added."""
         if self.custom_get_token_ids is not None:
             return self.custom_get_token_ids(text)
         return list(self.engine.lm.token_ids(text))
 
+    @property
+    def _place(self) -> str:
+        return f"a call of {type(self).__name__}"
+
+    @property
+    def _own_options(self) -> dict[str, Any]:
+        """What a call may say otherwise."""
+        return {**{name: getattr(self, name) for name in _OF_A_CALL}, "stop": self.stop}
+
     def _call_options(
         self, stop: list[str] | None, given: Mapping[str, Any]
     ) -> tuple[SamplingParams, ReuseMode]:
-        """One call's options. `stop` takes the place of the model's own."""
-        defaults = {name: getattr(self, name) for name in _OF_A_CALL}
-        defaults["stop"] = self.stop if stop is None else stop
-        return call_options(defaults, given, f"a call of {type(self).__name__}")
+        """Check one call's options. `stop` takes the place of the model's own."""
+        return call_options(self._own_options, {**given, "stop": stop}, self._place)
 
     @property
     def _identifying_params(self) -> dict[str, Any]:
-        """Everything that answers depend on: the key of LangChain's response caches."""
+        """Return everything that answers depend on: the key of LangChain's response caches."""
         options = {name: getattr(self, name) for name in _ANSWERS_DEPEND_ON}
         # LangChain keeps the stop strings of the call under "stop".
         return {**options, "default_stop": self.stop}

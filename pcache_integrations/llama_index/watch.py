@@ -12,8 +12,8 @@ import asyncio
 import inspect
 import logging
 import threading
-from collections.abc import Iterable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from llama_index.core.base.base_retriever import BaseRetriever
 from llama_index.core.ingestion import IngestionPipeline
@@ -23,7 +23,7 @@ from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore
 from llama_index_instrumentation import get_dispatcher
 from llama_index_instrumentation.span import BaseSpan
 
-from pcache_integrations._mapping import DocumentIndex
+from pcache_integrations.documents import DocumentIndex
 
 # One for the process, as LlamaIndex's spans are. Documents are found by content, so that it doesn't
 # matter who retrieved them, when, or in which thread.
@@ -34,7 +34,7 @@ _installing = threading.Lock()
 
 
 def node_text(node: BaseNode) -> str:
-    """The node's text as prompts hold it: with the metadata that is meant for the model."""
+    """Return the node's text as prompts hold it: with the metadata that is meant for the model."""
     return str(node.get_content(metadata_mode=MetadataMode.LLM)).strip()
 
 
@@ -46,20 +46,12 @@ def remember(nodes: Iterable[BaseNode | NodeWithScore]) -> None:
         DOCUMENTS.add(node_text(node), node.node_id)
 
 
-@runtime_checkable
-class CatchesUp(Protocol):
-    """A transformation that has something to do in this process."""
-
-    def catch_up(self, nodes: Sequence[BaseNode]) -> None:
-        """Do it for those of a run's nodes that it has not seen."""
-
-
 class PromptCacheSpanHandler(BaseSpanHandler[BaseSpan]):
     """Remembers nodes, has runs end well. Opens no spans; LlamaIndex swallows what it raises."""
 
     @classmethod
     def class_name(cls) -> str:
-        """The name in traces."""
+        """Return the name in traces."""
         return "PromptCacheSpanHandler"
 
     def new_span(
@@ -86,17 +78,15 @@ class PromptCacheSpanHandler(BaseSpanHandler[BaseSpan]):
         if isinstance(instance, BaseRetriever) and isinstance(result, list):
             remember(item for item in result if isinstance(item, NodeWithScore))
         elif isinstance(instance, IngestionPipeline) and isinstance(result, Sequence):
-            for transformation in instance.transformations:
-                if not isinstance(transformation, CatchesUp):
-                    continue
+            found = (getattr(step, "catch_up", None) for step in instance.transformations)
+            for catch_up in filter(callable, found):
                 if ".arun-" in id_:  # the loop goes on meanwhile
-                    loop = asyncio.get_running_loop()
-                    loop.run_in_executor(None, _catch_up, transformation, result)
+                    asyncio.get_running_loop().run_in_executor(None, _tried, catch_up, result)
                 else:
-                    _catch_up(transformation, result)
+                    _tried(catch_up, result)
 
     def prepare_to_drop_span(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing to do: no span was opened."""
+        """Do nothing: no span was opened."""
 
 
 def install_handler() -> None:
@@ -107,8 +97,8 @@ def install_handler() -> None:
             root.add_span_handler(PromptCacheSpanHandler())
 
 
-def _catch_up(transformation: CatchesUp, nodes: Sequence[BaseNode]) -> None:
+def _tried(catch_up: Callable[..., object], nodes: Sequence[BaseNode]) -> None:
     try:
-        transformation.catch_up(nodes)
+        catch_up(nodes)
     except Exception as error:
         _logger.warning("nodes were not encoded after the run: %s", error)

@@ -10,7 +10,7 @@ from typing import Any
 from langchain_core.vectorstores import VectorStore
 
 from pcache_core.errors import OptionError
-from pcache_integrations.langchain._watch import WATCHER
+from pcache_integrations.langchain.watch import WATCHER
 
 
 class TrackedVectorStore(VectorStore):

@@ -16,52 +16,32 @@ from types import MappingProxyType
 from typing import Any
 
 from llama_index.core.base.llms.generic_utils import messages_to_prompt as joined_with_roles
-from llama_index.core.base.llms.types import ChatMessage, MessageRole, TextBlock
+from llama_index.core.base.llms.types import ChatMessage, MessageRole
 from llama_index.core.llms.llm import LLM
 from llama_index.core.output_parsers import PydanticOutputParser
 from llama_index.core.prompts import BasePromptTemplate, ChatPromptTemplate, RichPromptTemplate
 from llama_index.core.prompts import PromptTemplate as LlamaTemplate
-from llama_index.core.prompts.base import SelectorPromptTemplate
 from llama_index.core.types import BaseOutputParser
 
 from pcache_core import Message, Segment
 from pcache_core.chat.messages import render_chat
 from pcache_core.prompt import SegmentKind
-from pcache_integrations.llama_index._blocks import in_stretches
-from pcache_integrations.llama_index._handlers import DOCUMENTS
-from pcache_integrations.llama_index._schema import render_rich
+from pcache_integrations.llama_index.schema import render_rich, selected
+from pcache_integrations.llama_index.watch import DOCUMENTS
 
-Told = Mapping[str, Sequence[Segment]]
-"""Texts that a model is about to be handed, each in the segments that join to it."""
+Told = Mapping[str, Sequence[Segment]]  # texts for the model, in the segments that join to them
 
 # What is said in these roles is whoever built the application's, and the same for every question.
 TEMPLATE_ROLES = (MessageRole.SYSTEM, MessageRole.DEVELOPER)
 
-_logger = logging.getLogger(__name__)
 _NO_ROLE = "text"  # of the one text of a template that has no messages
 _FIELD = re.compile(r"\{([^{}]+)\}")  # as LlamaIndex fills it
 _told: ContextVar[Told] = ContextVar("told", default=MappingProxyType({}))
 
 
 def segments_of(text: str, kind: SegmentKind) -> list[Segment]:
-    """Cut a text that the model is handed.
-
-    kind: of what nothing is told of.
-    Returns: segments whose texts join to `text`.
-    """
-    pieces = _told.get().get(text) or [Segment(text, kind)]
-    # First in the whole text, as Jinja templates write a node line by line; then in each piece,
-    # as a context that was cut off ends where its variable does.
-    found = DOCUMENTS.split(text, kind)
-    stretches = in_stretches(pieces, (len(part.text) for part in found))
-    segments: list[Segment] = []
-    for part, stretch in zip(found, stretches, strict=True):
-        if part.kind == "document":
-            segments.append(part)
-        else:
-            for piece in stretch:
-                segments += DOCUMENTS.split(piece.text, piece.kind, piece.name)
-    return segments
+    """Cut a text that the model is handed. kind: of what nothing is told of."""
+    return DOCUMENTS.cut(_told.get().get(text) or [Segment(text, kind)])
 
 
 @contextmanager
@@ -83,8 +63,7 @@ def tell(
         instead of what the LLM adds.
     """
     try:
-        if isinstance(template, SelectorPromptTemplate):
-            template = template.select(llm=llm)
+        template = selected(template, llm)
         messages = _messages(template, _values(template, args))
         parsers = [template.output_parser, llm.output_parser]
         if output_cls is not None:
@@ -97,10 +76,11 @@ def tell(
                 found += [_whole(llm, text, parser, adds=False) for text in texts]
         else:
             adds = output_cls is None
-            choices = [None, *filter(None, parsers[:1])]
-            found = [_whole(llm, messages, choice, adds=adds) for choice in choices]
+            found = [_whole(llm, messages, own, adds=adds) for own in (None, *parsers[:1])]
     except Exception:  # costs reuse and kinds, no more
-        _logger.debug("could not read %s", type(template).__name__, exc_info=True)
+        logging.getLogger(__name__).debug(
+            "could not read %s", type(template).__name__, exc_info=True
+        )
         return {}
     return {"".join(segment.text for segment in segments): segments for segments in found}
 
@@ -108,7 +88,7 @@ def tell(
 def _whole(
     llm: LLM, messages: Sequence[Message], parser: BaseOutputParser | None, *, adds: bool
 ) -> Sequence[Segment]:
-    """The segments of one text, with a parser's demands. adds: whether the LLM adds its own."""
+    """Return the segments of one text, with a parser's demands. adds: whether the LLM adds some."""
 
     def joined(turns: list[dict[str, Any]]) -> str:
         if turns[0]["role"] == _NO_ROLE:
@@ -127,7 +107,7 @@ def _whole(
 
 
 def _values(template: BasePromptTemplate, args: Mapping[str, Any]) -> dict[str, Any]:
-    """What the template's variables are filled with."""
+    """Return what the template's variables are filled with."""
     given = {**template.kwargs, **args}
     made = {name: make(**given) for name, make in (template.function_mappings or {}).items()}
     renamed = template.template_var_mappings or {}
@@ -145,11 +125,11 @@ def _messages(template: BasePromptTemplate, values: Mapping[str, Any]) -> Sequen
 
 
 def _message(message: ChatMessage, values: Mapping[str, Any]) -> Message:
-    """A message of a template; one without variables is what somebody said before.
+    """Cut up a message of a template; one without variables is what somebody said before.
 
     Chat engines write the history into a template that is made for one call.
     """
-    text = "\n".join(block.text for block in message.blocks if isinstance(block, TextBlock))
+    text = message.content or ""
     segments = _filled(text, values)
     if message.role not in TEMPLATE_ROLES and [s.kind for s in segments] == ["literal"]:
         segments = [Segment(text, "argument", message.role.value)]
@@ -157,7 +137,7 @@ def _message(message: ChatMessage, values: Mapping[str, Any]) -> Message:
 
 
 def _filled(source: str, values: Mapping[str, Any]) -> list[Segment]:
-    """A brace template's text and the values in it."""
+    """Fill a brace template; its text and the values stay apart."""
     segments: list[Segment] = []
     position = 0
     for field in _FIELD.finditer(source):

@@ -33,14 +33,14 @@ def schema_for(
     name: str | None = None,
     lengths: Mapping[str, int] | None = None,
 ) -> str:
-    """The PML schema of a prompt template.
+    """Return the PML schema of a prompt template.
 
     llm: which decides between the templates of a `SelectorPromptTemplate`. name: of the schema;
         made of the content when not given. lengths: the most tokens of each variable; 64 if not
         given.
     Raises: TemplateError: no schema can express the template.
     """
-    return _compile(_selected(template, llm), name, lengths).pml
+    return _compile(selected(template, llm), name, lengths).pml
 
 
 def render_rich(
@@ -63,13 +63,14 @@ def render_rich(
 
 
 def _plain(segment: Segment) -> Segment:
-    """A segment as any template's: to the compiler, whatever stands in a loop is a document."""
+    """Return a segment as any template's: the compiler calls what a loop writes a document."""
     if segment.kind == "literal":
         return replace(segment, name=None)
     return replace(segment, kind="argument")
 
 
-def _selected(template: BasePromptTemplate, llm: Any) -> BasePromptTemplate:
+def selected(template: BasePromptTemplate, llm: Any) -> BasePromptTemplate:
+    """Return the template that a `SelectorPromptTemplate` chooses; any other as it is."""
     if isinstance(template, SelectorPromptTemplate):
         return template.select(llm=llm)
     return template
@@ -114,7 +115,7 @@ def _compiled(source: str) -> JinjaTemplate:
 
 @cache
 def _environment() -> Environment:
-    """The environment of `RichPromptTemplate`, with a chat tag that keeps what is in it as text."""
+    """Return `RichPromptTemplate`'s environment; its chat tag keeps what is in it as text."""
     environment: Environment = banks_environment.overlay()
     del environment.extensions[ChatExtension.identifier]
     environment.add_extension(ChatTag)

@@ -111,6 +111,26 @@ class DocumentIndex:
             segments.append(Segment(text[start:], kind, name))
         return segments
 
+    def cut(self, pieces: Sequence[Segment]) -> list[Segment]:
+        """Cut the documents out of a text whose pieces are known.
+
+        First out of the whole text, as a template may write a document line by line, and a value
+        may be a part of one. Then out of each piece, as a document that was cut off ends where its
+        variable does.
+
+        Returns: segments whose texts join to the pieces' text.
+        """
+        found = self.split("".join(piece.text for piece in pieces), "text")
+        stretches = in_stretches(pieces, (len(part.text) for part in found))
+        segments: list[Segment] = []
+        for part, stretch in zip(found, stretches, strict=True):
+            if part.kind == "document":
+                segments.append(part)
+            else:
+                for piece in stretch:
+                    segments += self.split(piece.text, piece.kind, piece.name)
+        return segments
+
     def _forget(self, document: str) -> None:
         bucket = self._buckets[document[:ANCHOR_CHARS]]
         del bucket[bisect_left(bucket, document)]
@@ -153,30 +173,41 @@ class WrittenIndex:
             while len(self._spans) > self._max_texts:
                 self._spans.popitem(last=False)
 
-    def cut(self, text: str, kind: SegmentKind, documents: DocumentIndex) -> Iterator[Segment]:
-        """Cut a text into its parts.
+    def pieces(self, text: str, kind: SegmentKind) -> list[Segment]:
+        """Cut a text into template text (`literal`), values (`argument`) and the rest (`kind`).
 
-        Whole documents first, wherever they stand: a value that is a part of one is its text. Then
-        template text (`literal`), values (`argument`) and, for what nothing explains, `kind`.
-
-        Yields: segments whose texts join to `text`.
+        Returns: segments whose texts join to `text`.
         """
         with self._lock:
             spans = self._spans.get(_digest(text), [(len(text), False, None)])
-        position = number = 0
-        for found in documents.split(text, kind):
-            stop = position + len(found.text)
-            if found.kind == "document":
-                yield found
-                position = stop
-            while position < stop:
-                end, is_literal, name = spans[number]
-                if end > position:
-                    own: SegmentKind = "literal" if is_literal else "argument" if name else kind
-                    yield from documents.split(text[position : min(end, stop)], own, name)
-                    position = min(end, stop)
-                if end <= stop:
-                    number += 1
+        starts = [0, *(end for end, _, _ in spans)]
+        return [
+            Segment(
+                text[start:end], "literal" if is_literal else "argument" if name else kind, name
+            )
+            for start, (end, is_literal, name) in zip(starts, spans, strict=False)
+            if end > start
+        ]
+
+
+def in_stretches(segments: Iterable[Segment], lengths: Iterable[int]) -> Iterator[list[Segment]]:
+    """Cut segments into stretches of so many characters each; linear in the text.
+
+    Raises: RuntimeError: the segments have fewer characters.
+    """
+    todo = iter(segments)
+    segment, at = Segment(""), 0
+    for length in lengths:
+        stretch: list[Segment] = []
+        while length:
+            if at == len(segment.text):
+                segment, at = next(todo), 0
+                continue
+            part = segment.text[at : at + length]
+            stretch.append(replace(segment, text=part))
+            at += len(part)
+            length -= len(part)
+        yield stretch
 
 
 def settle(segments: Iterable[Segment], text: str) -> Prompt:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from jinja2.sandbox import SandboxedEnvironment
@@ -66,7 +66,7 @@ def _turns(template: ChatPromptTemplate) -> Iterator[TurnTemplate | GivenTurns]:
             continue
         role = _role_of(part)
         if isinstance(part, BaseMessage):
-            yield TurnTemplate(role, [_constant(text) for text in message_texts(part)])
+            yield TurnTemplate(role, [_constant(text) for text in message_texts([part])])
         else:
             yield TurnTemplate(role, [_string_template(p, None, None) for p in _prompts(part)])
 
@@ -82,21 +82,18 @@ def _role_of(part: Any) -> str:
     return role
 
 
-def message_texts(message: BaseMessage) -> Iterator[str]:
-    """Yield the text of every block of a message."""
-    blocks = [message.content] if isinstance(message.content, str) else message.content
-    for block in blocks:
-        text = block.get("text") if isinstance(block, dict) else block
-        if isinstance(text, str) and text:
-            yield text
+def message_texts(messages: Iterable[BaseMessage]) -> Iterator[str]:
+    """Yield the text of every block of the messages."""
+    for message in messages:
+        blocks = [message.content] if isinstance(message.content, str) else message.content
+        for block in blocks:
+            text = block.get("text") if isinstance(block, dict) else block
+            if isinstance(text, str) and text:
+                yield text
 
 
 def _prompts(part: Any) -> Sequence[Any]:
-    return part.prompt if _is_list(part) else [part.prompt]
-
-
-def _is_list(part: Any) -> bool:
-    return isinstance(part.prompt, list)
+    return part.prompt if isinstance(part.prompt, list) else [part.prompt]
 
 
 def _constant(text: str) -> PromptTemplate:

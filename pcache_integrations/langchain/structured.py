@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from operator import itemgetter
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from langchain_core.language_models import LanguageModelInput
 from langchain_core.language_models.chat_models import BaseChatModel
@@ -18,12 +18,12 @@ from langchain_core.output_parsers import (
 from langchain_core.runnables import Runnable, RunnableMap, RunnablePassthrough
 from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
 from langchain_core.utils.pydantic import is_basemodel_subclass
+from pydantic import BaseModel
 
 from pcache_core.errors import OptionError
-from pcache_core.grammar import close_objects
+from pcache_integrations.calls import format_of
 
 Method = Literal["json_schema", "function_calling", "json_mode"]
-_ANY_OBJECT: dict[str, Any] = {"type": "object"}
 
 
 def structured(
@@ -34,7 +34,7 @@ def structured(
     include_raw: bool,
     strict: bool | None,
 ) -> Runnable[LanguageModelInput, Any]:
-    """A model whose answers are of a schema, behind it a parser.
+    """Return a model whose answers are of a schema, and a parser after it.
 
     Raises: OptionError: no schema where one is needed, an unknown method.
     """
@@ -48,7 +48,8 @@ def structured(
         bound, parser = _by_function(model, schema, is_class=is_class)
     else:
         bound = _by_format(model, schema, method, strict=strict)
-        parser = _parser(schema) if is_class else JsonOutputParser()
+        typed = cast(type[BaseModel], schema)
+        parser = PydanticOutputParser(pydantic_object=typed) if is_class else JsonOutputParser()
     if not include_raw:
         return bound | parser
     parsed = RunnablePassthrough.assign(
@@ -56,10 +57,6 @@ def structured(
     )
     failed = RunnablePassthrough.assign(parsed=lambda _: None)
     return RunnableMap(raw=bound) | parsed.with_fallbacks([failed], exception_key="parsing_error")
-
-
-def _parser(schema: Any) -> BaseOutputParser[Any]:
-    return PydanticOutputParser(pydantic_object=schema)
 
 
 def _by_function(
@@ -86,54 +83,28 @@ def _by_format(
 ) -> Runnable[LanguageModelInput, Any]:
     if schema is None:
         return model.bind(response_format={"type": "json_object"})
-    wanted = {
-        "name": "answer",
-        "schema": convert_to_json_schema(schema),  # type: ignore[arg-type]
-        "strict": strict is not False,
-    }
+    wanted = convert_to_json_schema(schema)  # type: ignore[arg-type]
     return model.bind(
-        response_format={"type": "json_schema", "json_schema": wanted},
+        response_format=format_of("answer", wanted, strict=strict is not False),
         ls_structured_output_format=_traced(schema, method),
     )
 
 
 def _traced(schema: Mapping[str, Any] | type, method: str) -> dict[str, Any]:
-    """What tracers are told."""
+    """Return what tracers are told."""
     return {"kwargs": {"method": method}, "schema": convert_to_json_schema(schema)}  # type: ignore[arg-type]
 
 
-def format_schema(response_format: object) -> Mapping[str, Any] | None:
-    """The JSON schema of an answer; None for free text.
+def as_format(response_format: object) -> object:
+    """Return a class that says an answer's form as OpenAI's mapping; anything else as it is.
 
-    response_format: as OpenAI takes it, or a class or schema that says it itself.
-    Raises: OptionError: none of these.
+    Raises: OptionError: the class says no form.
     """
-    if response_format is None:
-        return None
-    if isinstance(response_format, type):
-        return _closed(convert_to_json_schema(response_format))
-    if not isinstance(response_format, Mapping):
-        raise OptionError(f"response_format must be a mapping or a class, got {response_format!r}")
-    kind = response_format.get("type")
-    if kind == "text":
-        return None
-    if kind == "json_object":
-        return _ANY_OBJECT
-    if kind == "json_schema":
-        wanted = response_format.get("json_schema")
-        schema = wanted.get("schema") if isinstance(wanted, Mapping) else None
-        if not isinstance(schema, Mapping):
-            raise OptionError(
-                "response_format of type json_schema needs a schema: "
-                "{'type': 'json_schema', 'json_schema': {'name': ..., 'schema': {...}}}"
-            )
-        assert isinstance(wanted, Mapping)
-        return schema if wanted.get("strict") is False else _closed(schema)
-    raise OptionError(
-        f"response_format of type {kind!r} is unknown; use text, json_object or json_schema"
-    )
-
-
-def _closed(schema: Mapping[str, Any]) -> Mapping[str, Any]:
-    closed: Mapping[str, Any] = close_objects(schema)
-    return closed
+    if not isinstance(response_format, type):
+        return response_format
+    try:
+        return format_of("answer", convert_to_json_schema(response_format))
+    except (TypeError, ValueError) as error:
+        raise OptionError(
+            f"response_format={response_format!r} can't be described: {error}"
+        ) from error

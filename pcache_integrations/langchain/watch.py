@@ -8,10 +8,7 @@ by content, so nothing has to travel from the retriever to the model.
 from __future__ import annotations
 
 import logging
-import threading
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import fields, is_dataclass
 from functools import cache
@@ -26,13 +23,9 @@ from langchain_core.tracers.context import register_configure_hook
 from pydantic import BaseModel
 
 from pcache_core.prompt import Segment, SegmentKind
-from pcache_integrations._mapping import DocumentIndex, WrittenIndex, settle
-from pcache_integrations.langchain._schema import message_texts
+from pcache_integrations.documents import DocumentIndex, WrittenIndex, settle
+from pcache_integrations.langchain.schema import message_texts
 
-_log = logging.getLogger(__name__)
-
-# Templates that are being rendered right now; more can only be left-overs.
-_MAX_OPEN_RUNS = 4_096
 # How far to look for documents in a chain's inputs and outputs.
 _MAX_DEPTH = 4
 _MAX_ITEMS = 512
@@ -41,7 +34,6 @@ _MAX_ITEMS = 512
 class Watcher(BaseCallbackHandler):
     """Learns from LangChain's callbacks, and cuts prompts into their parts. Thread-safe."""
 
-    raise_error = False
     # True silences other handlers' on_llm_start in async models: langchain-ai/langchain#39633.
     run_inline = False
     ignore_llm = ignore_chat_model = ignore_retry = ignore_custom_event = True
@@ -49,8 +41,7 @@ class Watcher(BaseCallbackHandler):
     def __init__(self) -> None:
         self.documents = DocumentIndex()
         self._written = WrittenIndex()
-        self._runs: OrderedDict[UUID, tuple[Any, Any]] = OrderedDict()
-        self._lock = threading.Lock()
+        self._runs: dict[UUID, tuple[Any, Any]] = {}  # what templates being rendered are given
 
     def segments(self, text: str, kind: SegmentKind) -> list[Segment]:
         """Cut a prompt, or a message's text, into its parts.
@@ -58,39 +49,36 @@ class Watcher(BaseCallbackHandler):
         kind: of what neither a template nor a document explains.
         Returns: segments whose texts join to `text`; none when it is empty.
         """
-        with harmless("mapping a prompt"):
-            found = self._written.cut(text, kind, self.documents)
-            return list(settle(found, text).segments) if text else []
-        return [Segment(text, kind)]
+        found = self.documents.cut(self._written.pieces(text, kind))
+        return list(settle(found, text).segments) if text else []
 
     def add_documents(self, value: object) -> None:
         """Remember every LangChain document in `value`, nested containers included."""
-        with harmless("looking for documents"):
+        try:
             for document in _documents_in(value):
-                self.documents.add(document.page_content, document_name(document))
+                name = document.id or document.metadata.get("source")
+                self.documents.add(document.page_content, None if name is None else str(name))
+        except Exception:  # of objects that are not ours; must never cost an answer
+            logging.getLogger(__name__).debug(
+                "can't look for documents in a %s", type(value).__name__, exc_info=True
+            )
 
     def on_chain_start(self, serialized: Any, inputs: Any, *, run_id: UUID, **kwargs: Any) -> None:
         """Look for documents; remember what a template is given."""
         if kwargs.get("run_type") == "prompt":
-            with self._lock:
-                self._runs[run_id] = (serialized, inputs)
-                while len(self._runs) > _MAX_OPEN_RUNS:
-                    self._runs.popitem(last=False)
+            self._runs[run_id] = (serialized, inputs)
         self.add_documents(inputs)
 
     def on_chain_end(self, outputs: Any, *, run_id: UUID, **kwargs: Any) -> None:
         """Look for documents; remember what a template wrote."""
-        with self._lock:
-            serialized, inputs = self._runs.pop(run_id, (None, None))
-        if inputs is not None and isinstance(outputs, PromptValue):
-            with harmless("looking for a template's values in its prompt"):
-                self._add_written(serialized, inputs, outputs)
+        serialized, inputs = self._runs.pop(run_id, (None, None))
         self.add_documents(outputs)
+        if inputs is not None and isinstance(outputs, PromptValue):
+            self._add_written(serialized, inputs, outputs)
 
     def on_chain_error(self, error: BaseException, *, run_id: UUID, **kwargs: Any) -> None:
         """Forget a template that could not be rendered."""
-        with self._lock:
-            self._runs.pop(run_id, None)
+        self._runs.pop(run_id, None)
 
     def on_retriever_end(self, documents: Any, **kwargs: Any) -> None:
         """Remember what a retriever found."""
@@ -113,9 +101,10 @@ class Watcher(BaseCallbackHandler):
         # What braces stand for in an f-string; in other formats they are no template text.
         sources = [source.replace("{{", "{").replace("}}", "}") for source in sources]
         lists = [value for value in given.values() if isinstance(value, list)]
-        history = set(_texts_of(m for value in lists for m in value if isinstance(m, BaseMessage)))
+        history = [m for value in lists for m in value if isinstance(m, BaseMessage)]
         whole = prompt.to_string()
-        for text in {whole, whole.strip(), *_texts_of(prompt.to_messages())} - history:
+        texts = {whole, whole.strip(), *message_texts(prompt.to_messages())}
+        for text in texts.difference(message_texts(history)):
             self._written.add(text, values, sources)
 
 
@@ -129,25 +118,6 @@ def watch_chains() -> None:
     register_configure_hook(ContextVar("pcache_watcher", default=WATCHER), inheritable=True)
 
 
-@contextmanager
-def harmless(task: str) -> Iterator[None]:
-    """Log whatever goes wrong instead of raising it: watching must never cost an answer."""
-    try:
-        yield
-    except Exception:
-        _log.debug("%s failed; the prompt is used as it is", task, exc_info=True)
-
-
-def document_name(document: Document) -> str | None:
-    """What reports call a document: its id, else its source."""
-    name = document.id or document.metadata.get("source")
-    return None if name is None else str(name)
-
-
-def _texts_of(messages: Iterable[BaseMessage]) -> Iterator[str]:
-    return (text for message in messages for text in message_texts(message))
-
-
 def _mappings_in(value: object) -> Iterator[Mapping[str, Any]]:
     """Yield every mapping in a template's serialised form, the outermost first."""
     if isinstance(value, Mapping):
@@ -159,26 +129,21 @@ def _mappings_in(value: object) -> Iterator[Mapping[str, Any]]:
 
 
 def _documents_in(value: object, depth: int = 0) -> Iterator[Document]:
-    """Yield the documents in a value; checkpoints give them back as plain dictionaries."""
+    """Yield the documents in a container, a message, or a graph's state or command."""
+    items: Collection[object] = ()
     if isinstance(value, Document):
         yield value
-    elif isinstance(value, Mapping) and value.get("type") == "Document":
+    elif isinstance(value, Mapping) and value.get("type") == "Document":  # as checkpoints write it
         yield Document(page_content=value.get("page_content", ""), id=value.get("id"))
-    elif depth < _MAX_DEPTH:
-        for item in _items(value):
-            yield from _documents_in(item, depth + 1)
-
-
-def _items(value: object) -> Iterable[object]:
-    """What may hold documents in a container, a message, or a graph's state or command."""
-    if isinstance(value, Mapping):
-        return value.values()
-    if isinstance(value, (list, tuple)):
-        return value[:_MAX_ITEMS]
-    if isinstance(value, BaseMessage):
-        return (getattr(value, "artifact", None),)
-    if isinstance(value, BaseModel):
-        return vars(value).values()
-    if is_dataclass(value) and not isinstance(value, type):
-        return [getattr(value, field.name, None) for field in fields(value)]
-    return ()
+    elif isinstance(value, Mapping):
+        items = value.values()
+    elif isinstance(value, (list, tuple)):
+        items = value[:_MAX_ITEMS]
+    elif isinstance(value, BaseMessage):
+        items = (getattr(value, "artifact", None),)
+    elif isinstance(value, BaseModel):
+        items = vars(value).values()
+    elif is_dataclass(value) and not isinstance(value, type):
+        items = [getattr(value, field.name, None) for field in fields(value)]
+    for item in items if depth < _MAX_DEPTH else ():
+        yield from _documents_in(item, depth + 1)

@@ -11,17 +11,17 @@ from llama_index.core.llms.function_calling import FunctionCallingLLM
 from llama_index.core.output_parsers import PydanticOutputParser
 from llama_index.core.program.utils import process_streaming_objects
 from llama_index.core.prompts import BasePromptTemplate
-from llama_index.core.prompts.base import SelectorPromptTemplate
 from llama_index.core.types import PydanticProgramMode, TokenAsyncGen, TokenGen
 
-from pcache_integrations.llama_index._calls import format_of
-from pcache_integrations.llama_index._mapping import tell, telling
+from pcache_integrations.calls import format_of
+from pcache_integrations.llama_index.schema import selected
+from pcache_integrations.llama_index.templates import tell, telling
 
 # Programs that have the model write the object, instead of calling a function with it.
 _WRITTEN = (PydanticProgramMode.DEFAULT, PydanticProgramMode.LLM)
 
 if TYPE_CHECKING:
-    from pcache_integrations.llama_index._model import CachedLLM as _Base
+    from pcache_integrations.llama_index.model import CachedLLM as _Base
 else:
     _Base = object
 
@@ -34,22 +34,22 @@ class Predicts(_Base):
     """
 
     def predict(self, prompt: BasePromptTemplate, **prompt_args: Any) -> str:
-        """As the base class."""
+        """Do as the base class does."""
         with telling(tell(self, prompt, prompt_args)):
             return super().predict(prompt, **prompt_args)
 
     async def apredict(self, prompt: BasePromptTemplate, **prompt_args: Any) -> str:
-        """As the base class."""
+        """Do as the base class does."""
         with telling(await asyncio.to_thread(tell, self, prompt, prompt_args)):
             return await super().apredict(prompt, **prompt_args)
 
     def stream(self, prompt: BasePromptTemplate, **prompt_args: Any) -> TokenGen:
-        """As the base class."""
+        """Do as the base class does."""
         with telling(tell(self, prompt, prompt_args)):
             return super().stream(prompt, **prompt_args)
 
     async def astream(self, prompt: BasePromptTemplate, **prompt_args: Any) -> TokenAsyncGen:
-        """As the base class."""
+        """Do as the base class does."""
         with telling(await asyncio.to_thread(tell, self, prompt, prompt_args)):
             return await super().astream(prompt, **prompt_args)
 
@@ -60,7 +60,7 @@ class Predicts(_Base):
         llm_kwargs: dict[str, Any] | None = None,
         **prompt_args: Any,
     ) -> Any:
-        """As the base class."""
+        """Do as the base class does."""
         llm, prompt, kwargs = self._prepare(output_cls, prompt, llm_kwargs)
         with telling(tell(llm, prompt, prompt_args, output_cls)):
             return super(Predicts, llm).structured_predict(
@@ -74,7 +74,7 @@ class Predicts(_Base):
         llm_kwargs: dict[str, Any] | None = None,
         **prompt_args: Any,
     ) -> Any:
-        """As the base class."""
+        """Do as the base class does."""
         llm, prompt, kwargs = await asyncio.to_thread(self._prepare, output_cls, prompt, llm_kwargs)
         told = await asyncio.to_thread(tell, llm, prompt, prompt_args, output_cls)
         with telling(told):
@@ -89,7 +89,7 @@ class Predicts(_Base):
         llm_kwargs: dict[str, Any] | None = None,
         **prompt_args: Any,
     ) -> Generator[Any, None, None]:
-        """As the base class."""
+        """Do as the base class does."""
         llm, prompt, kwargs = self._prepare(output_cls, prompt, llm_kwargs)
         return super(Predicts, llm).stream_structured_predict(
             output_cls, prompt, kwargs, **prompt_args
@@ -102,7 +102,7 @@ class Predicts(_Base):
         llm_kwargs: dict[str, Any] | None = None,
         **prompt_args: Any,
     ) -> AsyncGenerator[Any, None]:
-        """As the base class."""
+        """Do as the base class does."""
         llm, prompt, kwargs = await asyncio.to_thread(self._prepare, output_cls, prompt, llm_kwargs)
         return await super(Predicts, llm).astream_structured_predict(
             output_cls, prompt, kwargs, **prompt_args
@@ -135,7 +135,7 @@ class Predicts(_Base):
     def _prepare(
         self, output_cls: Any, template: BasePromptTemplate, llm_kwargs: dict[str, Any] | None
     ) -> tuple[Predicts, BasePromptTemplate, dict[str, Any]]:
-        """The LLM that predicts objects, from which template, and what its calls are to be given.
+        """Return the LLM that predicts objects, its template, and what its calls are given.
 
         Unless another way was chosen, the model writes the object itself: decoding is constrained
         to its schema, and streams show it grow, as they can't show a function's argument. The
@@ -144,10 +144,13 @@ class Predicts(_Base):
         llm, kwargs = self, dict(llm_kwargs or {})
         if self.pydantic_program_mode in _WRITTEN:
             llm = self.model_copy(update={"pydantic_program_mode": PydanticProgramMode.LLM})
-            kwargs = {"response_format": format_of(output_cls), **kwargs}
-        if isinstance(template, SelectorPromptTemplate):
-            template = template.select(llm=llm)
-        return llm, template.model_copy(), kwargs
+            kwargs = {"response_format": response_format(output_cls), **kwargs}
+        return llm, selected(template, llm).model_copy(), kwargs
+
+
+def response_format(output_cls: Any) -> dict[str, Any]:
+    """Return a `response_format` whose answers are objects of a pydantic class."""
+    return format_of(output_cls.__name__, output_cls.model_json_schema())
 
 
 def _stream_objects(
@@ -163,19 +166,12 @@ def _stream_objects(
     """
     growing = _Growing(llm, output_cls)
     told = tell(llm, template, values, output_cls)
-    template = _demanding(template, output_cls)
-    if llm.metadata.is_chat_model:
-        messages = llm._extend_messages(template.format_messages(llm=llm, **values))
-        with telling(told):
-            responses = llm.stream_chat(messages, **llm_kwargs)
-        for response in responses:
-            yield growing.next(response)
-    else:
-        text = template.format(llm=llm, **values)
-        with telling(told):
-            parts = llm.stream_complete(text, **llm_kwargs)
-        for part in parts:
-            yield growing.next(_as_chat(part))
+    asked = growing.asked(template, values)
+    stream: Any = llm.stream_complete if isinstance(asked, str) else llm.stream_chat
+    with telling(told):
+        parts = stream(asked, **llm_kwargs)
+    for part in parts:
+        yield growing.next(part)
 
 
 async def _astream_objects(
@@ -185,29 +181,15 @@ async def _astream_objects(
     llm_kwargs: Mapping[str, Any],
     values: Mapping[str, Any],
 ) -> AsyncGenerator[Any, None]:
-    """As `_stream_objects`."""
+    """Yield as `_stream_objects` does."""
     growing = _Growing(llm, output_cls)
     told = await asyncio.to_thread(tell, llm, template, values, output_cls)
-    template = _demanding(template, output_cls)
-    if llm.metadata.is_chat_model:
-        messages = llm._extend_messages(template.format_messages(llm=llm, **values))
-        with telling(told):
-            responses = await llm.astream_chat(messages, **llm_kwargs)
-        async for response in responses:
-            yield growing.next(response)
-    else:
-        text = template.format(llm=llm, **values)
-        with telling(told):
-            parts = await llm.astream_complete(text, **llm_kwargs)
-        async for part in parts:
-            yield growing.next(_as_chat(part))
-
-
-def _demanding(template: BasePromptTemplate, output_cls: Any) -> BasePromptTemplate:
-    """The template with the class's schema after its text, as LlamaIndex's programs have it."""
-    return template.model_copy(
-        update={"output_parser": PydanticOutputParser(output_cls=output_cls)}
-    )
+    asked = growing.asked(template, values)
+    stream: Any = llm.astream_complete if isinstance(asked, str) else llm.astream_chat
+    with telling(told):
+        parts = await stream(asked, **llm_kwargs)
+    async for part in parts:
+        yield growing.next(part)
 
 
 class _Growing:
@@ -218,13 +200,22 @@ class _Growing:
         self._output_cls = output_cls
         self._seen: list[Any] | None = None
 
-    def next(self, response: ChatResponse) -> Any:
+    def asked(
+        self, template: BasePromptTemplate, values: Mapping[str, Any]
+    ) -> str | list[ChatMessage]:
+        """Format the template with the class's schema after it, as LlamaIndex's programs do."""
+        parser = PydanticOutputParser(output_cls=self._output_cls)
+        template = template.model_copy(update={"output_parser": parser})
+        if not self._llm.metadata.is_chat_model:
+            return template.format(llm=self._llm, **values)
+        return self._llm._extend_messages(template.format_messages(llm=self._llm, **values))
+
+    def next(self, part: ChatResponse | CompletionResponse) -> Any:
+        """Return the object as far as it is written."""
+        if isinstance(part, CompletionResponse):
+            part = ChatResponse(message=ChatMessage(part.text, role="assistant"))
         found = process_streaming_objects(
-            response, self._output_cls, cur_objects=self._seen, llm=self._llm
+            part, self._output_cls, cur_objects=self._seen, llm=self._llm
         )
         self._seen = [found]
         return found
-
-
-def _as_chat(part: CompletionResponse) -> ChatResponse:
-    return ChatResponse(message=ChatMessage(part.text, role="assistant"))
