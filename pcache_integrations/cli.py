@@ -38,9 +38,7 @@ app: typer.Typer = typer.Typer(
 app.command(epilog="Example: pcache encode handbook/ faq.jsonl --store ./states")(encode)
 app.add_typer(store_app)
 app.command(epilog="Example: pcache schema prompt.j2 --len question=32")(schema)
-app.command(epilog="Example: pcache bench --random llama-0.5b --cached 1k,4k --plot bench.svg")(
-    bench
-)
+app.command(epilog="Example: pcache bench --model builtin:smollm2 --cached 1k,4k")(bench)
 app.command(
     epilog="Example: pcache serve --model Qwen/Qwen2.5-0.5B-Instruct --store ./states --run",
 )(serve)

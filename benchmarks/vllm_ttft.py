@@ -5,7 +5,7 @@ A random Llama of about half a billion parameters is served twice, one server af
 documents in an order that nobody saw and a question, over HTTP. Run it on an idle machine: vLLM's
 CPU build binds its threads to cores.
 
-    python examples/benchmarks/vllm_ttft.py --python ~/.cache/pcache-integrations/vllm/bin/python
+    python benchmarks/vllm_ttft.py --python ~/.cache/pcache-integrations/vllm/bin/python
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ import httpx
 import torch
 
 from pcache_core import Prompt, Report, SamplingParams, Segment
-from pcache_integrations.bench.models import parameter_count, random_llama, save
+from pcache_integrations.bench.models import random_llama
 from pcache_integrations.bench.workload import OPENING, Words
 from pcache_integrations.vllm.client import Address, RemoteEngine
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parent.parent
 _ONE_TOKEN = SamplingParams(max_tokens=1)
 _UP_S = 600
 _CONTEXT_TOKENS = 8192
@@ -51,17 +51,14 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        lm = random_llama(
-            "llama-0.5b",
-            dtype=getattr(torch, args.dtype),
-            device="cpu",
-            context_tokens=_CONTEXT_TOKENS,
-            seed=0,
-        )
-        save(lm, folder / "model")
+        dtype = getattr(torch, args.dtype)
+        lm = random_llama("llama-0.5b", dtype, context_tokens=_CONTEXT_TOKENS, seed=0)
+        lm.model.save_pretrained(folder / "model")
+        lm.tokenizer.save_pretrained(folder / "model")
         print(
-            f"{parameter_count(lm) / 1e9:.2f}B parameters, {args.dtype}, {os.cpu_count()} cores, "
-            f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+            f"{lm.model.num_parameters() / 1e9:.2f}B parameters, {args.dtype}, "
+            f"{os.cpu_count()} cores, {platform.machine()} "
+            f"{torch.backends.cpu.get_cpu_capability()}"
         )
         rng = random.Random(0)
         words = Words(lm, rng)

@@ -2,7 +2,7 @@
 
 One layer's queries attend to rows of a slot. Milliseconds, medians; the forms take turns.
 
-    python examples/benchmarks/attention.py --dtype bfloat16 --threads 2
+    python benchmarks/attention.py --dtype bfloat16 --threads 2
 """
 
 from __future__ import annotations
