@@ -31,7 +31,7 @@ import torch
 from pcache_core import Prompt, Report, SamplingParams, Segment
 from pcache_integrations.bench.models import random_llama
 from pcache_integrations.bench.workload import OPENING, Words
-from pcache_integrations.remote import Address, RemoteEngine
+from pcache_integrations.vllm.client import Address, RemoteEngine
 
 ROOT = Path(__file__).parent.parent
 _ONE_TOKEN = SamplingParams(max_tokens=1)

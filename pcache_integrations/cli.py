@@ -16,8 +16,8 @@ from pcache_integrations.cli_bench import bench
 from pcache_integrations.cli_encode import encode
 from pcache_integrations.cli_errors import EXIT_STATUSES, INTERRUPTED, USER_ERROR, explain
 from pcache_integrations.cli_schema import schema
-from pcache_integrations.cli_serve import serve
 from pcache_integrations.cli_store import app as store_app
+from pcache_integrations.vllm.serve import serve
 
 if TYPE_CHECKING:
     from pcache_core import CausalLM
