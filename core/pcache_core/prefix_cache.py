@@ -6,9 +6,9 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from pcache_core.kv.sequence import COMPUTED, NO_WEIGHTS, KVSequence, StatesInUse
 from pcache_core.lm import CausalLM
 from pcache_core.request import Request
-from pcache_core.sequence import COMPUTED, KVSequence, StatesInUse
 
 _ROUND_UP = 64
 
@@ -22,7 +22,7 @@ class PrefixCache:
     A row can be taken over when every row up to it holds the same token in the same position, and
     either was computed with full sight or came from a state that the new prompt uses in the same
     place. Repaired rows were chosen by a question, so they serve only a prompt that continues
-    after that question.
+    after that question. Weights that have changed make every row useless.
 
     budget_bytes: how much finished sequences may hold; the one that finished last is kept whatever
         its size. Thread-safe.
@@ -41,8 +41,8 @@ class PrefixCache:
     def sequence(self, request: Request) -> Iterator[KVSequence]:
         """Lend a sequence that holds as long a start of the prompt as possible.
 
-        The last token is never taken over: it has to be computed for its logits. When the request
-        ends, its rows may serve others; none does if it failed before they were filled.
+        The last token is never taken over: it has to be computed for its logits. When the
+        request ends, its rows may serve others; none does if it failed before they were filled.
         """
         keys = {planned.key for planned in request.states}
         is_shared = self._in_use.enter(keys)
@@ -56,34 +56,41 @@ class PrefixCache:
             self._in_use.leave(keys)
 
     def clear(self) -> None:
-        """Forget the sequences of finished requests."""
+        """Forget the sequences of finished requests, and of running ones when these end."""
         with self._lock:
             self._idle.clear()
             self._idle_nbytes = 0
+            for sequence in self._running:
+                sequence.weights = NO_WEIGHTS
 
     @property
     def nbytes(self) -> int:
         """Keys and values of running requests, in bytes; what they share counts once."""
         with self._lock:
-            slots = [sequence.slot for sequence in self._running]
-        shared = {id(loan.state): loan.state.nbytes for slot in slots for loan in slot.loans}
-        return sum(slot.nbytes for slot in slots) + sum(shared.values())
+            in_use = [sequence.buffers for sequence in self._running]
+        shared = {id(loan.state): loan.state.nbytes for buffers in in_use for loan in buffers.loans}
+        return sum(buffers.nbytes for buffers in in_use) + sum(shared.values())
 
     def _acquire(self, request: Request, *, lends: bool) -> KVSequence:
         if self._lm.support.kind == "no-cache":
-            return KVSequence(self._lm.new_slot, self._lm.new_slot(0), stock=self._lm.stock_run())
+            return KVSequence(
+                self._lm.new_buffers, self._lm.new_buffers(0), stock=self._lm.stock_run()
+            )
         # What is on loan needs no room; should it turn out not to be there, the buffers grow.
         lent = sum(state.num_rows for state in request.states if not state.is_opening)
         capacity = request.capacity - (lent if lends else 0)
         with self._lock:
+            for sequence in [other for other in self._idle if other.weights < request.weights]:
+                self._take(sequence)
             best, rows = self._best_match(request)
             if best is not None and _may_continue(best, rows, capacity):
                 sequence = self._take(best)
             else:
-                held = 0 if best is None else best.slot.index(rows)
+                held = 0 if best is None else best.buffers.index(rows)
                 sequence = self._new(max(capacity, held), keep=best)
                 if best is not None:
                     sequence.copy_from(best, rows)
+            sequence.weights = request.weights
             self._running.add(sequence)
         sequence.shorten(whole_prefix(request, rows))
         sequence.lender = self._in_use if lends else None
@@ -98,8 +105,11 @@ class PrefixCache:
         is_unstable = self._lm.support.is_beyond_stable(sequence.end)
         if request.reuse == "off" or is_unstable or not sequence.is_filled:
             sequence.shorten(0)
+        weights = self._lm.weights_version
         with self._lock:
             self._running.discard(sequence)
+            if sequence.weights != weights:
+                return
             self._idle.insert(len(self._idle) if sequence.token_ids else 0, sequence)
             self._idle_nbytes += sequence.nbytes
             while len(self._idle) > 1 and self._idle_nbytes > self._budget_bytes:
@@ -117,9 +127,11 @@ class PrefixCache:
         best, rows = None, 0
         # Among equals the one used last: the oldest may have to give its buffers.
         for sequence in reversed(self._idle):
+            if sequence.weights != request.weights:
+                continue  # a request that began before the weights changed
             if sequence.token_ids[rows : rows + 1] != token_ids[rows : rows + 1]:
                 continue  # of many sequences, few can hold more than the best so far
-            alike = min(len(sequence.token_ids), len(token_ids) - 1)
+            alike = min(len(sequence.token_ids), len(token_ids) - request.fresh_rows)
             alike = _common(sequence.token_ids, token_ids, alike)
             alike = _common(sequence.positions, positions, alike)
             if not _continues(sequence, token_ids, positions, request.repair):
@@ -138,10 +150,10 @@ class PrefixCache:
         needed = capacity * self._lm.bytes_per_token
         if self._idle_nbytes + needed > self._budget_bytes:
             for sequence in self._idle:
-                if sequence is not keep and sequence.slot.capacity >= capacity:
+                if sequence is not keep and sequence.buffers.capacity >= capacity:
                     self._take(sequence).shorten(0)
                     return sequence
-        return KVSequence(self._lm.new_slot, self._lm.new_slot(capacity))
+        return KVSequence(self._lm.new_buffers, self._lm.new_buffers(capacity))
 
 
 def whole_prefix(request: Request, rows: int) -> int:
@@ -176,7 +188,7 @@ def _filter(request: Request) -> Accepts:
 
 def _may_continue(sequence: KVSequence, rows: int, capacity: int) -> bool:
     """Continuing in place forgets the rows beyond, so those have to be the fewer."""
-    return sequence.slot.capacity >= capacity and 2 * rows >= len(sequence.token_ids)
+    return sequence.buffers.capacity >= capacity and 2 * rows >= len(sequence.token_ids)
 
 
 def _common(one: list[int], other: list[int], most: int) -> int:

@@ -6,10 +6,9 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from pcache_core.chat.marks import marks_of, template_marks
 from pcache_core.errors import PMLError, PromptError
 from pcache_core.lm import CausalLM
-from pcache_core.marks import marks_of, template_marks
-from pcache_core.passage import Passage
 from pcache_core.pml import (
     Marks,
     ModulePath,
@@ -32,7 +31,7 @@ from pcache_core.pml import (
     resolve,
 )
 from pcache_core.pml.source import error_at, hint, quoted
-from pcache_core.prompt import Placement, Prompt, Segment, SegmentKind, Unit
+from pcache_core.prompt import Passage, Placement, Prompt, Segment, SegmentKind, Unit
 
 _KINDS: dict[str, SegmentKind] = {
     "module": "literal",

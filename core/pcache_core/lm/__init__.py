@@ -1,20 +1,20 @@
-"""The model: unmodified transformers, run over slots. The only package that imports it."""
+"""The model: unmodified transformers, run over buffers. The only package that imports it."""
 
 from pcache_core.lm.batch import Batch, RowRange, Span
 from pcache_core.lm.causal_lm import CausalLM
 from pcache_core.lm.probe import Support, SupportKind
 from pcache_core.lm.relocation import place
 from pcache_core.lm.sampling import Sampler
-from pcache_core.lm.served import ServedModel
+from pcache_core.lm.text_model import TextModel
 
 __all__ = [
     "Batch",
     "CausalLM",
     "RowRange",
     "Sampler",
-    "ServedModel",
     "Span",
     "Support",
     "SupportKind",
+    "TextModel",
     "place",
 ]
