@@ -102,8 +102,8 @@ class PromptCacheEngine(Engine):
         self.min_module_tokens = min_module_tokens
         if self.most_state_tokens == 0:
             raise BudgetError(
-                f"the store's budget_bytes={self.store.stats().budget_bytes:,} can't hold even one token, "
-                f"which takes {lm.bytes_per_token:,} bytes with {lm.name}; raise it"
+                f"the store's budget_bytes={self.store.stats().budget_bytes:,} can't hold even one "
+                f"token, which takes {lm.bytes_per_token:,} bytes with {lm.name}; raise it"
             )
         self._library = ModuleLibrary(lm, self.store, namespace, preamble)
         self._prefix_cache = PrefixCache(lm, prefix_budget_bytes)
