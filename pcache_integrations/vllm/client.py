@@ -40,6 +40,8 @@ from pcache_integrations.vllm.protocol import (
     preambles_digest,
 )
 
+__all__ = ["Address", "RemoteEngine"]
+
 logger = logging.getLogger(__name__)
 
 _AS_THEY_ARE = "a vLLM server uses states as they are, and repairs nothing"
