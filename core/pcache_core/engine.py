@@ -82,9 +82,9 @@ class PromptCacheEngine(Engine):
         max_waiting: int = 65_536,
     ) -> None:
         if not isinstance(lm, CausalLM):
-            kind = type(lm).__name__
             raise OptionError(
-                f"lm must be a CausalLM, got {kind}; use CausalLM.from_pretrained(...)"
+                f"lm must be a CausalLM, got {type(lm).__name__}; "
+                "load one with CausalLM.from_pretrained(...)"
             )
         for name, value, least in (
             ("min_module_tokens", min_module_tokens, 1),
