@@ -18,7 +18,6 @@ from pydantic import Field
 from corpus import DOCUMENTS, QUESTIONS
 from pcache_core import Report
 
-
 UNHEARD = "unheard"  # the mark of documents that nobody may announce
 
 
