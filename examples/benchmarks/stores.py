@@ -25,8 +25,8 @@ import numpy as np
 import torch
 
 from pcache_core import DiskStore
-from pcache_core.key import KeySpace, ModuleKey
-from pcache_core.kv import KVState, LayerShape, Slot, stack_layers
+from pcache_core.kv.key import KeySpace, ModuleKey
+from pcache_core.kv.state import KVState, LayerShape, Slot, stack_layers
 from pcache_core.lm import place
 from pcache_core.lm.relocation import Rotation
 from pcache_core.store.base import everything, milliseconds_since

@@ -7,13 +7,13 @@ import time
 import torch
 
 from pcache_core import CausalLM
-from pcache_core.kv import Slot
+from pcache_core.kv.buffers import KVBuffers
 from pcache_core.lm import Batch
 from pcache_core.tokens import TokenisedPrompt
 
 
 class Floor:
-    """A slot that holds a whole prompt, and the forward of its last segment: the question.
+    """Buffers that hold a whole prompt, and the forward of its last segment: the question.
 
     prompt_tokens: of the whole prompt; cached_tokens: of what stands before the question.
     """
@@ -23,12 +23,12 @@ class Floor:
         self._ids = list(prompt.token_ids)
         self.prompt_tokens = len(self._ids)
         self.cached_tokens = prompt.pieces[-1].start
-        self._slot = lm.new_slot(self.prompt_tokens)
-        self._small_slot = lm.new_slot(self.prompt_tokens - self.cached_tokens)
+        self._slot = lm.new_buffers(self.prompt_tokens)
+        self._small_slot = lm.new_buffers(self.prompt_tokens - self.cached_tokens)
         self._forward(self._slot, 0, 0)
 
     def in_place_ms(self) -> float:
-        """The forward over everything before, whose keys and values are in the slot."""
+        """The forward over everything before, whose keys and values are in the buffers."""
         return self._timed(self._slot, self.cached_tokens)
 
     def alone_ms(self) -> float:
@@ -39,13 +39,13 @@ class Floor:
         """What `in_place_ms` computes, [vocab] fp32."""
         return self._forward(self._slot, self.cached_tokens, self.cached_tokens)
 
-    def _timed(self, slot: Slot, first_row: int) -> float:
+    def _timed(self, buffers: KVBuffers, first_row: int) -> float:
         started = time.perf_counter()
-        logits = self._forward(slot, self.cached_tokens, first_row)
+        logits = self._forward(buffers, self.cached_tokens, first_row)
         logits.argmax().item()  # on an accelerator, waits until it is there
         return (time.perf_counter() - started) * 1000
 
-    def _forward(self, slot: Slot, first_token: int, first_row: int) -> torch.Tensor:
+    def _forward(self, buffers: KVBuffers, first_token: int, first_row: int) -> torch.Tensor:
         ids = self._ids[first_token:]
         rows = range(first_row, first_row + len(ids))
-        return self._lm.forward(Batch.of_rows(slot, ids, rows, rows))
+        return self._lm.forward(Batch.of_rows(buffers, ids, rows, rows))

@@ -8,8 +8,8 @@ from statistics import correlation, linear_regression
 import torch
 
 from pcache_core import CausalLM, ModuleStore
-from pcache_core.key import KeySpace
-from pcache_core.kv import KVState
+from pcache_core.kv.key import KeySpace
+from pcache_core.kv.state import KVState
 from pcache_integrations.bench.figures import Line, Row
 
 _FEWEST_SIZES = 3

@@ -77,12 +77,12 @@ class BenchOptions:
         """Bytes by what they are for. weights, kv_per_token: bytes. peers: that hold the model."""
         stores = (3 if self.tier == "memory" else 0) + bool(self.store_states)
         engines = 1 + len(self.modes) + bool(self.store_states)
-        slots = _SLOTS_PER_ENGINE * engines + self.batch + 1
+        buffers = _SLOTS_PER_ENGINE * engines + self.batch + 1
         return {
             "weights": weights,
             "peers": peers * (weights + self.peer_kv_tokens * kv_per_token),
             "states": (stores * max(self.sizes) + self.store_states) * kv_per_token,
-            "slots": slots * self.context_tokens * kv_per_token,
+            "buffers": buffers * self.context_tokens * kv_per_token,
         }
 
     def as_json(self) -> Mapping[str, Any]:

@@ -36,7 +36,7 @@ class Way(Protocol):
 
 
 class ModeWay:
-    """A reuse mode. Its engine keeps the slots of its own requests alone."""
+    """A reuse mode. Its engine keeps the buffers of its own requests alone."""
 
     kind: Kind = "ours"
 

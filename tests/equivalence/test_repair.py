@@ -130,7 +130,7 @@ def test_any_budget_on_any_prompt_gives_the_logits_of_one_masked_forward(
 def test_watched_attention_is_the_models_own(subject: Subject) -> None:
     rows = oracle.without_modules(subject.rows(SECOND))
     ids, places = oracle.token_ids(rows), range(len(rows))
-    batch = Batch.of_rows(subject.lm.new_slot(len(ids)), ids, places, places, places[-5:])
+    batch = Batch.of_rows(subject.lm.new_buffers(len(ids)), ids, places, places, places[-5:])
     subject.lm.forward(batch)
     paid = oracle.attention_paid(subject.twin(), rows, 5)
     expected = torch.tensor([paid[place] for place in places])
