@@ -357,8 +357,15 @@ class PromptCacheEngine:
 
     def stats(self) -> EngineStats:
         """What the store holds, its hits and misses by tier, and tokens saved and computed."""
-        encoded = self._library.encoded
-        return EngineStats.of(self.store.stats(), self.reports, encoded.tokens, encoded.elapsed_ms)
+        encoded, gate = self._library.encoded, self._scheduler.gate
+        return EngineStats.of(
+            self.store.stats(),
+            self.reports,
+            encoded_tokens=encoded.tokens,
+            encode_ms=encoded.elapsed_ms,
+            running=gate.running,
+            waiting=gate.waiting,
+        )
 
     def _check(
         self,

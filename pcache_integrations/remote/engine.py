@@ -216,7 +216,9 @@ class RemoteEngine:
         """Tokens saved and computed; what the server's store holds is not known here."""
         unknown = StoreStats("remote", None, None, None, hits=0, misses=0, evictions=0)
         encoded = self._keeper.encoded
-        return EngineStats.of(unknown, self.reports, encoded.tokens, encoded.elapsed_ms)
+        return EngineStats.of(
+            unknown, self.reports, encoded_tokens=encoded.tokens, encode_ms=encoded.elapsed_ms
+        )
 
     def _run(
         self, request: RemoteRequest, body: dict[str, Any], started: float
