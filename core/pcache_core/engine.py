@@ -316,8 +316,15 @@ class PromptCacheEngine(Engine):
 
     def stats(self) -> EngineStats:
         """What the store holds, its hits and misses by tier, and tokens saved and computed."""
-        made = self._library.encoded
-        return EngineStats.of(self.store.stats(), self.reports, made.tokens, made.elapsed_ms)
+        encoded, gate = self._library.encoded, self._scheduler.gate
+        return EngineStats.of(
+            self.store.stats(),
+            self.reports,
+            encoded_tokens=encoded.tokens,
+            encode_ms=encoded.elapsed_ms,
+            running=gate.running,
+            waiting=gate.waiting,
+        )
 
     def _check(
         self,

@@ -248,7 +248,8 @@ class RemoteEngine(Engine):
     def stats(self) -> EngineStats:
         """Tokens saved and computed; what the server's store holds is not known here."""
         unknown = StoreStats("remote", None, None, None, hits=0, misses=0, evictions=0)
-        return EngineStats.of(unknown, self.reports, self._keeper.tokens, self._keeper.elapsed_ms)
+        tokens, elapsed_ms = self._keeper.tokens, self._keeper.elapsed_ms
+        return EngineStats.of(unknown, self.reports, encoded_tokens=tokens, encode_ms=elapsed_ms)
 
     def _run(
         self, request: ServedRequest, body: dict[str, Any], started: float
