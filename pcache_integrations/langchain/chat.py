@@ -34,9 +34,9 @@ from langchain_core.runnables import Runnable
 from langchain_core.tools import BaseTool
 
 from pcache_core import Prompt
+from pcache_core.base_engine import Engine
 from pcache_core.errors import ChatTemplateError
 from pcache_core.lm import context_length_on_disk
-from pcache_integrations._engines import Engine
 from pcache_integrations.calls import Call, as_choice, check_names, core_tool, make_call
 from pcache_integrations.langchain.messages import as_openai, chat_prompt
 from pcache_integrations.langchain.model import CachedModel, as_sampling, standard_errors

@@ -20,7 +20,7 @@ from langchain_core.runnables import Runnable, RunnableConfig
 from pydantic import PrivateAttr
 
 from pcache_core import Generation, Message, Prompt
-from pcache_integrations._engines import Engine
+from pcache_core.base_engine import Engine
 from pcache_integrations.calls import usage
 from pcache_integrations.documents import as_data, holds_markup
 from pcache_integrations.langchain.model import CachedModel, standard_errors

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 from langchain_core import exceptions
@@ -15,6 +14,7 @@ from langchain_core.prompts import BasePromptTemplate
 from pydantic import Field, SecretStr, ValidationError
 
 from pcache_core import EncodeReport, Preamble, Prompt
+from pcache_core.base_engine import Engine
 from pcache_core.errors import (
     ChatTemplateError,
     ContextLengthError,
@@ -28,7 +28,6 @@ from pcache_core.errors import (
 from pcache_core.params import DEFAULT_MODEL, DEFAULT_REUSE, ReuseMode, SamplingParams
 from pcache_integrations._engines import (
     ENGINE_OPTIONS,
-    Engine,
     EngineHandle,
     EngineOptions,
     describe_engine,
@@ -230,17 +229,14 @@ def standard_errors() -> Iterator[None]:
 
 
 def _standard_error(kind: type[PromptCacheError], name: str, *args: Any) -> Exception:
-    made: Exception = _standard_class(kind, name)(*args)  # type: ignore[arg-type] (a class has a hash)
-    return made
+    """Make an error that is of both kinds, also after it was pickled."""
 
-
-@cache
-def _standard_class(kind: type[PromptCacheError], name: str) -> type[Exception]:
     def rebuilt(error: Exception) -> tuple[Any, ...]:
         return _standard_error, (kind, name, *error.args)
 
     fields = {"__module__": kind.__module__, "__doc__": kind.__doc__, "__reduce__": rebuilt}
-    return type(kind.__name__, (kind, getattr(exceptions, name)), fields)
+    made: Exception = type(kind.__name__, (kind, getattr(exceptions, name)), fields)(*args)
+    return made
 
 
 def _as_document(value: Document | str) -> Document:

@@ -270,9 +270,7 @@ def test_states_of_weights_that_come_back_are_found_again() -> None:
 
 
 def test_a_model_in_training_mode_answers_as_in_evaluation_mode() -> None:
-    lm = CausalLM(
-        tiny_models.build("llama", attention_dropout=0.5), tiny_models.tiny_tokenizer()
-    )
+    lm = CausalLM(tiny_models.build("llama", attention_dropout=0.5), tiny_models.tiny_tokenizer())
     lm.model.model.embed_tokens.register_module("noise", nn.Dropout())  # stays in training mode
     engine = PromptCacheEngine(lm, reuse="fast")
     expected = engine.prefill(PROMPT, "off").logits
