@@ -89,7 +89,7 @@ class BenchOptions:
         """For the report, without a server's password."""
         tier = self.tier
         if "://" in tier:
-            from pcache_core.store.redis_address import without_password
+            from pcache_core.store.redis import without_password
 
             tier = without_password(tier)
         return {**asdict(self), "tier": tier, "gguf_file": self.gguf_file and self.gguf_file.name}
