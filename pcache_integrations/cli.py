@@ -16,8 +16,8 @@ from pcache_integrations.cli_bench import bench
 from pcache_integrations.cli_encode import encode
 from pcache_integrations.cli_errors import EXIT_STATUSES, INTERRUPTED, USER_ERROR, explain
 from pcache_integrations.cli_schema import schema
-from pcache_integrations.cli_serve import serve
 from pcache_integrations.cli_store import app as store_app
+from pcache_integrations.vllm.serve import serve
 
 if TYPE_CHECKING:
     from pcache_core import CausalLM
@@ -38,9 +38,7 @@ app: typer.Typer = typer.Typer(
 app.command(epilog="Example: pcache encode handbook/ faq.jsonl --store ./states")(encode)
 app.add_typer(store_app)
 app.command(epilog="Example: pcache schema prompt.j2 --len question=32")(schema)
-app.command(epilog="Example: pcache bench --random llama-0.5b --cached 1k,4k --plot bench.svg")(
-    bench
-)
+app.command(epilog="Example: pcache bench --model builtin:smollm2 --cached 1k,4k")(bench)
 app.command(
     epilog="Example: pcache serve --model Qwen/Qwen2.5-0.5B-Instruct --store ./states --run",
 )(serve)

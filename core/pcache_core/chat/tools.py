@@ -23,7 +23,7 @@ __all__ = [
 ]
 
 ApplyToolTemplate = Callable[[list[dict[str, Any]], list[dict[str, Any]]], str]
-_MOST_CALLS = 8
+MOST_CALLS = 8
 _TEXT = r"TEXT: /(.|\n)*/"
 _TEXT_WITHOUT_BRACE = r"TEXT: /([^{](.|\n)*)?/"
 
@@ -83,7 +83,7 @@ class ToolFormat:
         self,
         tools: Sequence[Tool],
         choice: str = "auto",
-        most_calls: int = _MOST_CALLS,
+        most_calls: int = MOST_CALLS,
         answer: Mapping[str, Any] | None = None,
     ) -> Grammar | None:
         """What an answer may be, or None for anything.
