@@ -47,7 +47,7 @@ _Answers = list[bytes | None]
 CHUNK_BYTES = 2**20
 _MANIFEST = re.compile(rb"([0-9a-f]{16}):([1-9][0-9]{0,6}):([1-9][0-9]{0,12})")
 _BATCH_CHUNKS = 16
-_RETRY_S = 1.0
+RETRY_S = 1.0  # how long an outage is believed before the next try
 # Chunks that no manifest names yet, and those of a manifest that is about to expire.
 _UNFINISHED_S = 600
 _GRACE_S = 60
@@ -112,7 +112,7 @@ class RedisStore(OpeningReads):
         self._client = _client_of(url, timeout_s)
         self._counters = Counters("remote", None)
         self._place = without_password(url)
-        self._server = Outage(f"the store at {self._place}", self._counters, retry_s=_RETRY_S)
+        self._server = Outage(f"the store at {self._place}", self._counters, retry_s=RETRY_S)
         self._writing = Outage(f"writing states to {self._place}", self._counters)
 
     def open_many(self, keys: Sequence[ModuleKey]) -> list[Opened | None]:
