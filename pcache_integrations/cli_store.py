@@ -54,8 +54,7 @@ def inspect(  # noqa: PLR0913 (one parameter an option)
         return
     console = Console()
     console.print(_table(states[:limit]))
-    total = sum(state.nbytes for state in states)
-    console.print(f"{len(states)} states, {_bytes(total)}" + _unshown(len(states), limit))
+    console.print(_summary(states) + _unshown(len(states), limit))
 
 
 @app.command(epilog="Example: pcache clear ~/states --model builtin:tiny-rag --older-than 30d")
@@ -76,10 +75,9 @@ def clear(  # noqa: PLR0913 (one parameter an option)
         raise OptionError(
             "say which states: --model, --namespace, --document, --older-than, or --all alone"
         )
-    states = list(stored_states(path, selection))
-    total = _bytes(sum(state.nbytes for state in states))
+    states = [state for state in stored_states(path, selection) if state.is_state]
     if states and not yes:
-        typer.confirm(f"Remove {len(states)} states, {total}?", abort=True, err=as_json)
+        typer.confirm(f"Remove {_summary(states)}?", abort=True, err=as_json)
     removed = clear_states(path, selection)
     nbytes = sum(state.nbytes for state in removed)
     if as_json:
@@ -106,7 +104,9 @@ def _table(states: Sequence[StoredState]) -> Table:
     for state in states:
         record = state.record
         if record is None:
-            start, model, namespace, tokens = f"(unreadable) {state.path.name}", "", "", ""
+            what = "unreadable" if state.is_state else "not a state"
+            start = f"({what}) {state.path.name}: {state.trouble}"
+            model, namespace, tokens = "", "", ""
         else:
             start = " ".join(record.text.split()) or record.digest[:16]
             model, namespace = record.model_name or record.model[:12], record.namespace
@@ -131,6 +131,7 @@ def _row(state: StoredState) -> dict[str, object]:
         "idle_s": round(state.idle_s, 3),
         "hits": state.hits,
         "path": str(state.path),
+        "trouble": state.trouble or None,
     }
 
 
@@ -141,6 +142,13 @@ def _seconds(text: str | None) -> float | None:
     if match is None:
         raise OptionError(f"--older-than {text!r} is no time; use such as 90s, 30m, 12h, 7d, 4w")
     return float(match[1]) * _UNITS[match[2]]
+
+
+def _summary(found: Sequence[StoredState]) -> str:
+    states = [state.nbytes for state in found if state.is_state]
+    others = len(found) - len(states)
+    text = f"{len(states)} states, {_bytes(sum(states))}"
+    return f"{text}; {others} entries that are not states" if others else text
 
 
 def _unshown(states: int, limit: int) -> str:
