@@ -2,7 +2,7 @@
 
 Every round measures each way once, in one process, in turn; median and best of each are shown.
 Files are in the page cache. Loading is what a request does: `DiskStore.open_many`, then one pass
-over the file that checks every byte and copies into a slot's rows (`--moved`: and turns the keys to
+over the file that checks every byte and copies into rows (`--moved`: and turns the keys to
 another position). The yardstick is numpy copying as many bytes, from memory to memory. CPU time is
 this thread's own, whatever else runs on the machine.
 
@@ -26,8 +26,9 @@ import numpy as np
 import torch
 
 from pcache_core import DiskStore
-from pcache_core.key import KeySpace, ModuleKey
-from pcache_core.kv import KVState, LayerShape, Slot, stack_layers
+from pcache_core.kv.buffers import KVBuffers
+from pcache_core.kv.key import KeySpace, ModuleKey
+from pcache_core.kv.state import KVState, LayerShape, stack_layers
 from pcache_core.lm import place
 from pcache_core.lm.relocation import Rotation
 from pcache_core.store.base import milliseconds_since
@@ -61,11 +62,11 @@ class Times:
         self.cpu.append((time.thread_time() - cpu) * 1000)
 
 
-def load(store: DiskStore, key: ModuleKey, slot: Slot, position: int) -> None:
+def load(store: DiskStore, key: ModuleKey, buffers: KVBuffers, position: int) -> None:
     (opened,) = store.open_many([key])
     assert opened is not None
     started = time.perf_counter()
-    place(slot, 0, opened.rows, (ROTATION,) * 24, position)
+    place(buffers, 0, opened.rows, (ROTATION,) * 24, position)
     opened.settle(milliseconds_since(started), None)
 
 
@@ -75,24 +76,24 @@ def measure_loading(folder: Path, arguments: argparse.Namespace) -> None:
     for key, state in pairs:
         assert store.put(key, state)
     capacity = max(arguments.capacity, arguments.tokens)
-    slot = Slot(STACKS, capacity, dtype=torch.bfloat16, device=torch.device("cpu"))
+    buffers = KVBuffers(STACKS, capacity, dtype=torch.bfloat16, device=torch.device("cpu"))
     nbytes = pairs[0][1].nbytes
     source = [np.random.default_rng(s).bytes(nbytes) for s in range(arguments.documents)]
     target = np.empty(nbytes, np.uint8)
-    load(store, pairs[0][0], slot, 0)
-    loaded = slot.keys[0][:, :, : arguments.tokens]
+    load(store, pairs[0][0], buffers, 0)
+    loaded = buffers.keys[0][:, :, : arguments.tokens]
     assert torch.equal(loaded, pairs[0][1].keys[0]) or arguments.storage_dtype != "auto"
     position = 777 if arguments.moved else 0
     loads, copies = Times(), Times()
     for number in range(arguments.rounds * arguments.documents):
         index = number % arguments.documents
-        loads.measure(partial(load, store, pairs[index][0], slot, position))
+        loads.measure(partial(load, store, pairs[index][0], buffers, position))
         copies.measure(partial(np.copyto, target, np.frombuffer(source[index], np.uint8)))
     for clock in ("wall", "cpu"):
         for name, pick in (("median", median), ("best", min)):
             load_ms, copy_ms = pick(getattr(loads, clock)), pick(getattr(copies, clock))
             print(
-                f"{nbytes / 1e6:.1f} MB a state, {clock} time, {name}: load into a slot "
+                f"{nbytes / 1e6:.1f} MB a state, {clock} time, {name}: load into buffers "
                 f"{nbytes / load_ms / 1e6:.2f} GB/s, numpy copy {nbytes / copy_ms / 1e6:.2f} GB/s, "
                 f"ratio {copy_ms / load_ms:.2f}"
             )
@@ -129,7 +130,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--states", type=int, default=100_000)
     parser.add_argument("--storage-dtype", default="auto")
-    parser.add_argument("--capacity", type=int, default=0, help="rows of the slot, if more")
+    parser.add_argument("--capacity", type=int, default=0, help="rows of the buffers, if more")
     parser.add_argument("--moved", action="store_true", help="to another position")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()

@@ -68,7 +68,7 @@ def _options(
         preamble in the file.
     """
     from pcache_core import CausalLM, Preamble
-    from pcache_core.key import KeySpace
+    from pcache_core.kv.key import KeySpace
     from pcache_core.lm.loading import resolve
     from pcache_integrations._engines import check_store
     from pcache_integrations.vllm.model_card import ModelCard

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from pcache_core.key import KeySpace, ModuleKey
-from pcache_core.kv import KVState, LayerShape, stack_layers
+from pcache_core.kv.key import KeySpace, ModuleKey
+from pcache_core.kv.state import KVState, LayerShape, stack_layers
 
 SPACE = KeySpace(
     "a" * 64,

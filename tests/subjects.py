@@ -81,7 +81,7 @@ class Subject:
     lm: CausalLM
 
     def engine(self) -> PromptCacheEngine:
-        """A new one for every test, so that none continues another's slots."""
+        """A new one for every test, so that none continues another's buffers."""
         return PromptCacheEngine(self.lm, reuse="fast", preamble=Preamble(*PREAMBLE))
 
     def twin(self) -> PreTrainedModel:

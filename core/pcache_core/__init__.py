@@ -1,6 +1,7 @@
 """Prompt Cache: reuse of attention states of prompt parts, in any order (arXiv 2311.04934)."""
 
-from pcache_core.chat import Message
+from pcache_core.chat.messages import Message
+from pcache_core.chat.tools import InvalidToolCall, Tool, ToolAnswer, ToolCall, ToolFormat
 from pcache_core.engine import PromptCacheEngine
 from pcache_core.errors import (
     AnswerError,
@@ -18,15 +19,14 @@ from pcache_core.errors import (
     TemplateError,
 )
 from pcache_core.grammar import Grammar
+from pcache_core.library.preamble import Preamble
 from pcache_core.lm import CausalLM
 from pcache_core.params import ReuseMode, SamplingParams
-from pcache_core.preamble import Preamble
 from pcache_core.precompute import ForgetReport
 from pcache_core.prompt import Prompt, Segment
-from pcache_core.report import EncodeReport, Report, SegmentReport
+from pcache_core.report import DocumentShare, EncodeReport, Report, SegmentReport
 from pcache_core.results import Chunk, Generation, Prefill, TokenLogprob
 from pcache_core.store import DiskStore, MemoryStore, ModuleStore, TieredStore
-from pcache_core.tools import InvalidToolCall, Tool, ToolAnswer, ToolCall, ToolFormat
 
 __all__ = [
     "AnswerError",
@@ -37,6 +37,7 @@ __all__ = [
     "ContextLengthError",
     "DependencyError",
     "DiskStore",
+    "DocumentShare",
     "EncodeReport",
     "ForgetReport",
     "Generation",

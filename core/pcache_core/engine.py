@@ -16,12 +16,15 @@ from functools import cached_property, partial
 
 import torch
 
-from pcache_core.chat import Message, render_chat
+from pcache_core.chat.messages import Message, render_chat
+from pcache_core.chat.tool_chat import render_tool_chat
+from pcache_core.chat.tools import Tool, ToolFormat, tool_format
 from pcache_core.errors import BudgetError, ContextLengthError, OptionError
-from pcache_core.generate import AnswerText, decode_loop
-from pcache_core.library import ModuleLibrary
+from pcache_core.generate import AnswerText, TokenScorer, decode_loop
+from pcache_core.kv.sequence import KVSequence
+from pcache_core.library.preamble import Preamble
+from pcache_core.library.states import ModuleLibrary
 from pcache_core.lm import CausalLM
-from pcache_core.logprobs import TokenScorer
 from pcache_core.params import (
     DEFAULT_REUSE,
     REPAIR,
@@ -32,21 +35,18 @@ from pcache_core.params import (
 )
 from pcache_core.plan import plan_prefill, plan_states
 from pcache_core.pml import Positions, PromptTree, Schema
-from pcache_core.preamble import Preamble
 from pcache_core.precompute import ForgetReport, forget, precompute, precompute_units
 from pcache_core.prefill import append_token, prefill
 from pcache_core.prefix_cache import PrefixCache
 from pcache_core.prompt import Prompt
+from pcache_core.rank import ranking_prompts
 from pcache_core.report import EncodeReport, Report
 from pcache_core.request import Request, check_request
 from pcache_core.results import Chunk, Generation, Prefill
 from pcache_core.scheduler import Scheduler
 from pcache_core.schemas import SchemaShelf
-from pcache_core.sequence import KVSequence
 from pcache_core.store import MemoryStore, ModuleStore
 from pcache_core.tokens import TokenisedPrompt, tokenise
-from pcache_core.tool_chat import render_tool_chat
-from pcache_core.tools import Tool, ToolFormat, tool_format
 from pcache_core.totals import EngineStats, Reports
 
 _MAX_RUNNING = 16
@@ -181,15 +181,17 @@ class PromptCacheEngine:
         reuse: ReuseMode | None = None,
         repair: float | None = None,
         continuation: Sequence[int] = (),
+        *,
+        sources: bool = False,
     ) -> Prefill:
         """Read a prompt and return the logits of the token after it.
 
         continuation: token ids to go on with, whatever the model would have chosen; it is asked how
-            likely each of them was.
+            likely each of them was. sources: as in `SamplingParams`.
         Raises: ContextLengthError, OptionError, PromptError: before any work.
         """
         started = time.perf_counter()
-        params = SamplingParams(max_tokens=max(1, len(continuation)))
+        params = SamplingParams(max_tokens=max(1, len(continuation)), sources=sources)
         request = self._check(prompt, params, reuse, repair)
         self._check_continuation(request, continuation)
 
@@ -203,6 +205,24 @@ class PromptCacheEngine:
         (found,) = self._scheduler.run(read, asked_at=started, timeout_s=None)
         self.reports.append(found.report)
         return found
+
+    def rank(self, question: str, documents: Sequence[str]) -> list[float]:
+        """Score documents by the attention that the question pays to them.
+
+        Documents that were encoded before are not read again, and a prompt finds those that are
+        encoded here. More than the model's context holds are ranked in parts.
+        Returns: of each document its share, from 0 to 1, of the attention that the question's last
+            tokens pay to the whole prompt. Parts compare roughly: documents of a smaller or weaker
+            part get a little more.
+        Raises: PromptError: no question, or something else than texts. ModelError: the model's
+            attention can't be observed. ContextLengthError: a document is longer than the context.
+        """
+        scores = [0.0] * len(documents)
+        for prompt in ranking_prompts(self.lm, question, documents):
+            for segment in self.prefill(prompt, "fast", sources=True).report.segments:
+                if segment.kind == "document" and segment.attention is not None:
+                    scores[int(segment.name or 0)] = segment.attention
+        return scores
 
     def generate(
         self,
@@ -225,7 +245,7 @@ class PromptCacheEngine:
 
         reuse, repair: for this request, instead of the engine's; `repair` alone means `balanced`.
         The prompt is checked at once and read when the first chunk is asked for; a stream that
-        is given up frees its slot.
+        is given up frees its buffers.
 
         Raises: ContextLengthError, OptionError, PromptError: before any work. OverloadedError:
             too many requests wait. DeadlineExceededError: `params.timeout_s` has passed.
@@ -252,7 +272,7 @@ class PromptCacheEngine:
         reuse: ReuseMode | None = None,
         repair: float | None = None,
     ) -> AsyncGenerator[Chunk, None]:
-        """`stream` without blocking the event loop; one that is given up frees its slot."""
+        """`stream` without blocking the event loop; one that is given up frees its buffers."""
         chunks = self._scheduler.run_in_thread(
             lambda: self.stream(prompt, params, reuse, repair),
             timeout_s=params.timeout_s if isinstance(params, SamplingParams) else None,

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from pcache_core.library import ModuleLibrary
+from pcache_core.kv.planned import ModuleTokens, PlannedState, RowRange
+from pcache_core.kv.sequence import COMPUTED, REPAIRED, KVSequence
+from pcache_core.library.states import ModuleLibrary
 from pcache_core.params import repair_budget
-from pcache_core.passage import Passage
+from pcache_core.prompt import Passage
 from pcache_core.request import Request
-from pcache_core.sequence import COMPUTED, REPAIRED, KVSequence
-from pcache_core.states import Module, PlannedState, RowRange
 from pcache_core.tokens import Piece, TokenisedPrompt
 
 _MIN_LITERAL_TOKENS = 64
@@ -55,7 +55,7 @@ def plan_prefill(request: Request, sequence: KVSequence) -> PrefillPlan:
             for start, stop in state.runs:
                 labels[start:stop] = [state.key.digest] * (stop - start)
     stale = tuple(row for row, label in enumerate(labels) if label not in (COMPUTED, REPAIRED))
-    if sequence.repaired_for == len(tokens.token_ids) == prefix + 1:
+    if sequence.repaired_for == len(tokens.token_ids) == prefix + request.fresh_rows:
         budget = 0  # the very prompt that these rows were repaired for
     repaired = min(int(budget), len(stale))
     return PrefillPlan(request, prefix, states, missing, tuple(labels), stale, repaired)
@@ -89,11 +89,11 @@ def plan_states(
     return tuple(planned)
 
 
-def opening_module(tokens: TokenisedPrompt, min_module_tokens: int) -> Module | None:
+def opening_module(tokens: TokenisedPrompt, min_module_tokens: int) -> ModuleTokens | None:
     """The constant opening of a prompt, an exact prefix; None if it is shorter than a module."""
     if tokens.opening < min_module_tokens:
         return None
-    return Module(Passage(tokens.token_ids[: tokens.opening]), (), 0)
+    return ModuleTokens(Passage(tokens.token_ids[: tokens.opening]), (), 0)
 
 
 def passages_of(tokens: TokenisedPrompt) -> Iterator[tuple[Passage, str, int]]:

@@ -11,12 +11,11 @@ from typing import TypeVar
 from tqdm import tqdm
 
 from pcache_core.errors import BudgetError, ContextLengthError, PromptError
-from pcache_core.library import ModuleLibrary
-from pcache_core.passage import Passage
+from pcache_core.kv.planned import ModuleTokens
+from pcache_core.library.states import ModuleLibrary
 from pcache_core.plan import opening_module, passages_of
-from pcache_core.prompt import Segment
+from pcache_core.prompt import Passage, Segment
 from pcache_core.report import EncodeReport
-from pcache_core.states import Module
 from pcache_core.tokens import TokenisedPrompt
 
 logger = logging.getLogger(__name__)
@@ -47,7 +46,7 @@ def precompute(
     texts = _checked(texts, "encode")
     if lm.support.kind not in ("relocatable", "position-free"):
         return _nothing(len(texts), started, lm.support.reason)
-    wanted: dict[Passage, list[Module]] = {}
+    wanted: dict[Passage, list[ModuleTokens]] = {}
     too_short = 0
     for text in texts:
         passage = Passage(tuple(lm.text.ids(Segment(text, "document"))))
@@ -75,7 +74,7 @@ def precompute_units(
 ) -> EncodeReport:
     """Encode the units of a schema's prompts; see `PromptCacheEngine.encode_schema`."""
     started = time.perf_counter()
-    wanted: dict[tuple[Passage, int], list[Module]] = {}
+    wanted: dict[tuple[Passage, int], list[ModuleTokens]] = {}
     short: set[Passage] = set()
     for tokens in prompts:
         opening = opening_module(tokens, min_module_tokens)
@@ -107,7 +106,7 @@ def forget(library: ModuleLibrary, texts: Iterable[str]) -> ForgetReport:
 
 
 def _encode_missing(
-    library: ModuleLibrary, wanted: Mapping[T, Sequence[Module]], *, progress: bool
+    library: ModuleLibrary, wanted: Mapping[T, Sequence[ModuleTokens]], *, progress: bool
 ) -> EncodeReport:
     """Encode what the store doesn't have; counts are of texts, each with all of its states."""
     started = time.perf_counter()
@@ -153,7 +152,9 @@ def _checked(texts: Iterable[str], name: str) -> list[str]:
     return found
 
 
-def _fitting(library: ModuleLibrary, passage: Passage, text: str, position: int) -> list[Module]:
+def _fitting(
+    library: ModuleLibrary, passage: Passage, text: str, position: int
+) -> list[ModuleTokens]:
     """The states that prompts may want of a passage.
 
     Raises: ContextLengthError, BudgetError: none can ever be used, or one can never be kept.

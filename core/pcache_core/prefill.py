@@ -8,15 +8,13 @@ from dataclasses import replace
 
 import torch
 
-from pcache_core.library import Loaded
+from pcache_core.kv.sequence import REPAIRED, KVSequence
+from pcache_core.library.states import Loaded
 from pcache_core.lm import Batch, CausalLM
 from pcache_core.plan import PrefillPlan
 from pcache_core.report import Report, SegmentReport, Source
-from pcache_core.sequence import REPAIRED, KVSequence
+from pcache_core.request import WATCHED_TOKENS
 from pcache_core.tokens import Piece
-
-# The answer begins after the last token; what it is read from, the last few look for.
-_WATCHED_TOKENS = 3
 
 
 def prefill(
@@ -37,7 +35,8 @@ def prefill(
     repaired: list[int] = []
     if plan.repaired and not lm.watches:
         repaired = _first_rows(plan)
-    logits, attention = _compute(lm, sequence, plan.missing, repaired, watch=plan.repaired > 0)
+    watch = lm.watches and plan.request.observes
+    logits, attention = _compute(lm, sequence, plan.missing, repaired, watch=watch)
     report.prefill_ms = _ms_since(started)
     if plan.repaired and lm.watches:
         started = time.perf_counter()
@@ -50,6 +49,8 @@ def prefill(
             sequence.labels[row] = REPAIRED
         sequence.repair, sequence.repaired_for = plan.request.repair, len(sequence.token_ids)
         _describe_repair(report, plan, repaired)
+    if watch:
+        _describe_attention(report, plan, attention)
     sequence.is_filled = True
     return logits, report
 
@@ -65,7 +66,7 @@ def append_token(lm: CausalLM, sequence: KVSequence, token_id: int) -> torch.Ten
         positions = [*sequence.positions, sequence.end]
     rows = range(first, first + len(token_ids))
     sequence.reserve(rows.stop)
-    logits = lm.forward(Batch.of_rows(sequence.slot, token_ids, rows, positions))
+    logits = lm.forward(Batch.of_rows(sequence.buffers, token_ids, rows, positions))
     sequence.append(token_id, positions[-1])
     return logits
 
@@ -87,11 +88,11 @@ def _compute(
     sequence.take_back(repaired)
     rows = sorted([*missing, *repaired])
     batch = Batch.of_rows(
-        sequence.slot,
+        sequence.buffers,
         [sequence.token_ids[row] for row in rows],
         rows,
         [sequence.positions[row] for row in rows],
-        range(max(0, len(rows) - _WATCHED_TOKENS), len(rows)) if watch else None,
+        range(max(0, len(rows) - WATCHED_TOKENS), len(rows)) if watch else None,
     )
     logits = lm.forward(batch)
     return logits, batch.attention
@@ -165,6 +166,18 @@ def _describe_repair(report: Report, plan: PrefillPlan, rows: Sequence[int]) -> 
         source = "repaired" if 2 * count > segment.num_tokens else segment.source
         segments.append(replace(segment, repaired_tokens=count, source=source))
     report.segments = tuple(segments)
+
+
+def _describe_attention(report: Report, plan: PrefillPlan, attention: torch.Tensor) -> None:
+    """Write into a report how much of the question's attention each segment gets.
+
+    attention: [rows of the prompt].
+    """
+    shares = (attention / attention.sum()).tolist()
+    report.segments = tuple(
+        replace(segment, attention=sum(shares[piece.start : piece.stop]))
+        for segment, piece in zip(report.segments, plan.request.tokens.pieces, strict=True)
+    )
 
 
 def _segment(piece: Piece, sources: Sequence[Source], preambles: Sequence[int]) -> SegmentReport:

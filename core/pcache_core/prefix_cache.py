@@ -6,9 +6,9 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from pcache_core.kv.sequence import COMPUTED, KVSequence, StatesInUse
 from pcache_core.lm import CausalLM
 from pcache_core.request import Request
-from pcache_core.sequence import COMPUTED, KVSequence, StatesInUse
 
 _ROUND_UP = 64
 
@@ -41,8 +41,8 @@ class PrefixCache:
     def sequence(self, request: Request) -> Iterator[KVSequence]:
         """Lend a sequence that holds as long a start of the prompt as possible.
 
-        The last token is never taken over: it has to be computed for its logits. When the request
-        ends, its rows may serve others; none does if it failed before they were filled.
+        The last token is never taken over: it has to be computed for its logits. When the
+        request ends, its rows may serve others; none does if it failed before they were filled.
         """
         keys = {planned.key for planned in request.states}
         is_shared = self._in_use.enter(keys)
@@ -65,13 +65,15 @@ class PrefixCache:
     def nbytes(self) -> int:
         """Keys and values of running requests, in bytes; what they share counts once."""
         with self._lock:
-            slots = [sequence.slot for sequence in self._running]
-        shared = {id(loan.state): loan.state.nbytes for slot in slots for loan in slot.loans}
-        return sum(slot.nbytes for slot in slots) + sum(shared.values())
+            in_use = [sequence.buffers for sequence in self._running]
+        shared = {id(loan.state): loan.state.nbytes for buffers in in_use for loan in buffers.loans}
+        return sum(buffers.nbytes for buffers in in_use) + sum(shared.values())
 
     def _acquire(self, request: Request, *, lends: bool) -> KVSequence:
         if self._lm.support.kind == "no-cache":
-            return KVSequence(self._lm.new_slot, self._lm.new_slot(0), stock=self._lm.stock_run())
+            return KVSequence(
+                self._lm.new_buffers, self._lm.new_buffers(0), stock=self._lm.stock_run()
+            )
         # What is on loan needs no room; should it turn out not to be there, the buffers grow.
         lent = sum(state.num_rows for state in request.states if not state.is_opening)
         capacity = request.capacity - (lent if lends else 0)
@@ -80,7 +82,7 @@ class PrefixCache:
             if best is not None and _may_continue(best, rows, capacity):
                 sequence = self._take(best)
             else:
-                held = 0 if best is None else best.slot.index(rows)
+                held = 0 if best is None else best.buffers.index(rows)
                 sequence = self._new(max(capacity, held), keep=best)
                 if best is not None:
                     sequence.copy_from(best, rows)
@@ -119,7 +121,7 @@ class PrefixCache:
         for sequence in reversed(self._idle):
             if sequence.token_ids[rows : rows + 1] != token_ids[rows : rows + 1]:
                 continue  # of many sequences, few can hold more than the best so far
-            alike = min(len(sequence.token_ids), len(token_ids) - 1)
+            alike = min(len(sequence.token_ids), len(token_ids) - request.fresh_rows)
             alike = _common(sequence.token_ids, token_ids, alike)
             alike = _common(sequence.positions, positions, alike)
             if not _continues(sequence, token_ids, positions, request.repair):
@@ -138,10 +140,10 @@ class PrefixCache:
         needed = capacity * self._lm.bytes_per_token
         if self._idle_nbytes + needed > self._budget_bytes:
             for sequence in self._idle:
-                if sequence is not keep and sequence.slot.capacity >= capacity:
+                if sequence is not keep and sequence.buffers.capacity >= capacity:
                     self._take(sequence).shorten(0)
                     return sequence
-        return KVSequence(self._lm.new_slot, self._lm.new_slot(capacity))
+        return KVSequence(self._lm.new_buffers, self._lm.new_buffers(capacity))
 
 
 def whole_prefix(request: Request, rows: int) -> int:
@@ -176,7 +178,7 @@ def _filter(request: Request) -> Accepts:
 
 def _may_continue(sequence: KVSequence, rows: int, capacity: int) -> bool:
     """Continuing in place forgets the rows beyond, so those have to be the fewer."""
-    return sequence.slot.capacity >= capacity and 2 * rows >= len(sequence.token_ids)
+    return sequence.buffers.capacity >= capacity and 2 * rows >= len(sequence.token_ids)
 
 
 def _common(one: list[int], other: list[int], most: int) -> int:

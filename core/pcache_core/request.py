@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from pcache_core.errors import ContextLengthError, OptionError, PromptError
+from pcache_core.kv.planned import PlannedState
 from pcache_core.lm import CausalLM
 from pcache_core.params import REPAIR, ReuseMode, SamplingParams
 from pcache_core.prompt import Prompt
-from pcache_core.states import PlannedState
 from pcache_core.tokens import TokenisedPrompt, tokenise
+
+WATCHED_TOKENS = 3
+"""The answer begins after the last token; what it is read from, the last few look for."""
 
 _USUAL_ANSWER_TOKENS = 512
 
@@ -30,6 +33,16 @@ class Request:
     fallback_reason: str | None
     repair: float | None
     states: tuple[PlannedState, ...] = ()
+
+    @property
+    def observes(self) -> bool:
+        """Whether to look how much of the question's attention each part of the prompt gets."""
+        return self.params.sources or self.repair is not None
+
+    @property
+    def fresh_rows(self) -> int:
+        """How many of the last rows are computed in any case: for logits, and to be observed."""
+        return WATCHED_TOKENS if self.params.sources else 1
 
     @property
     def capacity(self) -> int:

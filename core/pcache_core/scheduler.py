@@ -25,7 +25,7 @@ T = TypeVar("T")
 _LOOK_S = 0.05  # how often a request that waits looks whether it still has to
 
 
-class _Thread(threading.local):
+class _TakenPlace(threading.local):
     """The place that was taken for what a thread is about to do."""
 
     place: Place | None = None
@@ -41,7 +41,7 @@ class Gate:
         self._queued = 0
         self._line: deque[Place] = deque()
         self._moved = threading.Condition()
-        self._thread = _Thread()
+        self._thread = _TakenPlace()
 
     @property
     def running(self) -> int:

@@ -141,7 +141,7 @@ class Floor:
         self._lm = lm
         self._ids = list(prompt.token_ids)
         self._start = prompt.pieces[-1].start
-        self._slot = lm.new_slot(len(self._ids))
+        self._buffers = lm.new_buffers(len(self._ids))
         self._forward(0)
 
     def ask(self, _: Prompt) -> Sample:
@@ -156,7 +156,7 @@ class Floor:
 
     def _forward(self, first_row: int) -> torch.Tensor:
         rows = range(first_row, len(self._ids))
-        return self._lm.forward(Batch.of_rows(self._slot, self._ids[first_row:], rows, rows))
+        return self._lm.forward(Batch.of_rows(self._buffers, self._ids[first_row:], rows, rows))
 
 
 def check_answers(engines: Engines, floor: Floor, prompts: Round) -> list[str]:

@@ -10,20 +10,16 @@ from typing import Any
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models.base import LanguageModelInput
 from langchain_core.language_models.llms import BaseLLM
-from langchain_core.outputs import Generation, GenerationChunk, LLMResult
+from langchain_core.outputs import GenerationChunk, LLMResult
 from langchain_core.runnables import Runnable, RunnableConfig
 
-from pcache_core import Chunk, Message, Prompt
-from pcache_core import Generation as Answer
+from pcache_core import Generation, Message, Prompt
 from pcache_integrations._engines import Engine
-from pcache_integrations._mapping import as_data, holds_markup
-from pcache_integrations.langchain._model import CachedModel
-from pcache_integrations.langchain._results import (
-    completion_logprobs,
-    generation_info,
-    token_usage,
-)
-from pcache_integrations.langchain._watch import WATCHER
+from pcache_integrations.calls import usage
+from pcache_integrations.documents import as_data, holds_markup
+from pcache_integrations.langchain.model import CachedModel
+from pcache_integrations.langchain.results import CompletionAnswer
+from pcache_integrations.langchain.watch import WATCHER
 
 # Of one call; the engine decides how many of them run in one forward.
 _MAX_PROMPTS_AT_ONCE = 64
@@ -110,7 +106,7 @@ class PromptCacheLLM(CachedModel, BaseLLM):
         return_exceptions: bool = False,
         **kwargs: Any,
     ) -> list[str]:
-        """As in any LLM; with `return_exceptions`, a bad prompt costs the others nothing."""
+        """Answer as any LLM does; with `return_exceptions`, bad prompts cost others nothing."""
         if return_exceptions:
             return Runnable.batch(self, inputs, config, return_exceptions=True, **kwargs)
         return super().batch(inputs, config, **kwargs)
@@ -123,7 +119,7 @@ class PromptCacheLLM(CachedModel, BaseLLM):
         return_exceptions: bool = False,
         **kwargs: Any,
     ) -> list[str]:
-        """As `batch`."""
+        """Answer as `batch` does."""
         if return_exceptions:
             return await Runnable.abatch(self, inputs, config, return_exceptions=True, **kwargs)
         return await super().abatch(inputs, config, **kwargs)
@@ -155,9 +151,9 @@ class PromptCacheLLM(CachedModel, BaseLLM):
         **kwargs: Any,
     ) -> LLMResult:
         params, reuse = self._call_options(stop, kwargs)
-        engine = await self._aengine()
         mapped = await asyncio.to_thread(self._map, prompts)
-        jobs = [asyncio.ensure_future(engine.agenerate(prompt, params, reuse)) for prompt in mapped]
+        answers = (self.engine.agenerate(prompt, params, reuse) for prompt in mapped)
+        jobs = [asyncio.ensure_future(answer) for answer in answers]
         try:
             return self._result(await asyncio.gather(*jobs))
         finally:
@@ -173,9 +169,9 @@ class PromptCacheLLM(CachedModel, BaseLLM):
     ) -> Iterator[GenerationChunk]:
         params, reuse = self._call_options(stop, kwargs)
         (mapped,) = self._map([prompt])
-        pieces = _Pieces()
+        answer = CompletionAnswer()
         for piece in self.engine.stream(mapped, params, reuse):
-            chunk = pieces.chunk(piece)
+            chunk = answer.piece(piece)
             if run_manager:
                 run_manager.on_llm_new_token(chunk.text, chunk=chunk)
             yield chunk
@@ -188,11 +184,10 @@ class PromptCacheLLM(CachedModel, BaseLLM):
         **kwargs: Any,
     ) -> AsyncIterator[GenerationChunk]:
         params, reuse = self._call_options(stop, kwargs)
-        engine = await self._aengine()
         (mapped,) = await asyncio.to_thread(self._map, [prompt])
-        pieces = _Pieces()
-        async for piece in engine.astream(mapped, params, reuse):
-            chunk = pieces.chunk(piece)
+        answer = CompletionAnswer()
+        async for piece in self.engine.astream(mapped, params, reuse):
+            chunk = answer.piece(piece)
             if run_manager:
                 await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
             yield chunk
@@ -201,7 +196,7 @@ class PromptCacheLLM(CachedModel, BaseLLM):
         return [self._prompt(text) for text in texts]
 
     def _prompt(self, text: str) -> Prompt:
-        """The prompt in parts; in a user's turn of the chat template, if that is to be used."""
+        """Return the prompt in parts, in a user's turn of the chat template if that is wanted."""
         segments = WATCHER.segments(text, "text")
         text_of_model = self.engine.lm.text
         wanted = self.chat_template and segments and text_of_model.marks_roles()
@@ -214,34 +209,11 @@ class PromptCacheLLM(CachedModel, BaseLLM):
     def _identifying_params(self) -> dict[str, Any]:
         return {**super()._identifying_params, "chat_template": self.chat_template}
 
-    def _result(self, answers: Sequence[Answer]) -> LLMResult:
+    def _result(self, answers: Sequence[Generation]) -> LLMResult:
         return LLMResult(
-            generations=[[_generation(answer)] for answer in answers],
+            generations=[[CompletionAnswer().whole(answer)] for answer in answers],
             llm_output={
-                "token_usage": token_usage([answer.report for answer in answers]),
+                "token_usage": usage([answer.report for answer in answers]),
                 "model_name": self.model,
             },
         )
-
-
-def _generation(answer: Answer) -> Generation:
-    info = generation_info(answer.finish_reason, answer.report)
-    if answer.logprobs:
-        info["logprobs"] = completion_logprobs(answer.logprobs)
-    return Generation(text=answer.text, generation_info=info)
-
-
-class _Pieces:
-    """The pieces of one answer, as LangChain's chunks."""
-
-    def __init__(self) -> None:
-        self._chars = 0
-
-    def chunk(self, piece: Chunk) -> GenerationChunk:
-        info: dict[str, Any] = {}
-        if piece.logprobs:
-            info["logprobs"] = completion_logprobs(piece.logprobs, self._chars)
-            self._chars += sum(len(record.token) for record in piece.logprobs)
-        if piece.finish_reason is not None and piece.report is not None:
-            info |= generation_info(piece.finish_reason, piece.report)
-        return GenerationChunk(text=piece.text, generation_info=info or None)

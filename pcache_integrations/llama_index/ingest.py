@@ -16,10 +16,10 @@ from llama_index.core.settings import Settings
 from pcache_core import PromptCacheEngine, Segment, TieredStore
 from pcache_core.errors import BudgetError, ContextLengthError, OptionError
 from pcache_integrations._engines import ENGINE_OPTIONS, Engine, EngineHandle, EngineOptions
-from pcache_integrations._options import check_names
-from pcache_integrations.llama_index._documents import encode_documents, given_to
-from pcache_integrations.llama_index._handlers import install_handler, node_text
+from pcache_integrations.calls import check_names
 from pcache_integrations.llama_index.llm import PromptCacheLLM
+from pcache_integrations.llama_index.nodes import encode_documents, given_to
+from pcache_integrations.llama_index.watch import install_handler, node_text
 from pcache_integrations.remote import RemoteEngine
 
 _logger = logging.getLogger(__name__)

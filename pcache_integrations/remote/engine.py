@@ -9,18 +9,18 @@ from contextlib import aclosing, closing
 from functools import cached_property
 from typing import Any
 
-from pcache_core.chat import Message, render_chat
+from pcache_core.chat.messages import Message, render_chat
+from pcache_core.chat.tool_chat import render_tool_chat
+from pcache_core.chat.tools import Tool, ToolFormat, tool_format
 from pcache_core.errors import OptionError, PromptError
+from pcache_core.library.preamble import Preamble
 from pcache_core.params import DEFAULT_REUSE, ReuseMode, SamplingParams, check_repair, check_reuse
-from pcache_core.preamble import Preamble
 from pcache_core.precompute import ForgetReport
 from pcache_core.prompt import Prompt, Segment
 from pcache_core.report import EncodeReport
 from pcache_core.results import Chunk, Generation
 from pcache_core.store import StoreStats
 from pcache_core.tokens import TokenisedPrompt, tokenise
-from pcache_core.tool_chat import render_tool_chat
-from pcache_core.tools import Tool, ToolFormat, tool_format
 from pcache_core.totals import EngineStats, Reports
 from pcache_integrations.remote.keeper import Keeper
 from pcache_integrations.remote.link import Link, served_model
@@ -113,6 +113,13 @@ class RemoteEngine:
         A document is tokenised together with what separates it from the next.
         """
         return self._joined(prompt)[1]
+
+    def rank(self, question: str, documents: Sequence[str]) -> list[float]:
+        """Refuse. Raises: OptionError: always, as a server does not show its attention."""
+        raise OptionError(
+            "documents are ranked by attention, which a server does not show; "
+            "use a model in this process: leave out base_url"
+        )
 
     def generate(
         self,

@@ -7,8 +7,8 @@ import threading
 from dataclasses import dataclass
 
 from pcache_core.errors import ModelError, PromptError
+from pcache_core.library.preamble import Preamble
 from pcache_core.lm import ServedModel
-from pcache_core.preamble import Preamble
 from pcache_integrations.remote.modules import ModuleMaker
 from pcache_integrations.remote.server import Server
 from pcache_integrations.vllm.protocol import (

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from pcache_core.errors import ContextLengthError
-from pcache_core.key import KeySpace
+from pcache_core.kv.key import KeySpace
+from pcache_core.library.preamble import Preamble, PreambleIds
 from pcache_core.lm import ServedModel
-from pcache_core.preamble import Preamble, PreambleIds
 from pcache_core.prompt import Prompt, Segment
 from pcache_core.tokens import TokenisedPrompt
 from pcache_integrations.vllm.protocol import Run, named_preambles

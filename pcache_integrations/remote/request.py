@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pcache_core.errors import ContextLengthError, ModelError
+from pcache_core.generate import TokenScorer
 from pcache_core.grammar import Grammar
 from pcache_core.lm import ServedModel
-from pcache_core.logprobs import TokenScorer
 from pcache_core.params import ReuseMode, SamplingParams
 from pcache_core.report import Report, SegmentReport, Source
 from pcache_core.results import Chunk, TokenLogprob

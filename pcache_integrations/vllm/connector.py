@@ -20,10 +20,10 @@ from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.model_executor.models.utils import extract_layer_index
 
 from pcache_core.errors import OptionError
-from pcache_core.key import KeySpace
+from pcache_core.kv.key import KeySpace
+from pcache_core.library.preamble import Preamble, PreambleIds
 from pcache_core.lm.loading import load_tokenizer
 from pcache_core.lm.tokenizer import SegmentTokenizer
-from pcache_core.preamble import Preamble, PreambleIds
 from pcache_core.store import ModuleStore
 from pcache_integrations._engines import check_store, lasting_store
 from pcache_integrations.vllm.model_card import ModelCard

@@ -17,7 +17,7 @@ import torch
 
 from pcache_core import CausalLM
 from pcache_core.errors import ModelError
-from pcache_core.kv import LayerShape, Stack, stack_layers
+from pcache_core.kv.state import LayerShape, Stack, stack_layers
 from pcache_core.lm.relocation import Rotation, Rotations
 
 _SHAPE = ("key_heads", "key_dim", "value_heads", "value_dim")

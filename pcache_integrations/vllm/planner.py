@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from pcache_core.key import ModuleKey
+from pcache_core.kv.key import ModuleKey
 from pcache_core.store import ModuleStore
 from pcache_integrations.vllm.protocol import (
     LOAD,

@@ -33,8 +33,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pcache_core.errors import PromptCacheError
-from pcache_core.key import KeySpace, ModuleKey, digest, pack_ids
-from pcache_core.preamble import PreambleIds
+from pcache_core.kv.key import KeySpace, ModuleKey, digest, pack_ids
+from pcache_core.library.preamble import PreambleIds
 
 VERSION = 2
 LOAD = "prompt_cache"

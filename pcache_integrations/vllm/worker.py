@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from pcache_core.errors import ModelError, StateMismatchError
-from pcache_core.key import KeySpace, ModuleKey
-from pcache_core.kv import KVState, Slot
+from pcache_core.kv.buffers import KVBuffers
+from pcache_core.kv.key import KeySpace, ModuleKey
+from pcache_core.kv.state import KVState
 from pcache_core.lm.relocation import place
 from pcache_core.store import ModuleStore, Opened, open_many
 from pcache_integrations.vllm.model_card import ModelCard
@@ -75,16 +76,16 @@ class StateWorker:
         All states are read and moved before any block is written. A state that is gone, damaged
         or not what it should be ends the part that is filled.
         """
-        slot = Slot(
+        buffers = KVBuffers(
             self._card.stacks,
             load.stop - load.start,
             dtype=self._card.torch_dtype,
             device=next(iter(self._share.layers.values())).device,
         )
-        reached = self._fill(slot, load)
+        reached = self._fill(buffers, load)
         whole = reached - reached % self._block_tokens if reached < load.stop else reached
         if whole > load.start:
-            self._write(slot, load, whole)
+            self._write(buffers, load, whole)
         return set(load.block_ids[whole // self._block_tokens :]) if whole < load.stop else set()
 
     def save(self, save: Save) -> None:
@@ -108,8 +109,8 @@ class StateWorker:
     def _own(self) -> Sequence[int]:
         return sorted(self._share.layers)
 
-    def _fill(self, slot: Slot, load: Load) -> int:
-        """Move the states into the slot, one after the other; returns how far that went."""
+    def _fill(self, buffers: KVBuffers, load: Load) -> int:
+        """Move the states into the buffers, one after the other; returns how far that went."""
         keys = [ModuleKey(f.key, f.token_ids, self._space) for f in load.fillings]
         unique = list(dict.fromkeys(keys))
         opened = dict(zip(unique, open_many(self._store, unique), strict=True))
@@ -118,7 +119,7 @@ class StateWorker:
             try:
                 if key not in states:
                     states[key] = self._read(opened[key])
-                self._place(slot, load, filling, states[key])
+                self._place(buffers, load, filling, states[key])
             except StateMismatchError as error:
                 self._tally.add("a state could not be loaded", str(error))
                 return filling.start
@@ -137,17 +138,17 @@ class StateWorker:
         opened.settle(0.0, None)
         return state
 
-    def _place(self, slot: Slot, load: Load, filling: Filling, state: KVState) -> None:
+    def _place(self, buffers: KVBuffers, load: Load, filling: Filling, state: KVState) -> None:
         count = filling.stop - filling.start
         part = state.part(filling.first, filling.first + count, state.position + filling.first)
         row = filling.start - load.start
-        place(slot, row, part, self._card.rotations, position=filling.start)
+        place(buffers, row, part, self._card.rotations, position=filling.start)
 
-    def _write(self, slot: Slot, load: Load, stop: int) -> None:
+    def _write(self, buffers: KVBuffers, load: Load, stop: int) -> None:
         tokens = slice(load.start, stop)
         count = stop - load.start
-        rows = rows_of(load.block_ids, tokens, self._block_tokens).to(slot.positions.device)
+        rows = rows_of(load.block_ids, tokens, self._block_tokens).to(buffers.positions.device)
         for index, layer in self._share.layers.items():
-            keys, values = (part[0] for part in slot.layers[index])
+            keys, values = (part[0] for part in buffers.layers[index])
             heads = self._share.heads(len(keys))
             layer.write(keys[heads, :count], values[heads, :count], rows)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import re
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from string import Formatter
 from typing import NamedTuple
 
 from pcache_core.errors import TemplateError
 from pcache_templates import trace
 from pcache_templates.base import PromptTemplate
-from pcache_templates.names import xml_name
-from pcache_templates.schema import Node, Param, Text
 from pcache_templates.trace import Traced
+from pcache_templates.tree import Node, Path, xml_name
 
 
 class _Field(NamedTuple):
@@ -59,13 +58,16 @@ class _FlatTemplate(PromptTemplate):
             else:
                 yield trace.literal((number,), part.source)
 
-    def raw_nodes(self) -> Iterable[Node]:
+    def raw_nodes(self) -> Iterator[Node]:
         """As the base class."""
         for number, part in enumerate(self._parts):
             if isinstance(part, str):
-                yield Text(part, (number,))
+                yield Node("text", part, origin=(number,))
             else:
-                yield Param(xml_name(part.name), origin=(number,))
+                yield self._field(part, (number,))
+
+    def _field(self, field: _Field, origin: Path) -> Node:
+        return Node("param", xml_name(field.name), origin=origin)
 
 
 class FormatTemplate(_FlatTemplate):
@@ -136,12 +138,7 @@ class BraceTemplate(_FlatTemplate):
     def _fill(self, field: _Field, values: Mapping[str, object]) -> str:
         return str(values[field.name])
 
-    def raw_nodes(self) -> Iterable[Node]:
-        """As the base class."""
-        for number, part in enumerate(self._parts):
-            if isinstance(part, str):
-                yield Text(part, (number,))
-            elif self._NAME.fullmatch(part.name):
-                yield Param(xml_name(part.name), origin=(number,))
-            else:
-                yield Text(part.source, (number,))
+    def _field(self, field: _Field, origin: Path) -> Node:
+        if self._NAME.fullmatch(field.name):
+            return super()._field(field, origin)
+        return Node("text", field.source, origin=origin)

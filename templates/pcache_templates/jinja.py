@@ -24,9 +24,9 @@ from pcache_templates.base import PromptTemplate
 from pcache_templates.chat_tag import TURNS, ChatTag, Turn
 from pcache_templates.jinja_source import Source
 from pcache_templates.jinja_trace import traced_environment
-from pcache_templates.jinja_tree import template_nodes
-from pcache_templates.schema import Node
+from pcache_templates.jinja_tree import template_tree
 from pcache_templates.trace import Traced, concat
+from pcache_templates.tree import Node
 
 
 class ChatTurn(NamedTuple):
@@ -154,7 +154,7 @@ class JinjaTemplate(PromptTemplate):
 
     def raw_nodes(self) -> Iterable[Node]:
         """As the base class."""
-        return template_nodes(self._source)
+        return template_tree(self._source)
 
 
 def _line_of(error: Exception) -> int:

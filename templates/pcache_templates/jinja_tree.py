@@ -1,4 +1,4 @@
-"""A Jinja2 template's tree made a raw schema tree.
+"""A Jinja2 template's syntax tree made a template tree.
 
 What is conditional becomes a module, what excludes each other a union, a loop a slot, an expression
 a parameter. Macros, blocks and other templates are followed wherever the template says by name
@@ -7,7 +7,7 @@ which one it means.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -15,39 +15,27 @@ from jinja2 import nodes
 
 from pcache_core.errors import TemplateError
 from pcache_templates.chat_tag import role_of
-from pcache_templates.jinja_names import expression_name, names_in
-from pcache_templates.jinja_scope import Scope
-from pcache_templates.jinja_source import (
-    BlockChain,
-    BlockDefinition,
-    Source,
-    macros_of,
-)
-from pcache_templates.names import xml_name
-from pcache_templates.schema import (
+from pcache_templates.jinja_source import BlockChain, Definition, Scope, Source
+from pcache_templates.tree import (
     MAX_NODES,
-    Module,
     Node,
-    Param,
     Path,
-    Role,
-    Slot,
-    Text,
-    Union,
     ValueKind,
     are_too_many,
+    stripped,
+    turns_only,
     walk,
+    xml_name,
 )
-from pcache_templates.turns import stripped, turns_only
 
 
-def template_nodes(source: Source) -> list[Node]:
-    """The raw tree of a template.
+def template_tree(source: Source) -> list[Node]:
+    """Make the tree of a template.
 
     Raises: TemplateError: it has a tag, or uses one, in a way that no schema can express.
     """
     tree = _root(source, Scope(source))
-    if any(isinstance(node, Role) for node in walk(tree)):
+    if any(part.kind == "role" for part in walk(tree)):
         return turns_only(tree)  # what is written around turns is in none of them
     return tree
 
@@ -58,11 +46,11 @@ def _root(source: Source, scope: Scope) -> list[Node]:
         raise source.error(source.tree, "the template includes or extends itself")
     blocks = dict(scope.blocks)
     for block in source.tree.find_all(nodes.Block):
-        blocks[block.name] = (*blocks.get(block.name, ()), BlockDefinition(block, source))
+        blocks[block.name] = (*blocks.get(block.name, ()), Definition(block, source))
     scope = replace(
         scope,
         source=source,
-        macros={**scope.macros, **macros_of(source)},
+        macros={**scope.macros, **source.macros},
         blocks=blocks,
         stack=scope.stack | {(source.name,)},
     )
@@ -103,11 +91,11 @@ def _output(node: nodes.Output, scope: Scope) -> list[Node]:
 def _expression(node: nodes.Expr, scope: Scope) -> list[Node]:
     path = scope.path_of(node)
     if (text := _constant(node, scope)) is not None:
-        return [Text(text, path)]
+        return [Node("text", text, origin=path)]
     if isinstance(node, nodes.Call) and (called := _call(node, path, scope)) is not None:
         return called
     kind: ValueKind = "document" if names_in(node) & scope.items else "argument"
-    return [Param(expression_name(node), kind=kind, origin=path)]
+    return [Node("param", expression_name(node), (), path, kind)]
 
 
 def _constant(node: nodes.Expr, scope: Scope) -> str | None:
@@ -152,7 +140,7 @@ def _macro(
     inner = Scope(
         definition.source,
         path,
-        macros=scope.macros if same_template else macros_of(definition.source),
+        macros=scope.macros if same_template else definition.source.macros,
         blocks=scope.blocks,
         caller=(caller, scope) if caller is not None else None,
         items=_passed_items(call, macro, scope.items),
@@ -161,11 +149,11 @@ def _macro(
     return [_expanded(f"call-{macro.name}", call, _visit_all(macro.body, inner), scope)]
 
 
-def _expanded(name: str, node: nodes.Node, body: list[Node], scope: Scope) -> Module:
+def _expanded(name: str, node: nodes.Node, body: list[Node], scope: Scope) -> Node:
     """A module of what `node` calls or includes."""
     if are_too_many(body):
         raise scope.source.error(node, f"{name!r} has over {MAX_NODES:,} parts; call less in it")
-    return Module(name, tuple(body))
+    return Node("module", name, tuple(body))
 
 
 def _passed_items(call: nodes.Call, macro: nodes.Macro, items: frozenset[str]) -> frozenset[str]:
@@ -177,28 +165,32 @@ def _passed_items(call: nodes.Call, macro: nodes.Macro, items: frozenset[str]) -
 
 def _call_block(node: nodes.CallBlock, scope: Scope) -> list[Node]:
     if (role := role_of(node)) is not None:
-        return [Role(role, tuple(stripped(_visit_all(node.body, scope))))]
+        return [Node("role", role, stripped(_visit_all(node.body, scope)))]
     callee = node.call.node
     if isinstance(callee, nodes.ExtensionAttribute):
         tag = callee.identifier.rsplit(".", 1)[-1]
         raise scope.source.error(node, f"the tag of {tag} has no counterpart in PML")
     path = scope.path_of(node)
     called = None if scope.escapes else _macro(node.call, path, scope, node)
-    return called or [Param(xml_name(["call", expression_name(callee)]), origin=path)]
+    return called or [Node("param", xml_name(["call", expression_name(callee)]), origin=path)]
 
 
 def _filter_block(node: nodes.FilterBlock, scope: Scope) -> list[Node]:
-    return [Param(f"filter-{node.filter.name}", origin=scope.path_of(node))]
+    return [Node("param", f"filter-{node.filter.name}", origin=scope.path_of(node))]
 
 
 def _if(node: nodes.If, scope: Scope) -> list[Node]:
     branches = [
-        Module(f"if-{expression_name(branch.test)}", tuple(_visit_all(branch.body, scope)))
+        _module(f"if-{expression_name(branch.test)}", branch.body, scope)
         for branch in (node, *node.elif_)
     ]
     if node.else_:
-        branches.append(Module("else", tuple(_visit_all(node.else_, scope))))
-    return [Union(tuple(branches))]
+        branches.append(_module("else", node.else_, scope))
+    return [Node("union", parts=tuple(branches))]
+
+
+def _module(name: str, body: Iterable[nodes.Node], scope: Scope) -> Node:
+    return Node("module", name, tuple(_visit_all(body, scope)))
 
 
 def _for(node: nodes.For, scope: Scope) -> list[Node]:
@@ -207,9 +199,10 @@ def _for(node: nodes.For, scope: Scope) -> list[Node]:
     body = _visit_all(node.body, replace(scope, items=scope.items | items))
     made: list[Node] = []
     if body:
-        made.append(Slot(f"for-{expression_name(node.target)}", tuple(body), scope.path_of(node)))
+        name = f"for-{expression_name(node.target)}"
+        made.append(Node("slot", name, tuple(body), scope.path_of(node)))
     if node.else_:
-        made.append(Module("else", tuple(_visit_all(node.else_, scope))))
+        made.append(_module("else", node.else_, scope))
     return made
 
 
@@ -242,7 +235,8 @@ def _included(node: nodes.Include, scope: Scope) -> Source | None:
 
 
 def _block(node: nodes.Block, scope: Scope) -> list[Node]:
-    return [Module(f"block-{node.name}", tuple(_block_body(scope.blocks[node.name], scope)))]
+    body = _block_body(scope.blocks[node.name], scope)
+    return [Node("module", f"block-{node.name}", tuple(body))]
 
 
 def _block_body(chain: BlockChain, scope: Scope) -> list[Node]:
@@ -261,6 +255,55 @@ def _autoescape(node: nodes.ScopedEvalContextModifier, scope: Scope) -> list[Nod
 
 def _nothing(node: nodes.Node, scope: Scope) -> list[Node]:
     return []
+
+
+def expression_name(node: nodes.Node) -> str:
+    """`user.name` for itself, `date-strftime` for `date | strftime`, `not-premium` for a test."""
+    return xml_name(_words(node))
+
+
+def _words(node: nodes.Node) -> Iterator[str]:
+    match node:
+        case nodes.Name():
+            yield node.name
+        case nodes.Getattr() | nodes.Getitem() if (dotted := _dotted(node)) is not None:
+            yield dotted
+        case nodes.Const():
+            yield str(node.value)
+        case nodes.Not():
+            yield "not"
+            yield from _words(node.node)
+        case nodes.And() | nodes.Or():
+            yield from _words(node.left)
+            yield type(node).__name__.lower()
+            yield from _words(node.right)
+        case nodes.Operand():
+            yield node.op
+            yield from _words(node.expr)
+        case _:
+            for child in node.iter_child_nodes():
+                yield from _words(child)
+            if isinstance(node, nodes.Filter | nodes.Test):
+                yield node.name
+
+
+def _dotted(node: nodes.Node) -> str | None:
+    """`a.b.c`, or None for anything but names and constant keys."""
+    if isinstance(node, nodes.Name):
+        return node.name
+    if isinstance(node, nodes.Getattr):
+        inner, key = _dotted(node.node), node.attr
+    elif isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Const):
+        inner, key = _dotted(node.node), str(node.arg.value)
+    else:
+        return None
+    return None if inner is None else f"{inner}.{key}"
+
+
+def names_in(node: nodes.Node) -> set[str]:
+    """The variables an expression reads."""
+    found = {node.name} if isinstance(node, nodes.Name) else set()
+    return found | {name.name for name in node.find_all(nodes.Name)}
 
 
 # What is made of each kind of statement.

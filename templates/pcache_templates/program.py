@@ -14,11 +14,10 @@ from pcache_core.prompt import Prompt, Segment
 from pcache_templates import trace
 from pcache_templates.align import Part, align
 from pcache_templates.base import Schematic
-from pcache_templates.names import xml_name
-from pcache_templates.program_source import FunctionSource
-from pcache_templates.program_tree import Called, Piece, pieces_of, program_nodes
-from pcache_templates.schema import Node, Path
+from pcache_templates.program_source import FunctionSource, Piece, pieces_of
+from pcache_templates.program_tree import program_tree
 from pcache_templates.trace import Traced
+from pcache_templates.tree import Node, Path, xml_name
 
 P = ParamSpec("P")
 
@@ -76,8 +75,7 @@ class PromptProgram(Schematic, Generic[P]):
         node = self._source.yield_at(frame)
         if node is None:
             return Traced(text, [trace.Span(len(text), "text")])
-        number = self._source.code.number[node.lineno, node.col_offset]
-        path: Path = ((self.label, number),)
+        path = self._source.place_of(node)
         if isinstance(text, Traced):
             return trace.value(path, text)
         if isinstance(node, ast.YieldFrom):
@@ -86,20 +84,23 @@ class PromptProgram(Schematic, Generic[P]):
         parts = [_part(piece, known) for piece in pieces_of(node.value)]
         return Traced(text, align(parts, text, path))
 
-    def nodes(self, path: Path, stack: tuple[PromptProgram[Any], ...] = ()) -> list[Node]:
-        """The raw tree, its places inside of `path`. stack: the programs that call this one."""
-        return program_nodes(self._source.code, partial(self._find, (*stack, self)), path)
-
     def raw_nodes(self) -> list[Node]:
         """As the base class."""
-        return self.nodes(())
+        return self._nodes(())
 
-    def _find(self, stack: tuple[PromptProgram[Any], ...], expression: ast.expr) -> Called | None:
-        """The program that an expression means; None for one that is being read already."""
+    def _nodes(self, path: Path, stack: tuple[PromptProgram[Any], ...] = ()) -> list[Node]:
+        """Make the tree, its places inside of `path`. stack: the programs that call this one."""
+        return program_tree(self._source, partial(self._find, (*stack, self)), path)
+
+    def _find(
+        self, stack: tuple[PromptProgram[Any], ...], expression: ast.expr, path: Path
+    ) -> Node | None:
+        """Make a module of the program that is called; None of one that is being read already."""
         found = self._source.look_up(expression)
         if not isinstance(found, PromptProgram) or found in stack:
             return None
-        return Called(found._function.__name__, partial(found.nodes, stack=stack))
+        name = xml_name(["call", found._function.__name__])
+        return Node("module", name, tuple(found._nodes(path, stack)))
 
 
 class ProgramRun(Iterator[str]):
@@ -170,9 +171,9 @@ def _known_values(node: ast.Yield, variables: Mapping[str, object]) -> dict[str,
 
 
 def _part(piece: Piece, known: Mapping[str, str]) -> Part:
-    if piece.text is not None:
-        return Part("literal", piece.text)
-    match piece.expression:
+    match piece:
+        case str():
+            return Part("literal", piece)
         case (
             ast.Name(id=name)
             | ast.FormattedValue(value=ast.Name(id=name), conversion=-1, format_spec=None)

@@ -6,7 +6,7 @@ import jinja2
 import pytest
 
 from pcache_core import ChatTemplateError, Message, PromptError, Segment
-from pcache_core.chat import render_chat
+from pcache_core.chat.messages import render_chat
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

@@ -42,7 +42,7 @@ def plain(name: str, token_ids: Sequence[int], seed: int = 3) -> torch.Tensor:
 
 def whole(lm: CausalLM, token_ids: Sequence[int]) -> Batch:
     rows = range(len(token_ids))
-    return Batch.of_rows(lm.new_slot(len(token_ids) + 8), token_ids, rows, rows)
+    return Batch.of_rows(lm.new_buffers(len(token_ids) + 8), token_ids, rows, rows)
 
 
 class Recorded:
@@ -118,7 +118,7 @@ def test_requests_in_one_forward_get_the_logits_of_a_plain_forward(
     running = whole(lm, texts[0][:-1])
     lm.forward(running)
     last = len(texts[0]) - 1
-    step = Batch.of_rows(running.slot, texts[0][-1:], [last], [last])
+    step = Batch.of_rows(running.buffers, texts[0][-1:], [last], [last])
     found = lm.support.forward([step, whole(lm, texts[1]), whole(lm, texts[2])])
     for logits, token_ids in zip(found, texts, strict=True):
         assert (logits - plain(name, token_ids)).abs().max() < TOLERANCE
@@ -133,9 +133,9 @@ def test_a_batch_in_parts_gives_the_logits_and_attention_of_the_whole(
     count = 200
     token_ids, rows = ids(4, count), range(count)
     watched = range(count - 70, count)  # begins in the part before the last
-    at_once = Batch.of_rows(lm.new_slot(count), token_ids, rows, rows, watched)
+    at_once = Batch.of_rows(lm.new_buffers(count), token_ids, rows, rows, watched)
     lm.forward(at_once)
-    in_parts = Batch.of_rows(lm.new_slot(count), token_ids, rows, rows, watched)
+    in_parts = Batch.of_rows(lm.new_buffers(count), token_ids, rows, rows, watched)
     parts = in_parts.parts(most)
     assert len(parts) > 1
     for part in parts:
@@ -160,9 +160,9 @@ def test_a_batch_in_parts_gives_the_logits_and_attention_of_the_whole(
 def test_a_prompt_is_cut_at_multiples_from_its_first_token(
     lm: CausalLM, tokens: int, expected: list[int]
 ) -> None:
-    slot = lm.new_slot(tokens + 100)
+    buffers = lm.new_buffers(tokens + 100)
     rows = range(100, 100 + tokens)  # behind a prefix
-    batch = Batch.of_rows(slot, [7] * tokens, rows, rows)
+    batch = Batch.of_rows(buffers, [7] * tokens, rows, rows)
     parts = batch.parts(PART)
     assert [part.num_tokens for part in parts] == expected
     assert torch.cat([part.rows for part in parts]).tolist() == list(rows)
@@ -184,7 +184,7 @@ def test_what_is_encoded_is_cut_as_if_each_module_were_alone(
     total = sum(spans)
     ends = [sum(spans[: i + 1]) for i in range(len(spans))]
     pieces = [Span(e - n, e, ((e - n, e),)) for n, e in zip(spans, ends, strict=True)]
-    batch = Batch(lm.new_slot(total), [7] * total, range(total), range(total), pieces)
+    batch = Batch(lm.new_buffers(total), [7] * total, range(total), range(total), pieces)
     assert [part.num_tokens for part in batch.parts(PART)] == expected
 
 
@@ -215,9 +215,9 @@ def test_steps_go_on_while_a_long_prompt_is_read(lm: CausalLM) -> None:
     compute.may_go.clear()
     compute.sizes.clear()
     threads = Threads()
-    threads.start(lambda: _steps(queue, running.slot, 4))
+    threads.start(lambda: _steps(queue, running.buffers, 4))
     wait_until(lambda: len(queue._waiting) == 1)
-    long = Batch.of_rows(lm.new_slot(len(long_ids)), long_ids, rows, rows)
+    long = Batch.of_rows(lm.new_buffers(len(long_ids)), long_ids, rows, rows)
     threads.start(lambda: queue.run(long))
     wait_until(lambda: len(queue._waiting) == 2)
     compute.may_go.set()
@@ -229,9 +229,9 @@ def test_steps_go_on_while_a_long_prompt_is_read(lm: CausalLM) -> None:
     assert sum(size for sizes in compute.sizes for size in sizes) == len(long_ids) + 4
 
 
-def _steps(queue: ForwardQueue, slot: object, count: int) -> None:
+def _steps(queue: ForwardQueue, buffers: object, count: int) -> None:
     for row in range(4, 4 + count):
-        queue.run(Batch.of_rows(slot, [7], [row], [row]))  # type: ignore[arg-type]
+        queue.run(Batch.of_rows(buffers, [7], [row], [row]))  # type: ignore[arg-type]
 
 
 def test_what_fails_fails_alone(lm: CausalLM) -> None:
@@ -257,7 +257,7 @@ def test_a_prompt_that_nobody_waits_for_is_given_up_between_its_parts(lm: Causal
     queue = ForwardQueue(compute, joins, PART)
     long_ids = [int(token) for token in torch.arange(5000) % 250 + 3]
     rows = range(len(long_ids))
-    batch = Batch.of_rows(lm.new_slot(len(long_ids)), long_ids, rows, rows)
+    batch = Batch.of_rows(lm.new_buffers(len(long_ids)), long_ids, rows, rows)
     with (
         queue.cancelled_by(lambda: len(compute.sizes) >= 1),
         pytest.raises(RequestCancelledError),
@@ -333,7 +333,7 @@ def test_a_request_that_is_interrupted_leaves_only_when_no_forward_writes_to_its
         threads.start(interrupt_in_the_second_forward)
         with pytest.raises(KeyboardInterrupt):
             queue.run(whole(lm, ids(2, 11)))
-        assert released_at, "it left while the forward was still at its slot"
+        assert released_at, "it left while the forward was still at its buffers"
     finally:
         signal.signal(signal.SIGUSR1, before)
     threads.join()
@@ -358,7 +358,7 @@ def test_the_parts_of_a_prompt_do_not_depend_on_time_or_on_others(lm: CausalLM) 
     wait_until(lambda: bool(sizes))
     threads.start(lambda: queue.run(whole(lm, [7] * 1400)))
     running = whole(lm, ids(1, 4))
-    threads.start(lambda: _steps(queue, running.slot, 4))
+    threads.start(lambda: _steps(queue, running.buffers, 4))
     threads.join()
     parts = [size for each in sizes for size in each if size > 1]
     assert sorted(parts) == [275, 376, 512, 512, 512, 512]

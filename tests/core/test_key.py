@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from pcache_core import OptionError
-from pcache_core.key import KeySpace, digest
-from pcache_core.passage import Passage
+from pcache_core.kv.key import KeySpace, digest
+from pcache_core.prompt import Passage
 
 
 def test_the_digest_is_sha256_over_length_prefixed_fields() -> None:

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from pcache_core import BudgetError, MemoryStore
-from pcache_core.key import KeySpace, ModuleKey
-from pcache_core.kv import KVState, LayerShape, stack_layers
+from pcache_core.kv.key import KeySpace, ModuleKey
+from pcache_core.kv.state import KVState, LayerShape, stack_layers
 
 SPACE = KeySpace("model", "torch.float32", "default")
 

@@ -15,8 +15,8 @@ from transformers.utils import chat_template_utils
 
 import tiny_models
 from pcache_core.errors import OptionError
+from pcache_core.library.preamble import Preamble, PreambleIds, default_opening, language_of
 from pcache_core.lm.tokenizer import SegmentTokenizer
-from pcache_core.preamble import Preamble, PreambleIds, default_opening, language_of
 
 INSTRUCTION = "Use the following documents to answer the question.\n\n"
 ENGLISH = "The bees are at home in the garden, and nobody has seen them since."

@@ -17,11 +17,11 @@ from pcache_core import (
     SamplingParams,
     Segment,
 )
-from pcache_core.key import ModuleKey
-from pcache_core.passage import Passage
+from pcache_core.kv.key import ModuleKey
+from pcache_core.kv.planned import ModuleTokens, PlannedState
 from pcache_core.prefix_cache import whole_prefix
+from pcache_core.prompt import Passage
 from pcache_core.request import Request
-from pcache_core.states import Module, PlannedState
 from pcache_core.tokens import TokenisedPrompt
 
 STORY = "Ann keeps bees in Oslo, and Ben sold a red boat to a friend of hers."
@@ -153,7 +153,7 @@ def planned(*runs: tuple[int, int], is_opening: bool = False) -> PlannedState:
     passage = Passage(tuple(range(sum(stop - start for start, stop in runs))))
     key = ModuleKey("0" * 64, passage.token_ids)
     positions = tuple(start for start, _ in runs)
-    return PlannedState(Module(passage, (), 0), key, runs, positions, is_opening)
+    return PlannedState(ModuleTokens(passage, (), 0), key, runs, positions, is_opening)
 
 
 def request(*states: PlannedState) -> Request:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pcache_core.kv import KVState, LayerShape, Slot, stack_layers
+from pcache_core.kv.buffers import KVBuffers
+from pcache_core.kv.state import KVState, LayerShape, stack_layers
 from pcache_core.lm.relocation import Rotation, place
 
 PAIRS = 8
@@ -42,12 +43,12 @@ def move(
     encoded = embed(raw, old, rotation).to(dtype)
     keys, values = (encoded, other) if rotation.part == "keys" else (other, encoded)
     state = KVState(stacks, (keys,), (values,), tuple(range(TOKENS)), old)
-    slot = Slot(stacks, 12, dtype=dtype, device=torch.device("cpu"))
-    place(slot, 4, state, (rotation, rotation), new)
-    moved = slot.keys[0] if rotation.part == "keys" else slot.values[0]
-    kept = slot.values[0] if rotation.part == "keys" else slot.keys[0]
+    buffers = KVBuffers(stacks, 12, dtype=dtype, device=torch.device("cpu"))
+    place(buffers, 4, state, (rotation, rotation), new)
+    moved = buffers.keys[0] if rotation.part == "keys" else buffers.values[0]
+    kept = buffers.values[0] if rotation.part == "keys" else buffers.keys[0]
     assert torch.equal(kept[:, :, 4 : 4 + TOKENS], other)
-    assert slot.positions[4 : 4 + TOKENS].tolist() == list(range(new, new + TOKENS))
+    assert buffers.positions[4 : 4 + TOKENS].tolist() == list(range(new, new + TOKENS))
     return moved[:, :, 4 : 4 + TOKENS].double(), embed(raw, new, rotation)
 
 
@@ -87,19 +88,19 @@ def test_layers_that_turn_differently_are_moved_each_by_its_own() -> None:
         return torch.stack(layers)
 
     state = KVState(stacks, (encode(2),), (raw,), tuple(range(TOKENS)), 2)
-    slot = Slot(stacks, 64, dtype=torch.float32, device=torch.device("cpu"))
-    place(slot, 40, state, rotations)
-    torch.testing.assert_close(slot.keys[0][:, :, 40:45], encode(40), rtol=0, atol=5e-6)
+    buffers = KVBuffers(stacks, 64, dtype=torch.float32, device=torch.device("cpu"))
+    place(buffers, 40, state, rotations)
+    torch.testing.assert_close(buffers.keys[0][:, :, 40:45], encode(40), rtol=0, atol=5e-6)
 
 
 def test_layers_of_several_shapes_keep_their_order() -> None:
     shapes = [LayerShape(1, 2, 1, 2), LayerShape(2, 4, 1, 2), LayerShape(1, 2, 1, 2)]
     stacks = stack_layers(shapes)
-    slot = Slot(stacks, 3, dtype=torch.float32, device=torch.device("cpu"))
-    for number, (keys, values) in enumerate(slot.layers):
+    buffers = KVBuffers(stacks, 3, dtype=torch.float32, device=torch.device("cpu"))
+    for number, (keys, values) in enumerate(buffers.layers):
         assert keys.shape == (1, shapes[number].key_heads, 3, shapes[number].key_dim)
         keys.fill_(number)
         values.fill_(number)
-    state = slot.state(0, (7, 8), 0)
+    state = buffers.state(0, (7, 8), 0)
     assert [float(keys.max()) for keys, _ in state.layers()] == [0, 1, 2]
     assert state.nbytes == 2 * 4 * sum(shape.elements_per_token for shape in shapes)

@@ -223,7 +223,7 @@ def test_sixteen_running_requests_hold_less_than_a_third_of_sixteen_copies(
     with begun(engine, *prompts):
         assert engine.kv_bytes() < 16 * alone / 3
         running = engine._prefix_cache._running
-        shared = {id(loan.state) for sequence in running for loan in sequence.slot.loans}
+        shared = {id(loan.state) for sequence in running for loan in sequence.buffers.loans}
         assert len(shared) == 4  # also where a file gives each reader an object of its own
 
 
@@ -285,13 +285,13 @@ def test_kernels_are_as_exact_as_the_flash_kernel(
 def test_rows_that_a_kernel_takes_as_seen_by_all_are_hidden_from_nobody(
     tiny_lm: Callable[..., CausalLM], window: int | None
 ) -> None:
-    slot = tiny_lm("llama", seed=3).new_slot(400)
+    buffers = tiny_lm("llama", seed=3).new_buffers(400)
     after_preamble = Span(0, 20, ((0, 7), (90, 110)))
     batches = [
-        Batch.of_rows(slot, [5] * 40, range(60, 100), range(60, 100)),
-        Batch.of_rows(slot, [5] * 4, [3, 4, 50, 51], [3, 4, 50, 51]),
-        Batch.of_rows(slot, [5] * 300, range(40, 340), range(40, 340)),
-        Batch(slot, [5] * 20, range(90, 110), range(7, 27), [after_preamble]),
+        Batch.of_rows(buffers, [5] * 40, range(60, 100), range(60, 100)),
+        Batch.of_rows(buffers, [5] * 4, [3, 4, 50, 51], [3, 4, 50, 51]),
+        Batch.of_rows(buffers, [5] * 300, range(40, 340), range(40, 340)),
+        Batch(buffers, [5] * 20, range(90, 110), range(7, 27), [after_preamble]),
     ]
     for batch in batches:
         for span in batch.spans:
@@ -309,7 +309,7 @@ def test_a_kernel_that_is_told_what_all_see_gives_the_same(
 ) -> None:
     torch.manual_seed(0)
     lm = tiny_lm("llama", seed=3)
-    batch = Batch.of_rows(lm.new_slot(700), [5] * 40, range(600, 640), range(600, 640))
+    batch = Batch.of_rows(lm.new_buffers(700), [5] * 40, range(600, 640), range(600, 640))
     (span,) = batch.spans
     query = (3 * torch.randn(1, 6, 40, 24)).bfloat16()
     key, value = (torch.randn(1, 2, 640, 24).bfloat16() for _ in range(2))

@@ -19,8 +19,8 @@ from pcache_core import (
     SamplingParams,
     Segment,
 )
-from pcache_core.key import ModuleKey
-from pcache_core.kv import KVState
+from pcache_core.kv.key import ModuleKey
+from pcache_core.kv.state import KVState
 from subjects import PREAMBLE
 
 TEXTS = (

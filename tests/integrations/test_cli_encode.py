@@ -22,7 +22,7 @@ import tiny_models
 from command import MAIN, environment, pcache
 from corpus import DOCUMENTS, TEMPLATE
 from pcache_core import CausalLM, DiskStore, Prompt, PromptCacheEngine, Segment
-from pcache_core.key import ModuleKey
+from pcache_core.kv.key import ModuleKey
 from pcache_core.store.inspect import StoredState, stored_states
 from pcache_integrations._engines import build_store
 from pcache_integrations.cli import app

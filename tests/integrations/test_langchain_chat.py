@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from typing import Any
 
@@ -199,20 +198,6 @@ class TestAnswers:
         assert (await chat.ainvoke(MESSAGES)).text == expected
         assert [m.text for m in await chat.abatch([MESSAGES, MESSAGES])] == [expected] * 2
         assert "".join([c.text async for c in chat.astream(MESSAGES)]) == expected
-
-    async def test_the_event_loop_runs_while_the_model_does(self, chat: ChatPromptCache) -> None:
-        ticks = 0
-
-        async def tick() -> None:
-            nonlocal ticks
-            while True:
-                await asyncio.sleep(0)
-                ticks += 1
-
-        clock = asyncio.create_task(tick())
-        await chat.ainvoke("Note:", max_tokens=40, temperature=2.0, seed=0)
-        clock.cancel()
-        assert ticks > 40
 
     def test_invoke_streams_inside_when_asked_to(self, engine: PromptCacheEngine) -> None:
         plain = ChatPromptCache(engine=engine, max_tokens=8)

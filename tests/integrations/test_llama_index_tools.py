@@ -156,7 +156,7 @@ class TestCalls:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"tools": [3]}, "a tool must be a LlamaIndex tool"),
+            ({"tools": [3]}, "a tool must be one of the framework's or"),
             ({"tools": [CLOCK], "tool_choice": "watch"}, "names no tool that was given; .* clock"),
             ({"tools": [], "tool_required": True}, "no tools were given"),
             ({"tools": [], "tool_choice": "clock"}, "known are none"),

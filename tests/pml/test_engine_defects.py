@@ -14,8 +14,8 @@ import oracle
 import schema_oracle
 import tiny_models
 from pcache_core import CausalLM, Preamble, PromptCacheEngine, SamplingParams
-from pcache_core.kv import KVState
-from pcache_core.sequence import KVSequence
+from pcache_core.kv.sequence import KVSequence
+from pcache_core.kv.state import KVState
 from pcache_core.store import MemoryStore
 from schema_oracle import Encoded, SchemaOracle
 from subjects import PREAMBLE

@@ -7,11 +7,11 @@ import pytest
 from pcache_core import OptionError
 from pcache_core.pml import (
     Document,
-    Layout,
     Mark,
     ModuleUse,
     PMLError,
     PromptTree,
+    SchemaLayout,
     Text,
     Turn,
     parse_prompt,
@@ -27,13 +27,15 @@ def letters(text: str) -> list[int]:
     return [ord(character) for character in text]
 
 
-def layout_of(inside: str, first_position: int = 0) -> Layout:
+def layout_of(inside: str, first_position: int = 0) -> SchemaLayout:
     return place(
         parse_schema(f"<schema name='s'>{inside}</schema>"), letters, first_position=first_position
     )
 
 
-def shown(layout: Layout, inside: str, positions: str = "schema", **arguments: str) -> list[tuple]:
+def shown(
+    layout: SchemaLayout, inside: str, positions: str = "schema", **arguments: str
+) -> list[tuple]:
     """(text, first position) of each run."""
     extra = "".join(f" {name}='{value}'" for name, value in arguments.items())
     prompt = parse_prompt(f"<prompt schema='s'{extra}>{inside}</prompt>")
@@ -222,7 +224,7 @@ def marks(before: str | None, after: str | None) -> Mark:
     return Mark(text, tuple(letters(text)))
 
 
-def chat_layout(inside: str) -> Layout:
+def chat_layout(inside: str) -> SchemaLayout:
     return place(parse_schema(f"<schema name='s'>{inside}</schema>"), letters, marks=marks)  # type: ignore[arg-type]
 
 

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from pcache_core import BudgetError, DiskStore, OptionError, StoreError
-from pcache_core.key import ModuleKey
+from pcache_core.kv.key import ModuleKey
 from pcache_core.store import ModuleStore
 from stored_states import make, same
 

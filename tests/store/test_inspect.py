@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pcache_core import DiskStore, OptionError, StoreError
-from pcache_core.key import KeySpace
+from pcache_core.kv.key import KeySpace
 from pcache_core.store.inspect import Selection, clear_states, stored_states
 from pcache_integrations.cli_store import app
 from stored_states import SPACE, make

@@ -1,4 +1,4 @@
-"""Reading a stored state into a slot: one pass, whatever it is kept as, and checked on the way."""
+"""Reading a stored state into buffers: one pass, whatever it is kept as, and checked on the way."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pcache_core import DiskStore, StateMismatchError
-from pcache_core.kv import KVState, Slot
+from pcache_core.kv.buffers import KVBuffers
+from pcache_core.kv.state import KVState
 from pcache_core.lm import place
 from pcache_core.lm.relocation import Rotation
 from pcache_core.store import Opened
@@ -54,11 +55,13 @@ def opened(store: DiskStore, token_ids: tuple[int, ...]) -> tuple[Opened, KVStat
     return found, state
 
 
-def slot_for(state: KVState) -> Slot:
-    slot = Slot(STACKS, state.num_tokens + 100, dtype=torch.float32, device=torch.device("cpu"))
-    for tensor in (*slot.keys, *slot.values):
+def slot_for(state: KVState) -> KVBuffers:
+    buffers = KVBuffers(
+        STACKS, state.num_tokens + 100, dtype=torch.float32, device=torch.device("cpu")
+    )
+    for tensor in (*buffers.keys, *buffers.values):
         tensor.fill_(-7)
-    return slot
+    return buffers
 
 
 def kept(path: Path, name: str) -> torch.Tensor:
@@ -88,20 +91,22 @@ def test_rows_are_what_was_stored_moved_and_nothing_large_is_made_on_the_way(
     tmp_path: Path, storage: Any, position: int
 ) -> None:
     found, state = opened(DiskStore(tmp_path, storage_dtype=storage), (3, 1, 4, 1, 5))
-    slot = slot_for(state)
+    buffers = slot_for(state)
     with LargestNew() as made:
-        place(slot, START, found.rows, (ROTATION,) * 4, position)
+        place(buffers, START, found.rows, (ROTATION,) * 4, position)
     (path,) = tmp_path.rglob("*.safetensors")
     rows = slice(START, START + state.num_tokens)
     tolerance = {"rtol": 0, "atol": 2e-6}
     for index in range(len(STACKS)):
         keys, values = kept(path, f"keys.{index}"), kept(path, f"values.{index}")
         keys = turned(keys, state.position, position)
-        torch.testing.assert_close(slot.keys[index][:, :, rows].double(), keys, **tolerance)
-        torch.testing.assert_close(slot.values[index][:, :, rows].double(), values, **tolerance)
-        around = torch.cat([slot.keys[index][:, :, :START], slot.keys[index][:, :, rows.stop :]], 2)
+        torch.testing.assert_close(buffers.keys[index][:, :, rows].double(), keys, **tolerance)
+        torch.testing.assert_close(buffers.values[index][:, :, rows].double(), values, **tolerance)
+        around = torch.cat(
+            [buffers.keys[index][:, :, :START], buffers.keys[index][:, :, rows.stop :]], 2
+        )
         assert (around == -7).all()
-    assert slot.positions[rows].tolist() == list(range(position, position + state.num_tokens))
+    assert buffers.positions[rows].tolist() == list(range(position, position + state.num_tokens))
     assert made.nbytes < state.nbytes / 4
 
 
@@ -112,8 +117,8 @@ def test_a_byte_that_changed_before_or_after_the_first_read_is_found_each_time(
     """Every read is checked: that the file was whole a moment ago proves nothing."""
     store = DiskStore(tmp_path, storage_dtype=storage)
     found, state = opened(store, (2, 7))
-    slot = slot_for(state)
-    place(slot, START, found.rows, (None,) * 4)
+    buffers = slot_for(state)
+    place(buffers, START, found.rows, (None,) * 4)
     (path,) = tmp_path.rglob("*.safetensors")
     with open(path, "r+b") as file:
         file.seek(path.stat().st_size - 1000)
@@ -123,6 +128,6 @@ def test_a_byte_that_changed_before_or_after_the_first_read_is_found_each_time(
     (again,) = store.open_many([make(2, 7, copies=TOKENS // 2)[0]])
     assert again is not None
     with pytest.raises(StateMismatchError, match="not those that were written"):
-        place(slot, START, again.rows, (None,) * 4)
+        place(buffers, START, again.rows, (None,) * 4)
     with pytest.raises(StateMismatchError):
         again.rows.whole()

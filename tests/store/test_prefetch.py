@@ -12,7 +12,7 @@ import redis
 import torch
 
 from pcache_core import CausalLM, DiskStore, MemoryStore, Prompt, PromptCacheEngine, Segment
-from pcache_core.key import ModuleKey
+from pcache_core.kv.key import ModuleKey
 from pcache_core.store import Hit, ModuleStore, TieredStore
 from pcache_core.store.redis import RedisStore
 from redis_server import Server

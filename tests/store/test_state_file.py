@@ -16,8 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from pcache_core import OptionError, StateMismatchError
-from pcache_core.key import KeySpace, ModuleKey
-from pcache_core.kv import KVState
+from pcache_core.kv.key import KeySpace, ModuleKey
+from pcache_core.kv.state import KVState
 from pcache_core.store import serde
 from pcache_core.store.seal import Seal
 from stored_states import SPACE, make, same

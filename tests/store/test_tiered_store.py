@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from pcache_core import BudgetError, DiskStore, MemoryStore, OptionError, TieredStore
-from pcache_core.key import ModuleKey
-from pcache_core.kv import KVState
+from pcache_core.kv.key import ModuleKey
+from pcache_core.kv.state import KVState
 from pcache_core.store import Hit, ModuleStore
 from stored_states import make, same
 

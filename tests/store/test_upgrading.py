@@ -16,8 +16,8 @@ import xxhash
 
 from corpus import DOCUMENTS, OPENING
 from pcache_core import CausalLM, DiskStore, ModuleStore, Prompt, PromptCacheEngine, Segment
-from pcache_core.key import FORMAT_VERSION, KeySpace
-from pcache_core.kv import KVState, LayerShape, stack_layers
+from pcache_core.kv.key import FORMAT_VERSION, KeySpace
+from pcache_core.kv.state import KVState, LayerShape, stack_layers
 from pcache_core.store.inspect import Selection, clear_states, stored_states
 from pcache_core.store.object import ObjectStore
 from pcache_core.store.redis import RedisStore

@@ -12,8 +12,8 @@ import torch
 
 from pcache_core import CausalLM, DiskStore
 from pcache_core.errors import ModelError
-from pcache_core.key import KeySpace
-from pcache_core.kv import KVState, LayerShape, stack_layers
+from pcache_core.kv.key import KeySpace
+from pcache_core.kv.state import KVState, LayerShape, stack_layers
 from pcache_core.lm.relocation import Rotation
 from pcache_integrations.vllm.model_card import ModelCard
 from pcache_integrations.vllm.planner import Planner

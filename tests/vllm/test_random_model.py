@@ -17,7 +17,7 @@ from pcache_core import (
     SamplingParams,
     Segment,
 )
-from pcache_core.key import KeySpace
+from pcache_core.kv.key import KeySpace
 from vllm_server import Cluster, client, first_distance
 
 pytestmark = pytest.mark.timeout(900)  # servers take a minute to start, on a busy machine many

@@ -24,9 +24,9 @@ from pcache_core import (
     Segment,
 )
 from pcache_core.errors import DeadlineExceededError, OptionError
-from pcache_core.key import KeySpace
+from pcache_core.kv.key import KeySpace
+from pcache_core.library.preamble import PreambleIds
 from pcache_core.lm import ServedModel
-from pcache_core.preamble import PreambleIds
 from pcache_core.store.inspect import stored_states
 from pcache_core.tokens import tokenise
 from pcache_integrations.langchain import PromptCacheLLM as LangChainLLM

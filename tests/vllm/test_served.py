@@ -26,7 +26,7 @@ from pcache_core import (
 from pcache_core.evaluation.data import Item, WorldOptions, tiny_world
 from pcache_core.evaluation.prompts import make_prompt
 from pcache_core.evaluation.world.questions import OPENING, SEPARATOR
-from pcache_core.key import KeySpace
+from pcache_core.kv.key import KeySpace
 from pcache_core.store.redis import RedisStore
 from pcache_integrations.remote.modules import join_separators
 from pcache_integrations.vllm.protocol import LOAD, SAVE, Run, exact_salt, fast_salt

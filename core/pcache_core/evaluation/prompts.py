@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from pcache_core.chat import Message
+from pcache_core.chat.messages import Message
 from pcache_core.engine import PromptCacheEngine
 from pcache_core.errors import ContextLengthError
 from pcache_core.evaluation.data import Item

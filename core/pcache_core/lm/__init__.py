@@ -1,4 +1,4 @@
-"""The model: unmodified transformers, run over slots. The only package that imports it."""
+"""The model: unmodified transformers, run over buffers. The only package that imports it."""
 
 from pcache_core.lm.batch import Batch, RowRange, Span
 from pcache_core.lm.causal_lm import CausalLM

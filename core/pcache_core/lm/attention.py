@@ -1,6 +1,6 @@
-"""Attention over slots: our function behind transformers' `AttentionInterface`.
+"""Attention over buffers: our function behind transformers' `AttentionInterface`.
 
-Queries of a ragged batch attend request by request and span by span to what lies in their slots,
+Queries of a ragged batch attend request by request and span by span to what lies in their buffers,
 and all together to each state that several requests share (see `shared.py`).
 """
 
@@ -54,9 +54,9 @@ def slot_attention(  # noqa: PLR0913 (transformers' signature)
     position_bias: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attend the tokens of each batch to their slot's rows.
+    """Attend the tokens of each batch to their buffers' rows.
 
-    query: [1, heads, tokens, dim]. key, value: [1, kv heads, rows, dim], the first slot's rows.
+    query: [1, heads, tokens, dim]. key, value: [1, kv heads, rows, dim], the first buffers' rows.
     s_aux: [heads], attention sinks: a logit per head that takes part in the softmax alone.
     Returns: [1, tokens, heads, value dim].
     """
@@ -66,7 +66,7 @@ def slot_attention(  # noqa: PLR0913 (transformers' signature)
         raise UnsupportedAttentionError("position bias and dropout are not supported")
     rows = pcache_batch.rows(key, value)
     if query.shape[0] != 1 or rows is None:
-        raise UnsupportedAttentionError("keys are not the slot's rows")
+        raise UnsupportedAttentionError("keys are not the buffers' rows")
     layer, windows = _layer_index(module), pcache_layers.windows
     # What a question looks for shows in the upper half; below, tokens look at their neighbours.
     is_upper = layer >= len(windows) // 2

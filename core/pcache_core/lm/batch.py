@@ -1,4 +1,4 @@
-"""New tokens laid end to end, each with its row in a slot and its position; no padding."""
+"""New tokens laid end to end, each with its row in buffers and its position; no padding."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import torch
 
-from pcache_core.kv import Loan, Slot
+from pcache_core.kv.buffers import KVBuffers, Loan
 
 RowRange = tuple[int, int]
 
@@ -53,13 +53,13 @@ def _cut(span: Span, start: int, stop: int, rows: Sequence[int]) -> Span:
 
 
 class Batch:
-    """New tokens of one slot; a forward computes one batch, or those of several slots at once.
+    """New tokens of one request; a forward computes one batch, or those of several requests.
 
     input_ids, positions, rows: [tokens]; `rows[i]` is where token i's keys and values go and,
         being the token's place in the prompt's order, what it may see: rows up to its own.
-    num_rows: rows of the slot that take part, written before or by this forward.
-    places: rows of the prompt that the tokens stand in, where the slot has states on loan, so that
-        they are not the rows of the slot.
+    num_rows: rows of the buffers that take part, written before or by this forward.
+    places: rows of the prompt that the tokens stand in, where states are on loan, so that these
+        are not the rows of the buffers.
     end: one behind the largest position.
     watched: tokens whose attention is added up, as a range of the batch; None for none.
     attention: [rows of the prompt] fp32, how much the watched tokens attended to each, over the
@@ -78,22 +78,22 @@ class Batch:
         "places",
         "positions",
         "rows",
-        "slot",
+        "buffers",
         "spans",
         "watched",
     )
 
     def __init__(
         self,
-        slot: Slot,
+        buffers: KVBuffers,
         input_ids: Sequence[int],
         rows: Sequence[int],
         positions: Sequence[int],
         spans: Sequence[Span],
         watched: range | None = None,
     ) -> None:
-        device = slot.positions.device
-        self.slot = slot
+        device = buffers.positions.device
+        self.buffers = buffers
         self.input_ids = torch.tensor(input_ids, dtype=torch.long, device=device)
         self.rows = torch.tensor(rows, dtype=torch.long, device=device)
         self.positions = torch.tensor(positions, dtype=torch.long, device=device)
@@ -107,12 +107,12 @@ class Batch:
         self._first_rows = {span: rows[span.start] for span in self.spans}
         self._last_rows = {span: rows[span.stop - 1] for span in self.spans}
         self._biases: dict[tuple[Span, int | None, int, torch.dtype], torch.Tensor] = {}
-        slot.positions.index_copy_(0, self.rows, self.positions)
+        buffers.positions.index_copy_(0, self.rows, self.positions)
 
     @classmethod
     def of_rows(
         cls,
-        slot: Slot,
+        buffers: KVBuffers,
         input_ids: Sequence[int],
         rows: Sequence[int],
         positions: Sequence[int],
@@ -122,10 +122,10 @@ class Batch:
 
         rows: of the prompt, ascending, none of them on loan.
         """
-        own = [slot.index(row) for row in rows] if slot.loans else rows
+        own = [buffers.index(row) for row in rows] if buffers.loans else rows
         span = Span(0, len(own), ((0, own[-1] + 1),))
-        batch = cls(slot, input_ids, own, positions, [span], watched)
-        if slot.loans:
+        batch = cls(buffers, input_ids, own, positions, [span], watched)
+        if buffers.loans:
             batch.places = tuple(rows)
             batch.attention = torch.zeros(rows[-1] + 1 if watched else 0, device=batch.rows.device)
         return batch
@@ -133,7 +133,7 @@ class Batch:
     @property
     def loans(self) -> list[tuple[Loan, int]]:
         """States on loan that tokens see, and the first of the tokens that does."""
-        firsts = ((loan, bisect_right(self.places, loan.start)) for loan in self.slot.loans)
+        firsts = ((loan, bisect_right(self.places, loan.start)) for loan in self.buffers.loans)
         return [(loan, first) for loan, first in firsts if first < len(self.places)]
 
     @property
@@ -147,8 +147,8 @@ class Batch:
         The borders follow from the spans alone, so that the same batch is always rounded alike:
         a span is cut at multiples of `most` from its first token, and never so that fewer than
         `_LEAST_TOKENS` are left. Spans that fit one part together share it.
-        Later tokens of a span see the earlier ones in the slot, as they do within one forward. All
-        parts add to the same `attention`.
+        Later tokens of a span see the earlier ones in the buffers, as they do within one forward.
+        All parts add to the same `attention`.
         """
         borders = self._borders(most)
         if not borders:
@@ -183,7 +183,7 @@ class Batch:
         ]
         watched = self.watched or range(0)
         watched = range(max(watched.start, start) - start, min(watched.stop, stop) - start)
-        part = Batch(self.slot, ids, rows, positions, spans, watched or None)
+        part = Batch(self.buffers, ids, rows, positions, spans, watched or None)
         part.places = self.places[start:stop]
         return part
 
@@ -233,5 +233,5 @@ class Batch:
         allowed = key_rows[None, :] <= query_rows[:, None]  # [tokens, visible rows]
         if window is not None:
             oldest = self.positions[span.start : span.stop] - window
-            allowed &= self.slot.positions[key_rows][None, :] > oldest[:, None]
+            allowed &= self.buffers.positions[key_rows][None, :] > oldest[:, None]
         return allowed

@@ -1,4 +1,4 @@
-"""The cache object a model writes new keys and values into: rows of a slot."""
+"""The cache object a model writes new keys and values into: rows of buffers."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from pcache_core.lm.shared_layer import DummyLayer
 
 
 class _SlotLayer(CacheLayerMixin):
-    """Writes one layer's new rows into the slots and returns a view of the rows that take part.
+    """Writes one layer's new rows into the buffers and returns a view of the rows that take part.
 
-    Of several slots it returns the first one's, which is all that fits; the attention finds the
+    Of several it returns the first one's, which is all that fits; the attention finds the
     others by it.
     """
 
@@ -35,7 +35,7 @@ class _SlotLayer(CacheLayerMixin):
         self._num_rows = first.num_rows
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Nothing to do: the slot is there."""
+        """Nothing to do: the buffers are there."""
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -55,7 +55,7 @@ class _SlotLayer(CacheLayerMixin):
 
 
 def slot_cache(batches: RaggedBatch, caching_layers: Sequence[bool]) -> Cache:
-    """A cache over the batches' slots; layers that share another layer's states hold nothing."""
+    """A cache over the batches' buffers; layers that share another layer's states hold nothing."""
     layers: list[CacheLayerMixin | LinearAttentionCacheLayerMixin | DummyLayer] = []
     index = 0
     for caches in caching_layers:

@@ -15,7 +15,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pcache_core.errors import ModelError
-from pcache_core.kv import LayerShape, Slot, Stack, stack_layers
+from pcache_core.kv.buffers import KVBuffers
+from pcache_core.kv.state import LayerShape, Stack, stack_layers
 from pcache_core.lm.batch import Batch
 from pcache_core.lm.fingerprint import fingerprint
 from pcache_core.lm.forward_queue import ForwardQueue, IsCancelled
@@ -181,9 +182,9 @@ class CausalLM:
         """Tokens of a text alone, without special tokens added."""
         return len(self.token_ids(text))
 
-    def new_slot(self, capacity: int) -> Slot:
+    def new_buffers(self, capacity: int) -> KVBuffers:
         """Fresh buffers for `capacity` tokens."""
-        return Slot(self.stacks, capacity, dtype=self.dtype, device=self.device)
+        return KVBuffers(self.stacks, capacity, dtype=self.dtype, device=self.device)
 
     def sampler(self, params: SamplingParams) -> Sampler:
         """A token chooser for one request."""
@@ -252,12 +253,12 @@ class CausalLM:
 
     def _compute(self, batches: Sequence[Batch]) -> list[torch.Tensor]:
         forward = self.support.forward
-        assert forward is not None, "a model without a cache has no slots"
+        assert forward is not None, "a model without a cache has no buffers"
         with self._lock:
             if any(self.support.is_beyond_stable(batch.end) for batch in batches):
                 # Dynamic NTK keeps the frequencies of the longest prompt so far until a short one
                 # comes, so without this an answer would depend on what else is asked.
-                forward([Batch.of_rows(self.new_slot(1), [0], [0], [0])])
+                forward([Batch.of_rows(self.new_buffers(1), [0], [0], [0])])
             return forward(batches)
 
     @cached_property

@@ -89,13 +89,13 @@ class Vocabulary:
         return [shortest[byte] for byte in (*first, *others)]
 
 
-class Opened(NamedTuple):
+class OpenBrackets(NamedTuple):
     """What a text has opened and not closed, read as JSON; an estimate of what an end costs."""
 
     brackets: int = 0
     in_string: bool = False
 
-    def behind(self, text: bytes) -> Opened:
+    def behind(self, text: bytes) -> OpenBrackets:
         """What is open behind some more text."""
         brackets, in_string = self
         for part in _STRUCTURE.findall(text):
@@ -103,7 +103,7 @@ class Opened(NamedTuple):
                 in_string = not in_string
             elif not in_string:
                 brackets += 1 if part in b"{[" else -1
-        return Opened(brackets, in_string)
+        return OpenBrackets(brackets, in_string)
 
     @property
     def marks(self) -> int:
@@ -124,7 +124,7 @@ def shortest_plan(matcher: LLMatcher, vocabulary: Vocabulary, hints: Sequence[Pl
     hints: tokens that may be what a string must hold.
     """
     found = [
-        _Search(vocabulary, (), hints, prices).run(matcher, Opened(), most_steps)
+        _Search(vocabulary, (), hints, prices).run(matcher, OpenBrackets(), most_steps)
         for prices, most_steps in ((_QUICK, _FIRST_STEPS), (_SHORT, _SHORTER_STEPS))
     ]
     return min((plan for plan in found if plan is not None), key=len, default=None)
@@ -133,7 +133,7 @@ def shortest_plan(matcher: LLMatcher, vocabulary: Vocabulary, hints: Sequence[Pl
 def next_plan(
     matcher: LLMatcher,
     vocabulary: Vocabulary,
-    opened: Opened,
+    opened: OpenBrackets,
     known: Plan,
     hints: Sequence[Plan],
 ) -> Plan | None:
@@ -171,7 +171,7 @@ class _State:
 
     matcher: LLMatcher
     tokens: Plan
-    opened: Opened
+    opened: OpenBrackets
     effort: float
 
 
@@ -189,10 +189,10 @@ class _Search:
         self._hints = hints
         self._prices = prices
         self._order = count()
-        self._seen: dict[tuple[bytes, int, Opened], int] = {}
+        self._seen: dict[tuple[bytes, int, OpenBrackets], int] = {}
         self._queue: list[tuple[float, int, _State]] = []
 
-    def run(self, matcher: LLMatcher, opened: Opened, most_steps: int) -> Plan | None:
+    def run(self, matcher: LLMatcher, opened: OpenBrackets, most_steps: int) -> Plan | None:
         """Search from a state; `opened` by the text before it."""
         self._push(_State(matcher, (), opened, 0))
         for _ in range(most_steps):

@@ -14,7 +14,14 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from pcache_core.errors import ModelError, OptionError
 from pcache_core.grammar import Grammar
-from pcache_core.lm.closing import Opened, Plan, Vocabulary, next_plan, shortest_plan, token_mask
+from pcache_core.lm.closing import (
+    OpenBrackets,
+    Plan,
+    Vocabulary,
+    next_plan,
+    shortest_plan,
+    token_mask,
+)
 
 Pick = Callable[[torch.Tensor], int]
 """Chooses a token by its score, [vocab]; those of -inf are out."""
@@ -122,7 +129,7 @@ class Constraint:
         self._matcher = compiled.start.deep_copy()
         self._plan = compiled.plan
         self._left = max_tokens
-        self._opened = Opened()
+        self._opened = OpenBrackets()
         self._digits = 0
 
     def choose(self, logits: torch.Tensor, pick: Pick) -> int:
@@ -161,7 +168,7 @@ class Constraint:
         ending = len(text) - len(text.rstrip(b"0123456789"))
         return self._digits + ending if ending == len(text) else ending
 
-    def _plan_behind(self, following: LLMatcher, token: int, opened: Opened) -> Plan | None:
+    def _plan_behind(self, following: LLMatcher, token: int, opened: OpenBrackets) -> Plan | None:
         if self._plan and token == self._plan[0]:
             return self._plan[1:]
         return next_plan(following, self._compiler.vocabulary, opened, self._plan, self._hints)

@@ -7,7 +7,7 @@ import json
 import torch
 from transformers import PreTrainedModel
 
-from pcache_core.key import digest
+from pcache_core.kv.key import digest
 
 _CHUNK = 2**20
 # Where the model came from and how it is run do not change what it computes.

@@ -1,4 +1,4 @@
-"""Running an unmodified transformers model over a slot, in one of two ways.
+"""Running an unmodified transformers model over buffers, in one of two ways.
 
 `RaggedForward` is the main path: our attention function sees the tokens of all requests at once.
 `SequentialForward` is for models whose attention can't be replaced: each contiguous run of new
@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from transformers import PreTrainedModel
 
-from pcache_core.kv import Slot
+from pcache_core.kv.buffers import KVBuffers
 from pcache_core.lm.attention import IMPLEMENTATION, AttentionLayers
 from pcache_core.lm.batch import Batch
 from pcache_core.lm.cache import slot_cache
@@ -25,7 +25,7 @@ from pcache_core.lm.structure import CacheStructure, text_config
 
 
 class Forward(Protocol):
-    """Runs batches of different slots, filling their rows.
+    """Runs batches of different sequences, filling their rows.
 
     takes_many_spans: a batch may hold several spans. merges: several batches make one forward.
     windows_by_position: sliding windows follow positions, wherever the rows are.
@@ -158,7 +158,7 @@ def _contiguous_runs(batch: Batch) -> Iterator[Batch]:
     first = 0
     for start, stop in runs_of(rows):
         part = slice(first, first + stop - start)
-        yield Batch.of_rows(batch.slot, ids[part], rows[part], positions[part])
+        yield Batch.of_rows(batch.buffers, ids[part], rows[part], positions[part])
         first = part.stop
 
 
@@ -173,8 +173,10 @@ def _attention(config: Any) -> Iterator[None]:
         config._attn_implementation = before
 
 
-def fill(forward: Forward, slot: Slot, token_ids: Sequence[int], start: int) -> torch.Tensor:
+def fill(
+    forward: Forward, buffers: KVBuffers, token_ids: Sequence[int], start: int
+) -> torch.Tensor:
     """Compute a contiguous run of tokens at rows and positions `start …`; logits of the last."""
     rows = range(start, start + len(token_ids))
-    [logits] = forward([Batch.of_rows(slot, token_ids, rows, rows)])
+    [logits] = forward([Batch.of_rows(buffers, token_ids, rows, rows)])
     return logits

@@ -33,7 +33,7 @@ _PATIENCE = 0.5  # of the last forward's time
 _LONGEST_WAIT_S = 0.02
 
 
-class _Thread(threading.local):
+class _AskingThread(threading.local):
     """What a thread asks forwards for."""
 
     is_cancelled: IsCancelled | None = None
@@ -75,7 +75,7 @@ class _Job:
 class ForwardQueue:
     """Computes batches in the order they come, those that wait at the same time in one forward.
 
-    compute: runs batches of different slots; logits of each one's last token.
+    compute: runs batches of different sequences; logits of each one's last token.
     joins: whether a batch may be cut and share a forward; one that may not runs whole and alone.
     part_tokens: prompts are read in parts of about so many tokens, see `Batch.parts`.
 
@@ -92,7 +92,7 @@ class ForwardQueue:
         self._compute = compute
         self._joins = joins
         self._part_tokens = part_tokens
-        self._thread = _Thread()
+        self._thread = _AskingThread()
         self._waiting: list[_Job] = []  # in the order of their turns
         self._is_led = False
         self._arrived = threading.Condition()  # guards the lines around it
@@ -154,7 +154,7 @@ class ForwardQueue:
                 if self._is_led:
                     self._start_leader()
         if not leads:
-            own.at_rest.wait()  # its slot is about to serve somebody else
+            own.at_rest.wait()  # its buffers are about to serve somebody else
 
     def _start_leader(self) -> None:
         threading.Thread(target=self._lead, name="pcache-forwards", daemon=True).start()

@@ -2,7 +2,7 @@
 
 The checks, each against the model's own plain forward or against encoding elsewhere:
 1. rows per token: every layer caches keys and values (structure), and their shapes;
-2. native: a prompt run through a slot, with the middle filled last, gives the model's own logits;
+2. native: a prompt run through buffers, with the middle filled last, gives the model's own logits;
 3. position: layer 0, which knows no context, sees a token's position and nothing else;
 4. fit: one rotation a layer explains encoding at another position, near and at the far end;
 5. lend: two requests that share a state where it lies get the logits of those with copies.
@@ -17,7 +17,8 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel
 
-from pcache_core.kv import KVState, LayerShape, Loan, Slot, stack_layers
+from pcache_core.kv.buffers import KVBuffers, Loan
+from pcache_core.kv.state import KVState, LayerShape, stack_layers
 from pcache_core.lm.batch import Batch
 from pcache_core.lm.forward import Forward, ModelCall, RaggedForward, SequentialForward, fill
 from pcache_core.lm.relocation import (
@@ -55,7 +56,7 @@ class Support:
     reason: why not more, in words for the user; empty for `relocatable` and `position-free`.
     layers: shapes of what each caching layer keeps; empty for `no-cache`.
     rotations: one for each caching layer; None unless states can be moved.
-    forward: how the model is run over a slot; None for `no-cache`.
+    forward: how the model is run over buffers; None for `no-cache`.
     stable_length: a longer prompt reuses nothing; None where any length may.
     takes_positions: positions may leave gaps and need not be the rows'.
     """
@@ -153,10 +154,10 @@ class _Encoder:
         self.forward = forward
         self.dtype = model.dtype
         self._model = model
-        self._slot = self._new_slot()
+        self._slot = self._new_buffers()
 
-    def _new_slot(self) -> Slot:
-        return _new_slot(self._model, self.layers, 2 * _TOKENS)
+    def _new_buffers(self) -> KVBuffers:
+        return _new_buffers(self._model, self.layers, 2 * _TOKENS)
 
     def __call__(self, ids: list[int], position: int) -> KVState:
         """The state of `ids` alone, first token at `position`."""
@@ -178,14 +179,14 @@ class _Encoder:
 
     def around(self, state: KVState, start: int, rotations: Rotations, *, lent: bool) -> Batch:
         """Tokens before and behind a state that stands at row `start`, copied or on loan."""
-        slot = self._new_slot()
+        buffers = self._new_buffers()
         if lent:
-            slot.loans = [Loan(state, start, start)]
+            buffers.loans = [Loan(state, start, start)]
         else:
-            place(slot, start, state, rotations)
+            place(buffers, start, state, rotations)
         stop = start + state.num_tokens
         rows = [*range(start), stop, stop + 1]
-        return Batch.of_rows(slot, state.token_ids[: len(rows)], rows, rows)
+        return Batch.of_rows(buffers, state.token_ids[: len(rows)], rows, rows)
 
 
 def _try_lending(encoder: _Encoder, state: KVState, rotations: Rotations) -> None:
@@ -217,7 +218,7 @@ def _find_forward(
     layers: tuple[LayerShape, ...],
     sample: tuple[list[int], torch.Tensor],
 ) -> tuple[Forward | None, str]:
-    """The first way of running the model over a slot that gives its own logits (check 2)."""
+    """The first way of running the model over buffers that gives its own logits (check 2)."""
     makers: list[Callable[[PreTrainedModel, CacheStructure], Forward]] = [SequentialForward]
     if not structure.is_chunked:
         makers.insert(0, RaggedForward)
@@ -226,26 +227,28 @@ def _find_forward(
     for maker in makers:
         try:
             forward = maker(model, structure)
-            slot = _new_slot(model, layers, len(ids))
-            error = _native_error(forward, slot, ids, native)
+            buffers = _new_buffers(model, layers, len(ids))
+            error = _native_error(forward, buffers, ids, native)
         except Exception as failure:
-            reason = f"the model can't run over a slot ({_brief(failure)})"
+            reason = f"the model can't run over buffers ({_brief(failure)})"
             continue
         if error <= _LOGITS_TOLERANCE.get(native.dtype, 1e-4):
             forward.merges = forward.merges and _merges(forward, model, layers, sample)
             return forward, ""
-        reason = f"a run over a slot differs from the model's own forward (by {error:.1e})"
+        reason = f"a run over buffers differs from the model's own forward (by {error:.1e})"
     return None, reason
 
 
-def _native_error(forward: Forward, slot: Slot, ids: list[int], native: torch.Tensor) -> float:
+def _native_error(
+    forward: Forward, buffers: KVBuffers, ids: list[int], native: torch.Tensor
+) -> float:
     """Relative error of the last logits: all at once, then with a hole that is filled later."""
     third = len(ids) // 3
-    at_once = fill(forward, slot, ids, 0)
+    at_once = fill(forward, buffers, ids, 0)
     # The middle third keeps its rows; the first and last are computed again around it.
     rows = [*range(third), *range(2 * third, len(ids))]
-    [with_hole] = forward([Batch.of_rows(slot, [ids[row] for row in rows], rows, rows)])
-    by_token = fill(forward, slot, ids[-1:], len(ids) - 1)
+    [with_hole] = forward([Batch.of_rows(buffers, [ids[row] for row in rows], rows, rows)])
+    by_token = fill(forward, buffers, ids[-1:], len(ids) - 1)
     expected = native.float()
     return max(relative_error(logits, expected) for logits in (at_once, with_hole, by_token))
 
@@ -258,14 +261,14 @@ def _merges(
 ) -> bool:
     """Whether two requests in one forward, one at its last token, get the model's own logits."""
     ids, native = sample
-    slots = [_new_slot(model, layers, len(ids)) for _ in range(2)]
-    fill(forward, slots[0], ids[:-1], 0)
+    buffers = [_new_buffers(model, layers, len(ids)) for _ in range(2)]
+    fill(forward, buffers[0], ids[:-1], 0)
     last, rows = len(ids) - 1, range(len(ids))
     try:
         found = forward(
             [
-                Batch.of_rows(slots[0], ids[-1:], [last], [last]),
-                Batch.of_rows(slots[1], ids, rows, rows),
+                Batch.of_rows(buffers[0], ids[-1:], [last], [last]),
+                Batch.of_rows(buffers[1], ids, rows, rows),
             ]
         )
     except Exception:
@@ -288,8 +291,8 @@ def _native(model: PreTrainedModel, ids: list[int]) -> tuple[tuple[LayerShape, .
     return tuple(shapes), output.logits[0, -1]
 
 
-def _new_slot(model: PreTrainedModel, layers: tuple[LayerShape, ...], rows: int) -> Slot:
-    return Slot(stack_layers(layers), rows, dtype=model.dtype, device=model.device)
+def _new_buffers(model: PreTrainedModel, layers: tuple[LayerShape, ...], rows: int) -> KVBuffers:
+    return KVBuffers(stack_layers(layers), rows, dtype=model.dtype, device=model.device)
 
 
 def _token_ids(model: PreTrainedModel, count: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""A ragged batch: the new tokens of several requests laid end to end, each request in its slot."""
+"""A ragged batch: the new tokens of several requests laid end to end, each in its own buffers."""
 
 from __future__ import annotations
 
@@ -7,14 +7,11 @@ from collections.abc import Sequence
 import torch
 
 from pcache_core.lm.batch import Batch
-from pcache_core.lm.shared import SharedStates
-
-Rows = tuple[torch.Tensor, torch.Tensor]
-"""One layer's keys and values, [1, heads, rows, dim]: the rows of a slot that take part."""
+from pcache_core.lm.shared import LayerRows, SharedStates
 
 
 class RaggedBatch:
-    """What one forward computes: one batch, or batches of different slots.
+    """What one forward computes: one batch, or batches of different sequences.
 
     input_ids, positions: [tokens], of all of them. last: [batches], the index of each one's last
     token. starts: of each one's first. shared: states that batches have on loan.
@@ -35,23 +32,23 @@ class RaggedBatch:
         ends = self.starts[1:]
         self.last = torch.tensor(ends, device=self.input_ids.device) - 1
         self.shared = SharedStates(parts, self.starts)
-        self._rows_by_keys: dict[int, list[Rows]] = {}
+        self._rows_by_keys: dict[int, list[LayerRows]] = {}
 
-    def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> Rows:
-        """Put new rows, [1, heads, tokens, dim], into the slots; the first slot's rows."""
+    def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> LayerRows:
+        """Put new rows, [1, heads, tokens, dim], into the buffers; the first buffers' rows."""
         written = []
         for part, start in zip(self.parts, self.starts, strict=False):
             own = slice(start, start + part.num_tokens)
-            slot_keys, slot_values = part.slot.layers[layer]
-            slot_keys.index_copy_(2, part.rows, keys[:, :, own])
-            slot_values.index_copy_(2, part.rows, values[:, :, own])
+            own_keys, own_values = part.buffers.layers[layer]
+            own_keys.index_copy_(2, part.rows, keys[:, :, own])
+            own_values.index_copy_(2, part.rows, values[:, :, own])
             visible = slice(part.num_rows)
-            written.append((slot_keys[:, :, visible], slot_values[:, :, visible]))
+            written.append((own_keys[:, :, visible], own_values[:, :, visible]))
         self._rows_by_keys[written[0][0].data_ptr()] = written
         return written[0]
 
-    def rows(self, keys: torch.Tensor, values: torch.Tensor) -> Sequence[Rows] | None:
-        """Each batch's rows, where these are the first slot's; None if a model changed them."""
+    def rows(self, keys: torch.Tensor, values: torch.Tensor) -> Sequence[LayerRows] | None:
+        """Each batch's rows, where these are the first buffers'; None if a model changed them."""
         if len(self.parts) == 1:
             is_whole = keys.shape[2] == self.parts[0].num_rows
             return [(keys, values)] if is_whole else None

@@ -14,7 +14,8 @@ from typing import Literal
 
 import torch
 
-from pcache_core.kv import KVState, Part, Rows, Slot
+from pcache_core.kv.buffers import KVBuffers
+from pcache_core.kv.state import KVState, Part, StateSource
 
 # Largest relative error of a right rotation beyond twice the layer's own drift, by dtype.
 _FLOOR = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -83,9 +84,13 @@ Rotations = tuple[Rotation | None, ...]
 
 
 def place(
-    slot: Slot, start: int, state: Rows, rotations: Rotations, position: int | None = None
+    buffers: KVBuffers,
+    start: int,
+    state: StateSource,
+    rotations: Rotations,
+    position: int | None = None,
 ) -> None:
-    """Copy a state into rows `start …` of a slot, moved to `position` (default: `start`).
+    """Copy a state into rows `start …` of buffers, moved to `position` (default: `start`).
 
     One pass over the state, a few layers at a time: whatever has to be checked, made from int8 or
     turned is in the cache when it is, and no second copy of the state is made on the way.
@@ -94,14 +99,14 @@ def place(
     """
     position = start if position is None else position
     rows = slice(start, start + state.num_tokens)
-    new = _positions(state, position).to(slot.positions.device)
-    slot.positions[rows] = new
+    new = _positions(state, position).to(buffers.positions.device)
+    buffers.positions[rows] = new
     old = _positions(state, state.position).to(new.device)
     turns: dict[int, _Turn] = {}
     for block in state.blocks():
-        targets = slot.keys if block.part == "keys" else slot.values
+        targets = buffers.keys if block.part == "keys" else buffers.values
         out = targets[block.stack][block.layers, :, rows]
-        layers = slot.stacks[block.stack].layers[block.layers]
+        layers = buffers.stacks[block.stack].layers[block.layers]
         for run, rotation in _runs([rotations[layer] for layer in layers]):
             source = block.rows[run]
             scale = None if block.scale is None else block.scale[run]
@@ -206,7 +211,7 @@ def _errors(
     return relative_error(keys, new[0]), relative_error(values, new[1])
 
 
-def _positions(state: Rows, first: int) -> torch.Tensor:
+def _positions(state: StateSource, first: int) -> torch.Tensor:
     return torch.arange(first, first + state.num_tokens)
 
 

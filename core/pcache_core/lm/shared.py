@@ -13,13 +13,13 @@ from dataclasses import dataclass
 
 import torch
 
-from pcache_core.kv import Loan
+from pcache_core.kv.buffers import Loan
 from pcache_core.lm.batch import Batch, Span
 from pcache_core.lm.kernels import attend_with_lse, fold, merge
 from pcache_core.lm.relocation import Rotation
 
-Rows = tuple[torch.Tensor, torch.Tensor]
-"""One layer's keys and values, [1, kv heads, rows, dim]."""
+LayerRows = tuple[torch.Tensor, torch.Tensor]
+"""One layer's keys and values, [1, kv heads, rows, dim]: the rows that take part."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -134,10 +134,11 @@ class _SharedLayer:
         self._scale = scale
 
     def attend(self, own: torch.Tensor, own_lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attention to what a query's slot holds and to what it has on loan, and the log-sum-exp.
+        """Merge attention to a query's buffers with attention to what they have on loan.
 
-        own: attention to the slot, [1, heads, tokens, value dim], with own_lse [1, heads, tokens].
-        Returns: as given.
+        own, own_lse: attention to the buffers, [1, heads, tokens, value dim], and its log-sum-exp,
+            [1, heads, tokens].
+        Returns: the same of both.
         """
         parts = len(self._groups) + 1
         outputs = own.new_zeros(parts, *own.shape[1:])
@@ -158,10 +159,10 @@ class _SharedLayer:
         folded = group.bias.clamp(min=limit).to(group.queries.dtype)
         return folded.repeat(group.queries.shape[1] // group.keys.shape[1], 1)
 
-    def watch(self, rows: Sequence[Rows], lse: torch.Tensor) -> None:
-        """Add what watched tokens attend to, in their slot and in what it has on loan.
+    def watch(self, rows: Sequence[LayerRows], lse: torch.Tensor) -> None:
+        """Add what watched tokens attend to, in their buffers and in what these have on loan.
 
-        rows: of each batch's slot. lse: as `attend` gave it, over all that a query sees.
+        rows: of each batch's buffers. lse: as `attend` gave it, over all that a query sees.
         """
         for (batch, start), (keys, _) in zip(self._parts, rows, strict=True):
             if batch.watched is None or not batch.places:
@@ -182,7 +183,7 @@ class _SharedLayer:
         bias = batch.bias(span, None, 1, torch.float32)
         if bias is not None:
             bias = bias[-len(tokens) :]  # what is watched are the last tokens
-        places = batch.slot.own_rows(len(batch.attention))[:stop].to(keys.device)
+        places = batch.buffers.own_rows(len(batch.attention))[:stop].to(keys.device)
         batch.attention[places] += self._paid(query, keys[:, :, :stop], bias, total)
         for group, user, at in self._users():
             both = range(max(tokens.start, user.tokens.start), min(tokens.stop, user.tokens.stop))

@@ -35,6 +35,7 @@ class SegmentTokenizer:
         self._lock = threading.Lock()
         self._memory: OrderedDict[tuple[str, bool], tuple[int, ...]] = OrderedDict()
         self._remembered = 0
+        self._marked: tuple[int, tuple[str, ...]] = (-1, ())  # with its size
         self._markup: dict[str, tuple[str, tuple[str, ...]]] = {}  # of one chat template
         self.bos_ids: tuple[int, ...] = self._find_bos()
 
@@ -60,8 +61,13 @@ class SegmentTokenizer:
         return ids
 
     def holds_special(self, text: str) -> bool:
-        """Whether a text spells a special token."""
-        return any(token in text for token in self._tokenizer.all_special_tokens)
+        """Whether a text spells a special token: one with a role, or one marked as special."""
+        if self._marked[0] != len(self._tokenizer):
+            added = self._tokenizer.added_tokens_decoder.values()  # slow: Gemma has thousands
+            marked = tuple(token.content for token in added if token.special)
+            self._marked = len(self._tokenizer), marked
+        special = (*self._tokenizer.all_special_tokens, *self._marked[1])
+        return any(token in text for token in special)
 
     def marks_roles(self) -> bool:
         """Whether the chat template writes a user's turn and an assistant's differently.

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
 from pcache_core.errors import StateMismatchError
-from pcache_core.key import ModuleKey
-from pcache_core.kv import KVState, Rows
+from pcache_core.kv.key import ModuleKey
+from pcache_core.kv.state import KVState, StateSource
 
 Tier = Literal["memory", "disk", "remote"]
 
@@ -99,7 +99,7 @@ class Opened:
         milliseconds that reading took: the store counts it, keeps it nearer or drops it.
     """
 
-    rows: Rows
+    rows: StateSource
     tier: Tier
     nbytes: int
     settle: Callable[[float, StateMismatchError | None], None]
@@ -107,7 +107,7 @@ class Opened:
 
 @runtime_checkable
 class OpeningStore(ModuleStore, Protocol):
-    """A store whose states can be read into a slot without a copy in between."""
+    """A store whose states can be read into buffers without a copy in between."""
 
     def open_many(self, keys: Sequence[ModuleKey]) -> list[Opened | None]:
         """For each key a state that is there, in order.

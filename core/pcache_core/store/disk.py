@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from pcache_core.errors import OptionError, StateMismatchError, StoreError
-from pcache_core.key import ModuleKey
-from pcache_core.kv import KVState
+from pcache_core.kv.key import ModuleKey
+from pcache_core.kv.state import KVState
 from pcache_core.store import serde
 from pcache_core.store.base import (
     Hit,
@@ -95,7 +95,7 @@ class DiskStore:
         """The states that are there, mapped and not yet read.
 
         The kernel is told to read all of them before the first is looked at: a disk serves them
-        together, and goes on while the first are copied into a slot.
+        together, and goes on while the first are copied into buffers.
         """
         started = time.perf_counter()
         files = [(key, self._file(key)) for key in keys]

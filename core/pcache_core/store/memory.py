@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import OrderedDict
 
 from pcache_core.errors import BudgetError
-from pcache_core.key import ModuleKey
-from pcache_core.kv import KVState
+from pcache_core.kv.key import ModuleKey
+from pcache_core.kv.state import KVState
 from pcache_core.store.base import Hit, StoreStats
 from pcache_core.store.fork import ForkSafeLock
 

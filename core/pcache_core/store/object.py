@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 import torch
 
 from pcache_core.errors import DependencyError, OptionError, StateMismatchError, StoreError
-from pcache_core.key import ModuleKey
-from pcache_core.kv import KVState
+from pcache_core.kv.key import ModuleKey
+from pcache_core.kv.state import KVState
 from pcache_core.store import serde
 from pcache_core.store.base import (
     Hit,

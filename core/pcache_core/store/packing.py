@@ -11,7 +11,7 @@ from typing import get_args
 import torch
 
 from pcache_core.errors import OptionError, StateMismatchError
-from pcache_core.kv import KVState
+from pcache_core.kv.state import KVState
 from pcache_core.store.record import Record, StorageDtype
 
 # The dtypes that states come in, and those that files hold, by their safetensors names.

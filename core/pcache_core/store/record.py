@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pcache_core.errors import StateMismatchError
-from pcache_core.key import FORMAT_VERSION, ModuleKey
-from pcache_core.kv import KVState, LayerShape, Stack
+from pcache_core.kv.key import FORMAT_VERSION, ModuleKey
+from pcache_core.kv.state import KVState, LayerShape, Stack
 from pcache_core.store.seal import SEAL_BYTES
 
 StorageDtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]

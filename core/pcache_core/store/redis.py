@@ -17,8 +17,8 @@ from typing import TypeVar, cast
 import torch
 
 from pcache_core.errors import StateMismatchError, StoreError
-from pcache_core.key import ModuleKey
-from pcache_core.kv import KVState
+from pcache_core.kv.key import ModuleKey
+from pcache_core.kv.state import KVState
 from pcache_core.store import serde
 from pcache_core.store.base import (
     Hit,

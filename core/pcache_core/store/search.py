@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator
 
-from pcache_core.key import KeySpace, ModuleKey
+from pcache_core.kv.key import KeySpace, ModuleKey
 from pcache_core.store.base import ModuleStore
 from pcache_core.store.disk import DiskStore
 from pcache_core.store.inspect import Selection, stored_states

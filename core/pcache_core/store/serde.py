@@ -23,8 +23,8 @@ from typing import cast
 import torch
 
 from pcache_core.errors import StateMismatchError
-from pcache_core.key import ModuleKey
-from pcache_core.kv import Block, KVState, Part, Stack, layer_blocks
+from pcache_core.kv.key import ModuleKey
+from pcache_core.kv.state import Block, KVState, Part, Stack, layer_blocks
 from pcache_core.store import packing
 from pcache_core.store.record import Record, StorageDtype
 from pcache_core.store.seal import SEAL_BYTES, Hash, Seal

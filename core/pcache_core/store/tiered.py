@@ -8,8 +8,8 @@ from contextlib import suppress
 from dataclasses import replace
 
 from pcache_core.errors import BudgetError, OptionError, StateMismatchError
-from pcache_core.key import ModuleKey
-from pcache_core.kv import KVState
+from pcache_core.kv.key import ModuleKey
+from pcache_core.kv.state import KVState
 from pcache_core.store.base import (
     Hit,
     ModuleStore,

@@ -1,0 +1,1 @@
+"""Conversations: messages, tools and calls, as text and back."""

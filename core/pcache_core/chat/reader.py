@@ -1,0 +1,166 @@
+"""Reading an answer that may hold tool calls, as it comes in."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Iterator
+from typing import Any
+
+from pcache_core.chat.calls import InvalidToolCall, ToolAnswer, ToolCall
+
+_DECODER = json.JSONDecoder()
+_BARE = re.compile(r"\s*(\{|\[\s*\{)")
+_MAY_BECOME_BARE = re.compile(r"\s*(\[\s*)?")
+
+
+class ToolReader:
+    """Takes an answer apart: text that is sure to be content, calls that are complete.
+
+    marker: what a call begins with, empty for formats that have nothing before it. closing: what
+    ends a marked call, may be empty. names: of the tools there are.
+
+    An answer that is nothing but a call without its marker is a call, too: markers may be special
+    tokens, which answers don't show.
+    """
+
+    def __init__(self, marker: str, closing: str, names: Collection[str]) -> None:
+        self._marker = marker
+        self._closing = closing
+        self._names = frozenset(names)
+        self._held = ""
+        self._in_call = False
+        self._shown = False  # content has begun, so that no bare call can follow
+        self._had_call = False
+        self._shown_since_call = False
+
+    def add(self, text: str) -> ToolAnswer:
+        """What is certain now that this piece has come."""
+        self._held += text
+        return _joined(self._steps())
+
+    def finish(self) -> ToolAnswer:
+        """The rest, when nothing will follow."""
+        answers = list(self._steps())
+        held, self._held = self._held, ""
+        if self._in_call:
+            answers.append(self._call(held.removesuffix(self._closing.strip()), held))
+        elif _BARE.match(held) and not self._shown:
+            answers.append(self._bare(held))
+        elif held.strip() or not self._had_call:
+            answers.append(ToolAnswer(held))
+        return _joined(iter(answers))
+
+    def _steps(self) -> Iterator[ToolAnswer]:
+        while True:
+            before = (len(self._held), self._in_call)
+            yield self._step_in_call() if self._in_call else self._step_in_text()
+            if (len(self._held), self._in_call) == before:
+                return
+
+    def _step_in_text(self) -> ToolAnswer:
+        """Content up to the next marker, less what may yet become one."""
+        if self._marker and self._marker in self._held:
+            content, _, self._held = self._held.partition(self._marker)
+            self._in_call = True
+            return self._content(content.rstrip())
+        if not self._shown and (_BARE.match(self._held) or _MAY_BECOME_BARE.fullmatch(self._held)):
+            return ToolAnswer("")
+        keep = _overlap(self._held, self._marker)
+        content = self._held[: len(self._held) - keep]
+        # Space before a marker belongs to neither.
+        content = content.rstrip() if keep or self._marker else content
+        self._held = self._held[len(content) :]
+        return self._content(content)
+
+    def _content(self, text: str) -> ToolAnswer:
+        if self._had_call and not self._shown_since_call:
+            text = text.lstrip()
+        if text.strip():
+            self._shown = self._shown_since_call = True
+        return ToolAnswer(text)
+
+    def _step_in_call(self) -> ToolAnswer:
+        """A call, if its end is there."""
+        closing = self._closing.strip()
+        if closing:
+            text, found, rest = self._held.partition(closing)
+            if not found:
+                return ToolAnswer("")
+        else:
+            end = _json_end(self._held)
+            if end is None:
+                return ToolAnswer("")
+            text, rest = self._held[:end], self._held[end:]
+        raw, self._held, self._in_call = self._held[: len(self._held) - len(rest)], rest, False
+        return self._call(text, raw)
+
+    def _call(self, text: str, raw: str) -> ToolAnswer:
+        """A call in its markup, or what it lacks."""
+        self._had_call, self._shown_since_call = True, False
+        written = self._marker + raw
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            return ToolAnswer("", invalid=(InvalidToolCall(written, f"no JSON: {error}"),))
+        return self._judged(value, written)
+
+    def _bare(self, text: str) -> ToolAnswer:
+        """A whole answer that looks like a call; content unless it is one of a known tool."""
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError):
+            return ToolAnswer(text)
+        answer = self._judged(value, text)
+        return answer if answer.calls and not answer.invalid else ToolAnswer(text)
+
+    def _judged(self, value: Any, written: str) -> ToolAnswer:
+        calls: list[ToolCall] = []
+        invalid: list[InvalidToolCall] = []
+        for item in value if isinstance(value, list) else [value]:
+            call = _as_call(item, written, self._names)
+            (calls if isinstance(call, ToolCall) else invalid).append(call)  # type: ignore[arg-type]
+        return ToolAnswer("", tuple(calls), tuple(invalid))
+
+
+def _as_call(item: Any, written: str, names: Collection[str]) -> ToolCall | InvalidToolCall:
+    name = item.get("name") if isinstance(item, dict) else None
+    if not isinstance(name, str):
+        return InvalidToolCall(written, "no object with a name")
+    arguments = item.get("arguments", item.get("parameters"))
+    if isinstance(arguments, str):  # some models write JSON in a string
+        try:
+            arguments = json.loads(arguments)
+        except (ValueError, RecursionError):
+            return InvalidToolCall(written, "its arguments are no JSON", name)
+    if not isinstance(arguments, dict):
+        return InvalidToolCall(written, "its arguments are no object", name)
+    if name not in names:
+        return InvalidToolCall(written, f"there is no tool {name!r}", name)
+    return ToolCall(name, arguments)
+
+
+def _json_end(text: str) -> int | None:
+    """Where a JSON value ends that the text begins with; None if it has not ended."""
+    start = len(text) - len(text.lstrip())
+    try:
+        return _DECODER.raw_decode(text, start)[1]
+    except (ValueError, RecursionError):
+        return None
+
+
+def _overlap(text: str, marker: str) -> int:
+    """Length of the longest end of `text` that begins `marker`, shorter than `marker`."""
+    for length in range(min(len(text), len(marker) - 1), 0, -1):
+        if text.endswith(marker[:length]):
+            return length
+    return 0
+
+
+def _joined(answers: Iterator[ToolAnswer]) -> ToolAnswer:
+    found = list(answers)
+    return ToolAnswer(
+        "".join(answer.content for answer in found),
+        tuple(call for answer in found for call in answer.calls),
+        tuple(call for answer in found for call in answer.invalid),
+    )

@@ -1,0 +1,377 @@
+"""The model's states: found in the store, checked, or encoded and put there."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+from weakref import WeakValueDictionary
+
+from pcache_core.errors import StateMismatchError
+from pcache_core.kv.buffers import Loan
+from pcache_core.kv.key import KeySpace, ModuleKey
+from pcache_core.kv.planned import ModuleTokens, PlannedState
+from pcache_core.kv.sequence import KVSequence
+from pcache_core.kv.state import KVState, StateSource
+from pcache_core.library.encode import encode_modules
+from pcache_core.library.preamble import Preamble, PreambleIds
+from pcache_core.lm import CausalLM, place
+from pcache_core.prompt import Passage
+from pcache_core.report import Source
+from pcache_core.store import ModuleStore, Opened, open_many
+from pcache_core.store.search import find_stored
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_FEWEST_LENT_TOKENS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """How much a library encoded since it was made."""
+
+    tokens: int = 0
+    elapsed_ms: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """Where the states of a prompt came from, by digest, and what that took.
+
+    load_ms: finding, reading and encoding. assemble_ms: copying and moving into place.
+    shared_tokens: whose keys and values stay on loan, and nobody has a copy of.
+    """
+
+    sources: Mapping[str, Source]
+    load_ms: float
+    assemble_ms: float
+    shared_tokens: int
+
+
+class ModuleLibrary:
+    """States of one model in one namespace, each encoded after the preamble of its text."""
+
+    def __init__(
+        self, lm: CausalLM, store: ModuleStore, namespace: str, preamble: Preamble | None
+    ) -> None:
+        self.lm = lm
+        self.preambles = PreambleIds(lm.text, lm.context_length, preamble)
+        self.encoded = Encoded()
+        self._store = store
+        self._lock = threading.Lock()
+        self._encoding: dict[ModuleKey, threading.Event] = {}
+        self._made: WeakValueDictionary[str, KVState] = WeakValueDictionary()
+        self._preamble_states: dict[tuple[tuple[int, ...], ...], KVState] = {}
+        self._keys = KeySpace(
+            lm.fingerprint, str(lm.dtype), namespace, model_name=lm.name, decode=lm.text.decode
+        )
+
+    @property
+    def budget_bytes(self) -> int | None:
+        """The store's budget; None without one."""
+        return self._store.stats().budget_bytes
+
+    @property
+    def nbytes(self) -> int:
+        """What the store holds, in bytes; 0 where it can't know."""
+        return self._store.stats().nbytes or 0
+
+    @property
+    def _is_fixed(self) -> bool:
+        return self.lm.support.kind == "fixed-positions"
+
+    def module(
+        self, passage: Passage, text: str, position: int, *, is_first: bool
+    ) -> ModuleTokens | None:
+        """Say what the state of a passage is encoded after, and where.
+
+        text: of the passage, which chooses the preamble's language. position: where the passage is
+            to stand, for models whose states can't move.
+        is_first: whether it is the first module of its prompt, which has no company.
+        Returns: None where the passage does not fit after its preamble.
+        """
+        preamble_ids = self.preambles.opening if is_first else self.preambles.ids_for(text)
+        if self._is_fixed:
+            module = ModuleTokens(passage, preamble_ids[:position], position)
+        else:
+            module = ModuleTokens(passage, preamble_ids, len(preamble_ids))
+        limit, end = self.lm.context_length, module.end
+        fits = (limit is None or end <= limit) and not self.lm.support.is_beyond_stable(end)
+        return module if fits else None
+
+    def modules(self, passage: Passage, text: str, position: int) -> list[ModuleTokens]:
+        """All states of a passage that a prompt may want: as its first module, and as a later one.
+
+        Arguments as for `module`.
+        """
+        both = (self.module(passage, text, position, is_first=first) for first in (True, False))
+        return list(dict.fromkeys(module for module in both if module is not None))
+
+    def key(self, module: ModuleTokens) -> ModuleKey:
+        """Name the state of a module."""
+        passage = module.passage
+        fixed = module.position if self._is_fixed else None
+        return self._keys.key(module.preamble_ids, passage.kept_ids, fixed, passage.shape)
+
+    def contains(self, key: ModuleKey) -> bool:
+        """Whether the store has it."""
+        return self._store.contains(key)
+
+    def load(self, states: Sequence[PlannedState], sequence: KVSequence, rows: int) -> Loaded:
+        """Bring states into a sequence that is to hold `rows` rows; encode those that are missing.
+
+        A state that is not in memory is read right into its rows, or into memory where it stays on
+        loan: damage shows then, and what is damaged is encoded with the missing.
+        """
+        started = time.perf_counter()
+        found = self._open(list(dict.fromkeys(planned.key for planned in states)))
+        sources: dict[str, Source] = {}
+        in_memory: dict[str, KVState] = {}
+        for planned in states:
+            stored = found.get(planned.key)
+            if stored is None:
+                continue
+            sources[planned.key.digest] = stored.tier
+            if not self._read(planned, stored, sequence, in_memory):
+                del found[planned.key]
+        missing = {s.key: s.module for s in states if s.key not in found}
+        for key, state, source in self.encode(missing):
+            in_memory[key.digest] = state
+            sources[key.digest] = source
+        load_ms = _ms_since(started)
+        started = time.perf_counter()
+        shared_tokens = self._place_all(states, in_memory, sequence, rows)
+        return Loaded(sources, load_ms, _ms_since(started), shared_tokens)
+
+    def encode(
+        self, modules: Mapping[ModuleKey, ModuleTokens]
+    ) -> Iterator[tuple[ModuleKey, KVState, Source]]:
+        """Encode modules and put their states in the store; yield them as they are made.
+
+        What another thread is encoding is waited for instead, and comes from memory. A state that
+        the store can't keep is still returned.
+        """
+        with self._lock:
+            own = {key: module for key, module in modules.items() if key not in self._encoding}
+            others = {key: self._encoding[key] for key in modules if key not in own}
+            done = threading.Event()
+            self._encoding.update(dict.fromkeys(own, done))
+            claimed = list(own)
+        try:
+            for key in claimed:
+                # Another request may have encoded it since it was looked up.
+                state = self._made.get(key.digest)
+                if state is not None and self._store.contains(key):
+                    del own[key]
+                    yield key, state, "memory"
+            for key, state in self._encode(own):
+                yield key, state, "encoded"
+        finally:
+            with self._lock:
+                for key in claimed:
+                    del self._encoding[key]
+            done.set()
+        for key, encoded in others.items():
+            encoded.wait()
+            state = self._made.get(key.digest) or self._find(key)
+            if state is None:
+                yield from self.encode({key: modules[key]})
+            else:
+                yield key, state, "memory"
+
+    def drop(self, texts: Mapping[tuple[int, ...], str]) -> int:
+        """Delete every state of these texts that can be known; return how many.
+
+        texts: by their token ids. Known are those in memory and in folders, whoever made them, and
+        elsewhere those after this library's own preambles.
+        Raises: StoreError: a folder can't be read.
+        """
+        keys = set(find_stored(self._store, self._keys, texts))
+        for token_ids, text in texts.items():
+            keys |= {self.key(module) for module in self.modules(Passage(token_ids), text, 0)}
+        present = [key for key in keys if self._store.contains(key)]
+        for key in present:
+            self._store.delete(key)
+        return len(present)
+
+    def clear(self) -> None:
+        """Delete every state of this model and namespace in memory and in folders."""
+        for key in list(find_stored(self._store, self._keys)):
+            self._store.delete(key)
+
+    def _open(self, keys: Sequence[ModuleKey]) -> dict[ModuleKey, Opened]:
+        """Look states up together; those that are not what was asked for, the store drops."""
+        pairs = zip(keys, open_many(self._store, keys), strict=True)
+        return {key: stored for key, stored in pairs if stored and self._fits(key, stored)}
+
+    def _fits(self, key: ModuleKey, stored: Opened) -> bool:
+        try:
+            stored.rows.check(self.lm.stacks, self.lm.dtype)
+            _check_identity(stored.rows, key)
+        except StateMismatchError as error:
+            logger.warning("dropped a stored state: %s", error)
+            stored.settle(0.0, error)
+            return False
+        return True
+
+    def _read(
+        self,
+        planned: PlannedState,
+        stored: Opened,
+        sequence: KVSequence,
+        in_memory: dict[str, KVState],
+    ) -> bool:
+        """Read a state into its rows, or into memory if it is or may stay there.
+
+        Returns: whether it was whole; the store drops what is damaged.
+        """
+        digest = planned.key.digest
+        if stored.tier == "memory" or sequence.lender is not None:
+            state = in_memory.get(digest) or (sequence.lender and sequence.lender.find(digest))
+            if state:  # another of the prompt's documents, or another request, has it
+                stored.settle(0.0, None)
+            else:
+                state = _use(stored, lambda rows: rows.whole())
+            if state:
+                in_memory[digest] = state
+            return state is not None
+        return _use(stored, partial(self._place, planned, sequence)) is not None
+
+    def _find(self, key: ModuleKey) -> KVState | None:
+        stored = self._open([key]).get(key)
+        return None if stored is None else _use(stored, lambda rows: rows.whole())
+
+    def _place_all(
+        self,
+        states: Sequence[PlannedState],
+        in_memory: Mapping[str, KVState],
+        sequence: KVSequence,
+        rows: int,
+    ) -> int:
+        """Lend or copy the states that are in memory; return how many tokens are on loan."""
+        copied = []
+        for planned in sorted(states, key=lambda planned: planned.start):
+            state = in_memory.get(planned.key.digest)
+            if state is None:
+                continue  # it was read into its rows
+            if sequence.lender is not None and _may_stay(planned, state, sequence):
+                state = sequence.lender.one(planned.key.digest, state)
+                sequence.buffers.loans.append(Loan(state, planned.start, planned.position))
+            else:
+                copied.append((planned, state))
+        sequence.reserve(rows)
+        for planned, state in copied:
+            self._place(planned, sequence, state)
+        return sum(loan.state.num_tokens for loan in sequence.buffers.loans)
+
+    def _place(self, planned: PlannedState, sequence: KVSequence, state: StateSource) -> bool:
+        """Copy a state into its rows, moved to their positions.
+
+        Raises: StateMismatchError: it was damaged where it is kept.
+        """
+        rotations = self.lm.support.rotations or (None,) * len(self.lm.layers)
+        for part, row, position in _parts(planned, state):
+            place(sequence.buffers, sequence.buffers.index(row), part, rotations, position)
+        return True
+
+    def _encode(
+        self, modules: Mapping[ModuleKey, ModuleTokens]
+    ) -> Iterator[tuple[ModuleKey, KVState]]:
+        """Encode modules, those after the same preamble together."""
+        by_preamble: dict[tuple[int, ...], dict[ModuleTokens, ModuleKey]] = {}
+        for key, module in modules.items():
+            by_preamble.setdefault(module.preamble_ids, {})[module] = key
+        for preamble_ids, keys in by_preamble.items():
+            preamble = self._preamble(preamble_ids)
+            started = time.perf_counter()
+            for module, state in encode_modules(self.lm, preamble, list(keys)):
+                if state.keys[0].device.type != "cpu":
+                    state.keys[0].flatten()[-1].item()  # wait until it is computed
+                self._count(module.num_tokens, _ms_since(started))
+                key = keys[module]
+                self._made[key.digest] = state
+                if not self._store.put(key, state):
+                    logger.info("a state of %d bytes does not fit the store", state.nbytes)
+                yield key, state
+                started = time.perf_counter()
+
+    def _preamble(self, token_ids: tuple[int, ...]) -> list[KVState]:
+        """Keys and values of a preamble's opening and of its company, computed once a process."""
+        if not token_ids:
+            return []
+        opening_ids = self.preambles.opening
+        opening = self._preamble_part((), opening_ids).part(0, len(token_ids), 0)
+        if len(token_ids) <= len(opening_ids):
+            return [opening]
+        return [opening, self._preamble_part(opening_ids, token_ids[len(opening_ids) :])]
+
+    def _preamble_part(self, before: tuple[int, ...], token_ids: tuple[int, ...]) -> KVState:
+        state = self._preamble_states.get((before, token_ids))
+        if state is None:
+            module = ModuleTokens(Passage(token_ids), before, len(before))
+            ((_, state),) = encode_modules(self.lm, self._preamble(before), [module])
+            self._preamble_states[before, token_ids] = state
+        return state
+
+    def _count(self, tokens: int, elapsed_ms: float) -> None:
+        with self._lock:
+            done = self.encoded
+            self.encoded = Encoded(done.tokens + tokens, done.elapsed_ms + elapsed_ms)
+
+
+def _use(stored: Opened, use: Callable[[StateSource], T]) -> T | None:
+    """Let `use` read a state, once and whole; None if it was damaged, and is dropped."""
+    started = time.perf_counter()
+    result, error = None, None
+    try:
+        result = use(stored.rows)
+    except StateMismatchError as mismatch:
+        error = mismatch
+    stored.settle(_ms_since(started), error)
+    return result
+
+
+def _may_stay(planned: PlannedState, state: KVState, sequence: KVSequence) -> bool:
+    """Whether a state is one run of rows, long enough to be worth a product of its own."""
+    return (
+        not planned.is_opening
+        and len(planned.runs) == 1
+        and not planned.module.passage.shape
+        and state.num_tokens >= _FEWEST_LENT_TOKENS
+        and state.keys[0].device == sequence.buffers.positions.device
+    )
+
+
+def _parts(planned: PlannedState, rows: StateSource) -> Iterator[tuple[StateSource, int, int]]:
+    """A state's runs, each without a gap, with the first row and position of each."""
+    passage = planned.module.passage
+    if len(planned.runs) == 1:
+        yield rows, planned.start, planned.position
+        return
+    state = rows.whole()
+    # Where the tokens stood that are kept, the first of them where the state says.
+    offsets = [passage.positions(0)[index] for index in passage.kept]
+    first = state.position - offsets[0]
+    done = 0
+    for (start, stop), position in zip(planned.runs, planned.positions, strict=True):
+        yield state.part(done, done + stop - start, first + offsets[done]), start, position
+        done += stop - start
+
+
+def _check_identity(state: StateSource, key: ModuleKey) -> None:
+    """Raises: StateMismatchError: the store gave the state of other tokens."""
+    if state.token_ids != key.token_ids:
+        raise StateMismatchError(
+            f"the state holds other tokens than asked for ({state.num_tokens}, not "
+            f"{len(key.token_ids)}, or other ids)"
+        )
+
+
+def _ms_since(started: float) -> float:
+    return (time.perf_counter() - started) * 1000
