@@ -35,7 +35,7 @@ from pcache_integrations.bench.measure import BenchOptions, measure
 from pcache_integrations.bench.models import load_model
 from pcache_integrations.bench.results import Order, Sample, Way
 from pcache_integrations.bench.workload import Workload
-from pcache_integrations.cli_bench import parse_modes, parse_orders, parse_sizes
+from pcache_integrations.cli.bench import parse_modes, parse_orders, parse_sizes
 from worker import LIBRARIES, LoadOptions
 
 WORKER = Path(__file__).with_name("worker.py")

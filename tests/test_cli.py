@@ -18,11 +18,10 @@ from typer.testing import CliRunner
 from command import pcache
 from pcache_core import ModelError, PromptCacheError, StoreError
 from pcache_integrations import cli
-from pcache_integrations.cli_errors import explain
+from pcache_integrations.cli.errors import explain
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = [command.name or command.callback.__name__ for command in cli.app.registered_commands]  # type: ignore[union-attr]
-COMMANDS += ["inspect", "clear"]
+COMMANDS = [str(command.name) for command in cli.app.registered_commands]
 
 
 TINY = ("--model", "builtin:tiny-rag")

@@ -169,7 +169,7 @@ def _table(asked: Sequence[Asked]) -> Table:
             table.add_row(
                 "" if number else framework,
                 mode,
-                _share(sum(bool(reply.is_right) for reply in replies), len(replies)),
+                f"{sum(bool(reply.is_right) for reply in replies)} of {len(replies)}",
                 str(sum(not reply.answer for reply in replies)),
                 _time(median(reply.report.ttft_ms for reply in replies)),
                 "" if mode == "off" else f"{sooner:.1f} ×",
@@ -212,10 +212,6 @@ def _speedup(asked: Sequence[Asked], mode: ReuseMode) -> float:
     """Time to the first token without reuse, over that in a mode; of medians."""
     off, own = (median(e.replies[m].report.ttft_ms for e in asked) for m in ("off", mode))
     return off / own
-
-
-def _share(count: int, total: int) -> str:
-    return f"{count} of {total}"
 
 
 def _time(time_ms: float) -> str:

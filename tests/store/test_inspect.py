@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from pcache_core import DiskStore, OptionError, StoreError
 from pcache_core.kv.key import KeySpace
 from pcache_core.store.inspect import Selection, clear_states, stored_states
-from pcache_integrations.cli_store import app
+from pcache_integrations.cli import app
 from stored_states import SPACE, make
 
 OTHER_MODEL = KeySpace("b" * 64, "torch.float32", "default", model_name="other/model")

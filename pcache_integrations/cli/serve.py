@@ -13,19 +13,17 @@ from typing import Annotated
 import typer
 
 from pcache_core.errors import ModelError, OptionError
-from pcache_integrations.cli_texts import PREAMBLE_HELP
+from pcache_integrations.cli.options import TOY, Dtype, PreambleFile
 
 
 def serve(  # noqa: PLR0913 (each is an option of the command)
     store: Annotated[
         str, typer.Option(help="A folder or a server's URL, where states are kept and found.")
     ],
-    model: Annotated[
-        str, typer.Option(help="A built-in model, a directory or a hub id.")
-    ] = "builtin:tiny-rag",
+    model: Annotated[str, typer.Option(help="A built-in model, a directory or a hub id.")] = TOY,
     namespace: Annotated[str, typer.Option(help="Whose states are used.")] = "default",
-    preamble: Annotated[Path | None, typer.Option(help=PREAMBLE_HELP)] = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
+    preamble: PreambleFile = None,
+    dtype: Dtype = "auto",
     host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen at.")] = 8000,
     python: Annotated[

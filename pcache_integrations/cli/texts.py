@@ -12,10 +12,6 @@ from pcache_core.errors import OptionError
 _PLAIN = (".txt", ".md")
 _LINES = (".jsonl", ".ndjson")
 _FIELDS = ("text", "page_content", "content")
-PREAMBLE_HELP = (
-    'A JSON file of what documents are encoded after, {"opening": "...", "company": ["...", ...]}, '
-    "instead of the model's own: the same one for whoever uses the store."
-)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,9 @@ import typer
 from pcache_core import Preamble, PromptCacheEngine, Segment
 from pcache_core.params import DEFAULT_MODEL
 from pcache_integrations._engines import lasting_store, load_lm
-from pcache_integrations.cli_errors import INTERRUPTED, NOT_ALL_DONE
-from pcache_integrations.cli_texts import PREAMBLE_HELP, SourceText, read_texts
+from pcache_integrations.cli.errors import INTERRUPTED, NOT_ALL_DONE
+from pcache_integrations.cli.options import MODEL_HELP, AsJson, Device, Dtype, PreambleFile
+from pcache_integrations.cli.texts import SourceText, read_texts
 
 if TYPE_CHECKING:
     from pcache_core import EncodeReport
@@ -42,9 +43,9 @@ def encode(  # noqa: PLR0913 (each is an option of the command)
     ],
     model: Annotated[
         str,
-        typer.Option(help="A built-in model, a directory, a hub id, a .gguf file or ollama:NAME."),
+        typer.Option(help=MODEL_HELP),
     ] = DEFAULT_MODEL,
-    preamble: Annotated[Path | None, typer.Option(help=PREAMBLE_HELP)] = None,
+    preamble: PreambleFile = None,
     separator: Annotated[
         str,
         typer.Option(
@@ -58,13 +59,13 @@ def encode(  # noqa: PLR0913 (each is an option of the command)
     namespace: Annotated[
         str, typer.Option(help="States are found in their own namespace only.")
     ] = "default",
-    dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1 …")] = "auto",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
     storage_dtype: Annotated[
         str,
         typer.Option(help="Keep numbers as auto, float32, bfloat16, float16 or int8."),
     ] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Precompute the attention states of documents into a store.
 
