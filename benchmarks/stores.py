@@ -2,9 +2,9 @@
 
 Every round measures each way once, in one process, in turn; median and best of each are shown.
 Files are in the page cache. Loading is what a request does: `DiskStore.open_many`, then one pass
-over the file that checks every byte and copies into rows (`--moved`: and turns the keys to
-another position). The yardstick is numpy copying as many bytes, from memory to memory. CPU time is
-this thread's own, whatever else runs on the machine.
+over the file that checks every byte and copies into a request's rows (`--moved`: and turns the
+keys to another position). The yardstick is numpy copying as many bytes, from memory to memory. CPU
+time is this thread's own, whatever else runs on the machine.
 
     python benchmarks/stores.py --tokens 1000 --states 100000
 """

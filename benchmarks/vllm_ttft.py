@@ -31,7 +31,8 @@ import torch
 from pcache_core import Prompt, Report, SamplingParams, Segment
 from pcache_integrations.bench.models import random_llama
 from pcache_integrations.bench.workload import OPENING, Words
-from pcache_integrations.remote import Address, RemoteEngine
+from pcache_integrations.vllm.client import RemoteEngine
+from pcache_integrations.vllm.client_http import Address
 
 ROOT = Path(__file__).parent.parent
 _ONE_TOKEN = SamplingParams(max_tokens=1)

@@ -5,20 +5,17 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
-from pcache_core import CausalLM, DiskStore, MemoryStore, Preamble, PromptCacheEngine, TieredStore
+from pcache_core import CausalLM, Preamble, PromptCacheEngine
+from pcache_core.base_engine import Engine
 from pcache_core.errors import OptionError
 from pcache_core.params import check_repair, check_reuse
-from pcache_core.store import LastingStore, ModuleStore
-from pcache_core.store.packing import check_storage_dtype
-from pcache_core.store.record import StorageDtype
-from pcache_integrations.remote import Address, RemoteEngine
+from pcache_integrations._stores import build_store, check_store
 
-Engine = PromptCacheEngine | RemoteEngine
-"""What answers prompts: a model in this process, or on a server."""
+if TYPE_CHECKING:
+    from pcache_integrations.vllm.client_http import Address
 
 _loaded: WeakValueDictionary[tuple[str, str, str], CausalLM] = WeakValueDictionary()
 _loading = threading.Lock()
@@ -38,63 +35,6 @@ def load_lm(model: str, dtype: str = "auto", device: str = "auto") -> CausalLM:
             lm = CausalLM.from_pretrained(model, dtype=dtype, device=device)
             _loaded[model, dtype, device] = lm
         return lm
-
-
-def check_store(spec: str, storage_dtype: str = "auto") -> None:
-    """Whether `build_store` takes `spec`. No folder is made and no server is asked.
-
-    Raises: OptionError: it does not. DependencyError: a package it needs is not installed.
-    """
-    check_storage_dtype(storage_dtype)
-    if not isinstance(spec, str) or not spec.strip():
-        raise OptionError(
-            f"store={spec!r} must be 'memory', a folder's path, 'redis://host:port/database' or "
-            "the URL of an object store such as 's3://bucket/folder'"
-        )
-    if "://" in spec:
-        _remote_store(spec)
-    elif spec != "memory" and get_close_matches(spec.lower(), ["memory"], cutoff=0.75):
-        raise OptionError(f"store={spec!r}: did you mean 'memory'? A folder is './{spec}'")
-
-
-def build_store(spec: str, storage_dtype: str = "auto") -> ModuleStore:
-    """The store that `spec` names: memory alone, or memory before a folder or a server.
-
-    storage_dtype: how the folder or server keeps numbers; memory keeps what comes.
-
-    Raises: OptionError, DependencyError: as `check_store`. StoreError: the folder can't be made.
-    """
-    check_store(spec)
-    if spec == "memory":
-        return MemoryStore()
-    return TieredStore([MemoryStore(), lasting_store(spec, storage_dtype)])
-
-
-def lasting_store(spec: str, storage_dtype: str = "auto") -> LastingStore:
-    """The folder or server alone: what `put` returned for is there when the process ends.
-
-    Raises: OptionError: `spec` names memory, or is refused by `check_store`. DependencyError: as
-        `check_store`. StoreError: the folder can't be made.
-    """
-    check_store(spec)
-    if spec == "memory":
-        raise OptionError(
-            "store='memory' ends with this process; give a folder such as ./states, "
-            "redis://host:port/database or an object store's URL"
-        )
-    dtype = check_storage_dtype(storage_dtype)
-    return _remote_store(spec, dtype) if "://" in spec else DiskStore(spec, storage_dtype=dtype)
-
-
-def _remote_store(url: str, storage_dtype: StorageDtype = "auto") -> LastingStore:
-    """A store that connects when it is first used; its package is imported only here."""
-    if url.partition("://")[0] in ("redis", "rediss", "valkey", "unix"):
-        from pcache_core.store.redis import RedisStore
-
-        return RedisStore(url, storage_dtype=storage_dtype)
-    from pcache_core.store.object import ObjectStore
-
-    return ObjectStore(url, storage_dtype=storage_dtype)
 
 
 ENGINE_OPTIONS = (
@@ -118,6 +58,8 @@ def server_address(
     """
     if base_url is None:
         return None
+    from pcache_integrations.vllm.client_http import Address
+
     given = {"timeout_s": timeout, "max_retries": max_retries}
     chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     return Address(base_url, api_key, **chosen)
@@ -130,24 +72,7 @@ def describe_engine(engine: Engine, options: Mapping[str, Any]) -> dict[str, Any
         raise OptionError(
             f"engine= brings its own {', '.join(twice)}; leave {'them' if twice[1:] else 'it'} out"
         )
-    if isinstance(engine, RemoteEngine):
-        return {
-            "model": engine.lm.name,
-            "base_url": engine.address.base_url,
-            "namespace": engine.namespace,
-            "preamble": engine.preamble,
-            "reuse": engine.reuse,
-        }
-    return {
-        "model": engine.lm.name,
-        "dtype": str(engine.lm.dtype).removeprefix("torch."),
-        "device": str(engine.lm.device),
-        "namespace": engine.namespace,
-        "preamble": engine.preamble,
-        "repair": engine.repair,
-        "storage_dtype": getattr(engine.store, "storage_dtype", "auto"),
-        "reuse": engine.reuse,
-    }
+    return engine.settings()
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,29 +129,25 @@ def build_engine(options: EngineOptions) -> Engine:
     with _building:
         engine = _built.get(options)
         if engine is None:
-            engine = _built[options] = _remote(options) if options.server else _local(options)
+            engine = _built[options] = _new(options)
         return engine
 
 
-def _local(options: EngineOptions) -> PromptCacheEngine:
+def _new(options: EngineOptions) -> Engine:
+    own: dict[str, Any] = {
+        "reuse": check_reuse(options.reuse),
+        "namespace": options.namespace,
+        "preamble": options.preamble,
+    }
+    if options.server is not None:
+        from pcache_integrations.vllm.client import RemoteEngine
+
+        return RemoteEngine(options.server, options.model, **own)
     return PromptCacheEngine(
         load_lm(options.model, options.dtype, options.device),
         store=build_store(options.store, options.storage_dtype),
-        reuse=check_reuse(options.reuse),
-        namespace=options.namespace,
-        preamble=options.preamble,
         repair=options.repair,
-    )
-
-
-def _remote(options: EngineOptions) -> RemoteEngine:
-    assert options.server is not None
-    return RemoteEngine(
-        options.server,
-        options.model,
-        reuse=check_reuse(options.reuse),
-        namespace=options.namespace,
-        preamble=options.preamble,
+        **own,
     )
 
 

@@ -23,11 +23,11 @@ from pcache_core import (
     ToolAnswer,
     ToolFormat,
 )
+from pcache_core.base_engine import Engine
 from pcache_core.chat.tools import MOST_CALLS
 from pcache_core.errors import ChatTemplateError, OptionError
 from pcache_core.grammar import close_objects
 from pcache_core.params import ReuseMode, check_reuse
-from pcache_integrations._engines import Engine
 
 SAMPLING = tuple(field.name for field in fields(SamplingParams))
 ToolChoice = str | bool | Mapping[str, Any] | None

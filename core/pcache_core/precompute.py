@@ -43,6 +43,7 @@ def precompute(
     """Encode the texts that the store doesn't have; see `PromptCacheEngine.encode`."""
     started = time.perf_counter()
     lm = library.lm
+    library.follow_weights()
     texts = _checked(texts, "encode")
     if lm.support.kind not in ("relocatable", "position-free"):
         return _nothing(len(texts), started, lm.support.reason)
@@ -74,6 +75,7 @@ def precompute_units(
 ) -> EncodeReport:
     """Encode the units of a schema's prompts; see `PromptCacheEngine.encode_schema`."""
     started = time.perf_counter()
+    library.follow_weights()
     wanted: dict[tuple[Passage, int], list[ModuleTokens]] = {}
     short: set[Passage] = set()
     for tokens in prompts:

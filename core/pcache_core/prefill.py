@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -37,13 +37,13 @@ def prefill(
         repaired = _first_rows(plan)
     watch = lm.watches and plan.request.observes
     logits, attention = _compute(lm, sequence, plan.missing, repaired, watch=watch)
-    report.prefill_ms = _ms_since(started)
+    report.prefill_ms = ms_since(started)
     if plan.repaired and lm.watches:
         started = time.perf_counter()
         repaired = most_attended(plan.stale, attention, plan.repaired)
         after = [row for row in plan.missing if row > repaired[0]]
         logits, _ = _compute(lm, sequence, after, repaired)
-        report.repair_ms = _ms_since(started)
+        report.repair_ms = ms_since(started)
     if repaired:
         for row in repaired:
             sequence.labels[row] = REPAIRED
@@ -53,6 +53,19 @@ def prefill(
         _describe_attention(report, plan, attention)
     sequence.is_filled = True
     return logits, report
+
+
+def follow(
+    lm: CausalLM, sequence: KVSequence, logits: torch.Tensor, token_ids: Sequence[int]
+) -> Iterator[float]:
+    """Yield log probabilities of given tokens, each after those before it.
+
+    logits: [vocab], of the first.
+    """
+    for number, token_id in enumerate(token_ids, 1):
+        yield float(logits.log_softmax(-1)[token_id])
+        if number < len(token_ids):
+            logits = append_token(lm, sequence, token_id)
 
 
 def append_token(lm: CausalLM, sequence: KVSequence, token_id: int) -> torch.Tensor:
@@ -192,5 +205,6 @@ def _segment(piece: Piece, sources: Sequence[Source], preambles: Sequence[int]) 
     )
 
 
-def _ms_since(started: float) -> float:
+def ms_since(started: float) -> float:
+    """Return the milliseconds since `started`, by `time.perf_counter`."""
     return (time.perf_counter() - started) * 1000

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from pcache_core.kv.sequence import COMPUTED, KVSequence, StatesInUse
+from pcache_core.kv.sequence import COMPUTED, NO_WEIGHTS, KVSequence, StatesInUse
 from pcache_core.lm import CausalLM
 from pcache_core.request import Request
 
@@ -22,7 +22,7 @@ class PrefixCache:
     A row can be taken over when every row up to it holds the same token in the same position, and
     either was computed with full sight or came from a state that the new prompt uses in the same
     place. Repaired rows were chosen by a question, so they serve only a prompt that continues
-    after that question.
+    after that question. Weights that have changed make every row useless.
 
     budget_bytes: how much finished sequences may hold; the one that finished last is kept whatever
         its size. Thread-safe.
@@ -56,10 +56,12 @@ class PrefixCache:
             self._in_use.leave(keys)
 
     def clear(self) -> None:
-        """Forget the sequences of finished requests."""
+        """Forget the sequences of finished requests, and of running ones when these end."""
         with self._lock:
             self._idle.clear()
             self._idle_nbytes = 0
+            for sequence in self._running:
+                sequence.weights = NO_WEIGHTS
 
     @property
     def nbytes(self) -> int:
@@ -78,6 +80,8 @@ class PrefixCache:
         lent = sum(state.num_rows for state in request.states if not state.is_opening)
         capacity = request.capacity - (lent if lends else 0)
         with self._lock:
+            for sequence in [other for other in self._idle if other.weights < request.weights]:
+                self._take(sequence)
             best, rows = self._best_match(request)
             if best is not None and _may_continue(best, rows, capacity):
                 sequence = self._take(best)
@@ -86,6 +90,7 @@ class PrefixCache:
                 sequence = self._new(max(capacity, held), keep=best)
                 if best is not None:
                     sequence.copy_from(best, rows)
+            sequence.weights = request.weights
             self._running.add(sequence)
         sequence.shorten(whole_prefix(request, rows))
         sequence.lender = self._in_use if lends else None
@@ -100,8 +105,11 @@ class PrefixCache:
         is_unstable = self._lm.support.is_beyond_stable(sequence.end)
         if request.reuse == "off" or is_unstable or not sequence.is_filled:
             sequence.shorten(0)
+        weights = self._lm.weights_version
         with self._lock:
             self._running.discard(sequence)
+            if sequence.weights != weights:
+                return
             self._idle.insert(len(self._idle) if sequence.token_ids else 0, sequence)
             self._idle_nbytes += sequence.nbytes
             while len(self._idle) > 1 and self._idle_nbytes > self._budget_bytes:
@@ -119,6 +127,8 @@ class PrefixCache:
         best, rows = None, 0
         # Among equals the one used last: the oldest may have to give its buffers.
         for sequence in reversed(self._idle):
+            if sequence.weights != request.weights:
+                continue  # a request that began before the weights changed
             if sequence.token_ids[rows : rows + 1] != token_ids[rows : rows + 1]:
                 continue  # of many sequences, few can hold more than the best so far
             alike = min(len(sequence.token_ids), len(token_ids) - request.fresh_rows)

@@ -6,12 +6,13 @@ is computed for a question is the question alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from pcache_core.chat.messages import Message, render_chat
 from pcache_core.errors import ModelError, PromptError
 from pcache_core.lm import CausalLM
 from pcache_core.prompt import Prompt, Segment
+from pcache_core.report import Report
 
 _INSTRUCTION = "Use the following documents to answer the question.\n\n"
 _SEPARATOR = "\n\n"
@@ -39,6 +40,16 @@ def ranking_prompts(lm: CausalLM, question: str, documents: Sequence[str]) -> li
     if not lm.watches:
         raise ModelError(f"{lm.name} doesn't show its attention and can't rank documents by it")
     return [_prompt(lm, question, part) for part in _parts(lm, question, documents)]
+
+
+def scores_of(reports: Iterable[Report], num_documents: int) -> list[float]:
+    """Return each document's share of the attention, from what was read of `ranking_prompts`."""
+    scores = [0.0] * num_documents
+    for report in reports:
+        for segment in report.segments:
+            if segment.kind == "document" and segment.attention is not None:
+                scores[int(segment.name or 0)] = segment.attention
+    return scores
 
 
 def _prompt(lm: CausalLM, question: str, documents: Sequence[tuple[int, str]]) -> Prompt:

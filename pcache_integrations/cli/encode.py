@@ -13,7 +13,8 @@ import typer
 
 from pcache_core import Preamble, PromptCacheEngine, Segment
 from pcache_core.params import DEFAULT_MODEL
-from pcache_integrations._engines import lasting_store, load_lm
+from pcache_integrations._engines import load_lm
+from pcache_integrations._stores import lasting_store
 from pcache_integrations.cli.errors import INTERRUPTED, NOT_ALL_DONE
 from pcache_integrations.cli.options import MODEL_HELP, AsJson, Device, Dtype, PreambleFile
 from pcache_integrations.cli.texts import SourceText, read_texts

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import sys
-from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from pcache_core.errors import ModelError, OptionError
+from pcache_core.errors import ModelError
 from pcache_integrations.cli.options import TOY, Dtype, PreambleFile
 
 
@@ -38,12 +35,14 @@ def serve(  # noqa: PLR0913 (each is an option of the command)
 
     The model is loaded for it, as the connector has to know its fingerprint and how states turn.
     """
+    from pcache_integrations.vllm.serve import server_options
+
     command = [
         python,
         *("-m", "vllm.entrypoints.openai.api_server"),
         *("--host", host),
         *("--port", str(port)),
-        *_options(model, dtype, store, namespace, preamble),
+        *server_options(model, dtype, store, namespace, preamble),
         *(more or ()),
     ]
     print(shlex.join(command), flush=True)
@@ -55,52 +54,3 @@ def serve(  # noqa: PLR0913 (each is an option of the command)
                 f"{python} can't be run ({error.strerror}); name with --python an interpreter "
                 "that has vLLM"
             ) from error
-
-
-def _options(
-    model: str, dtype: str, store: str, namespace: str, preamble: Path | None
-) -> list[str]:
-    """Options of vLLM's, the connector's among them.
-
-    Raises: ModelError: vLLM can't be served this model's states. OptionError: no such store, or no
-        preamble in the file.
-    """
-    from pcache_core import CausalLM, Preamble
-    from pcache_core.kv.key import KeySpace
-    from pcache_core.lm.loading import resolve
-    from pcache_integrations._engines import check_store
-    from pcache_integrations.vllm.model_card import ModelCard
-
-    if store == "memory":
-        raise OptionError("store='memory' is no other process's; give a folder or a server's URL")
-    check_store(store)
-    KeySpace("", "", namespace)  # refuses a name that is none
-    chosen = {} if preamble is None else {"preamble": asdict(Preamble.of_file(preamble))}
-    card = ModelCard.of(CausalLM.from_pretrained(model, dtype=dtype, device="cpu"))
-    transfer = {
-        "kv_connector": "PromptCacheConnector",
-        "kv_connector_module_path": "pcache_integrations.vllm.connector",
-        "kv_role": "kv_consumer",
-        "kv_load_failure_policy": "recompute",
-        "kv_connector_extra_config": {
-            "store": store if "://" in store else str(Path(store).expanduser().absolute()),
-            "namespace": namespace,
-            "model_card": card.as_dict(),
-            **chosen,
-        },
-    }
-    source = resolve(model)
-    if Path(source).is_file():
-        raise ModelError(
-            f"{source} is a GGUF file, whose weights vLLM would compute with in another way than "
-            "they were encoded with; give a directory or a hub id"
-        )
-    return [
-        *("--model", source),
-        *("--served-model-name", model),
-        *("--dtype", card.dtype),
-        "--disable-hybrid-kv-cache-manager",
-        "--enable-prompt-tokens-details",
-        *("--structured-outputs-config", json.dumps({"backend": "guidance"})),
-        *("--kv-transfer-config", json.dumps(transfer)),
-    ]

@@ -34,7 +34,7 @@ from langchain_core.runnables import Runnable
 from langchain_core.tools import BaseTool
 
 from pcache_core import Prompt
-from pcache_integrations._engines import Engine
+from pcache_core.base_engine import Engine
 from pcache_integrations.calls import Call, as_choice, check_names, core_tool, make_call
 from pcache_integrations.langchain.messages import as_openai, chat_prompt
 from pcache_integrations.langchain.model import CachedModel

@@ -14,7 +14,7 @@ from langchain_core.outputs import GenerationChunk, LLMResult
 from langchain_core.runnables import Runnable, RunnableConfig
 
 from pcache_core import Generation, Message, Prompt
-from pcache_integrations._engines import Engine
+from pcache_core.base_engine import Engine
 from pcache_integrations.calls import usage
 from pcache_integrations.documents import as_data, holds_markup
 from pcache_integrations.langchain.model import CachedModel

@@ -19,8 +19,8 @@ from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_openai_tool
 
 from pcache_core import Message, Prompt, Segment, Tool, ToolCall
+from pcache_core.base_engine import Engine
 from pcache_core.errors import OptionError, PromptError
-from pcache_integrations._engines import Engine
 from pcache_integrations.calls import prompt_from_turns
 from pcache_integrations.langchain.watch import WATCHER
 

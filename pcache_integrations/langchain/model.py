@@ -12,11 +12,11 @@ from langchain_core.prompts import BasePromptTemplate
 from pydantic import Field, SecretStr, ValidationError
 
 from pcache_core import EncodeReport, Preamble
+from pcache_core.base_engine import Engine
 from pcache_core.errors import OptionError
 from pcache_core.params import DEFAULT_MODEL, DEFAULT_REUSE, ReuseMode, SamplingParams
 from pcache_integrations._engines import (
     ENGINE_OPTIONS,
-    Engine,
     EngineHandle,
     EngineOptions,
     describe_engine,

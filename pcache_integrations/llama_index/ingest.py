@@ -13,14 +13,14 @@ from llama_index.core.bridge.pydantic import Field, PrivateAttr, ValidationError
 from llama_index.core.schema import BaseNode, TransformComponent
 from llama_index.core.settings import Settings
 
-from pcache_core import PromptCacheEngine, Segment, TieredStore
+from pcache_core import Segment
+from pcache_core.base_engine import Engine
 from pcache_core.errors import BudgetError, ContextLengthError, OptionError
-from pcache_integrations._engines import ENGINE_OPTIONS, Engine, EngineHandle, EngineOptions
+from pcache_integrations._engines import ENGINE_OPTIONS, EngineHandle, EngineOptions
 from pcache_integrations.calls import check_names
 from pcache_integrations.llama_index.llm import PromptCacheLLM
 from pcache_integrations.llama_index.nodes import encode_documents, given_to
 from pcache_integrations.llama_index.watch import install_handler, node_text
-from pcache_integrations.remote import RemoteEngine
 
 _logger = logging.getLogger(__name__)
 # A forked worker has another: torch's threads do not survive a fork, so it must not run a model.
@@ -97,10 +97,8 @@ class PromptCachePrecompute(TransformComponent):
                 "memory is not shared" if self.store == "memory" else "it was forked",
             )
         else:
-            engine = self._encode(nodes)
-            if isinstance(engine, PromptCacheEngine) and isinstance(engine.store, TieredStore):
-                # Worker processes are killed when they have handed in their nodes.
-                engine.store.flush()
+            # Worker processes are killed when they have handed in their nodes.
+            self._encode(nodes).flush()
         return nodes
 
     async def acall(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
@@ -122,10 +120,7 @@ class PromptCachePrecompute(TransformComponent):
         Loads the model for its fingerprint.
         """
         if self.fingerprint is None:
-            engine = self._handle.get()
-            self.fingerprint = (
-                engine.fingerprint if isinstance(engine, RemoteEngine) else engine.lm.fingerprint
-            )
+            self.fingerprint = self._handle.get().fingerprint
         return super().to_dict(**kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -196,7 +191,6 @@ def _most_tokens(engine: Engine, nodes: Sequence[BaseNode]) -> int:
     if limit is not None:
         preambles = (engine.preamble_for(node_text(node)) for node in nodes)
         limits.append(limit - max(map(len, preambles)))
-    budget = engine.stats().budget_bytes
-    if isinstance(engine, PromptCacheEngine) and budget is not None:
-        limits.append(budget // engine.lm.bytes_per_token)
+    if engine.most_state_tokens is not None:
+        limits.append(engine.most_state_tokens)
     return min(limits)

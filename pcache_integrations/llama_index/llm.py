@@ -24,8 +24,8 @@ from llama_index.core.llms.llm import ToolSelection, default_completion_to_promp
 from llama_index.core.tools import BaseTool
 
 from pcache_core import Chunk, Prompt, Tool
+from pcache_core.base_engine import Engine
 from pcache_core.errors import AnswerError
-from pcache_integrations._engines import Engine
 from pcache_integrations.calls import Call, make_call
 from pcache_integrations.documents import holds_markup
 from pcache_integrations.llama_index.messages import (

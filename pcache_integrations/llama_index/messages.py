@@ -12,10 +12,11 @@ from llama_index.core.base.llms.generic_utils import messages_to_prompt as joine
 from llama_index.core.base.llms.types import ChatMessage, MessageRole, TextBlock
 
 from pcache_core import Message, Prompt, Segment, Tool, ToolCall
+from pcache_core.base_engine import Engine
 from pcache_core.chat.messages import render_chat
 from pcache_core.errors import ChatTemplateError, PromptError
 from pcache_core.prompt import SegmentKind
-from pcache_integrations._engines import Engine, EngineHandle
+from pcache_integrations._engines import EngineHandle
 from pcache_integrations.calls import prompt_from_turns
 from pcache_integrations.documents import in_stretches, settle
 from pcache_integrations.llama_index.templates import TEMPLATE_ROLES, segments_of

@@ -15,11 +15,11 @@ from llama_index.core.schema import BaseNode, NodeWithScore
 from llama_index.core.utils import set_global_tokenizer
 
 from pcache_core import EncodeReport, Preamble
+from pcache_core.base_engine import Engine
 from pcache_core.errors import ChatTemplateError, OptionError
 from pcache_core.params import DEFAULT_MODEL, DEFAULT_REUSE
 from pcache_integrations._engines import (
     ENGINE_OPTIONS,
-    Engine,
     EngineHandle,
     EngineOptions,
     describe_engine,

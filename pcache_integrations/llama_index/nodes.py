@@ -22,8 +22,8 @@ from llama_index.core.schema import BaseNode, NodeWithScore
 from llama_index.core.storage.docstore.types import BaseDocumentStore
 
 from pcache_core import EncodeReport, Prompt
+from pcache_core.base_engine import Engine
 from pcache_core.errors import OptionError
-from pcache_integrations._engines import Engine
 from pcache_integrations.llama_index.watch import DOCUMENTS, node_text, remember
 
 Source = BaseIndex[IndexStruct] | BaseDocumentStore | Iterable[BaseNode | NodeWithScore]

@@ -15,7 +15,7 @@ from corpus import DOCUMENTS
 from pcache_core import DiskStore, MemoryStore, OptionError, StoreError, TieredStore
 from pcache_core.store.object import ObjectStore
 from pcache_core.store.redis import RedisStore
-from pcache_integrations._engines import build_store, check_store
+from pcache_integrations._stores import build_store, check_store
 from pcache_integrations.langchain import PromptCacheLLM
 from pcache_integrations.llama_index import PromptCacheLLM as LlamaIndexLLM
 from redis_server import Server

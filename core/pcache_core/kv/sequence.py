@@ -20,6 +20,9 @@ COMPUTED = ""
 REPAIRED = "*"
 """Label of a row that was computed again, or that stands after such a row."""
 
+NO_WEIGHTS = -1
+"""Version of weights that no model has: what they computed serves nobody."""
+
 
 @dataclass(slots=True, eq=False)
 class KVSequence:
@@ -32,6 +35,7 @@ class KVSequence:
         prompt whose question chose them.
     lender: lends states that other running requests use as well; None where nothing is shared.
     is_filled: whether every row that is noted holds what its label says.
+    weights: version of the weights that computed them, see `CausalLM.weights_version`.
     stock: appends tokens and returns the last one's logits, for a model whose cache is not rows per
         token; its buffers hold nothing.
     """
@@ -45,6 +49,7 @@ class KVSequence:
     repaired_for: int = 0
     lender: StatesInUse | None = None
     is_filled: bool = True
+    weights: int = 0
     stock: Callable[[Sequence[int]], torch.Tensor] | None = None
 
     @property

@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 from weakref import WeakValueDictionary
@@ -28,6 +28,7 @@ from pcache_core.store.search import find_stored
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
 
 _FEWEST_LENT_TOKENS = 16
 
@@ -54,6 +55,21 @@ class Loaded:
     shared_tokens: int
 
 
+_PreambleStates = dict[tuple[tuple[int, ...], tuple[int, ...]], KVState]
+
+
+@dataclass(frozen=True, slots=True)
+class _Names:
+    """What states are called as long as the model's weights stay as they are.
+
+    preambles: keys and values of preambles' parts, by the ids before them and their own.
+    """
+
+    weights: int
+    keys: KeySpace
+    preambles: _PreambleStates = field(default_factory=dict)
+
+
 class ModuleLibrary:
     """States of one model in one namespace, each encoded after the preamble of its text."""
 
@@ -67,10 +83,29 @@ class ModuleLibrary:
         self._lock = threading.Lock()
         self._encoding: dict[ModuleKey, threading.Event] = {}
         self._made: WeakValueDictionary[str, KVState] = WeakValueDictionary()
-        self._preamble_states: dict[tuple[tuple[int, ...], ...], KVState] = {}
-        self._keys = KeySpace(
-            lm.fingerprint, str(lm.dtype), namespace, model_name=lm.name, decode=lm.text.decode
+        self._namespace = namespace
+        self._now = self._names()
+        self._all_keys = {self._now.keys}  # also of weights that the model had before
+
+    def follow_weights(self) -> int:
+        """From now on, name states by the model's weights as they are; return their version."""
+        version = self.lm.weights_version
+        if version != self._now.weights:
+            self._now = self._names()
+            self._all_keys.add(self._now.keys)
+        return version
+
+    def _names(self) -> _Names:
+        lm = self.lm
+        version = lm.weights_version
+        keys = KeySpace(
+            lm.fingerprint,
+            str(lm.dtype),
+            self._namespace,
+            model_name=lm.name,
+            decode=lm.text.decode,
         )
+        return _Names(version, keys)
 
     @property
     def budget_bytes(self) -> int | None:
@@ -117,7 +152,7 @@ class ModuleLibrary:
         """Name the state of a module."""
         passage = module.passage
         fixed = module.position if self._is_fixed else None
-        return self._keys.key(module.preamble_ids, passage.kept_ids, fixed, passage.shape)
+        return self._now.keys.key(module.preamble_ids, passage.kept_ids, fixed, passage.shape)
 
     def contains(self, key: ModuleKey) -> bool:
         """Whether the store has it."""
@@ -192,7 +227,8 @@ class ModuleLibrary:
         elsewhere those after this library's own preambles.
         Raises: StoreError: a folder can't be read.
         """
-        keys = set(find_stored(self._store, self._keys, texts))
+        self.follow_weights()
+        keys = {key for own in self._all_keys for key in find_stored(self._store, own, texts)}
         for token_ids, text in texts.items():
             keys |= {self.key(module) for module in self.modules(Passage(token_ids), text, 0)}
         present = [key for key in keys if self._store.contains(key)]
@@ -202,8 +238,10 @@ class ModuleLibrary:
 
     def clear(self) -> None:
         """Delete every state of this model and namespace in memory and in folders."""
-        for key in list(find_stored(self._store, self._keys)):
-            self._store.delete(key)
+        self._now.preambles.clear()
+        for keys in self._all_keys:
+            for key in list(find_stored(self._store, keys)):
+                self._store.delete(key)
 
     def _open(self, keys: Sequence[ModuleKey]) -> dict[ModuleKey, Opened]:
         """Look states up together; those that are not what was asked for, the store drops."""
@@ -283,40 +321,53 @@ class ModuleLibrary:
     def _encode(
         self, modules: Mapping[ModuleKey, ModuleTokens]
     ) -> Iterator[tuple[ModuleKey, KVState]]:
-        """Encode modules, those after the same preamble together."""
+        """Encode modules, those after the same preamble together.
+
+        What was encoded while the weights changed has no right name and is not stored.
+        """
+        now = self._now
         by_preamble: dict[tuple[int, ...], dict[ModuleTokens, ModuleKey]] = {}
         for key, module in modules.items():
             by_preamble.setdefault(module.preamble_ids, {})[module] = key
         for preamble_ids, keys in by_preamble.items():
-            preamble = self._preamble(preamble_ids)
+            preamble = self._preamble(preamble_ids, now.preambles)
             started = time.perf_counter()
             for module, state in encode_modules(self.lm, preamble, list(keys)):
                 if state.keys[0].device.type != "cpu":
                     state.keys[0].flatten()[-1].item()  # wait until it is computed
                 self._count(module.num_tokens, _ms_since(started))
                 key = keys[module]
-                self._made[key.digest] = state
-                if not self._store.put(key, state):
-                    logger.info("a state of %d bytes does not fit the store", state.nbytes)
+                if key.space != now.keys or self.lm.weights_version != now.weights:
+                    logger.warning("weights changed during a request; a state was not stored")
+                else:
+                    self._made[key.digest] = state
+                    if not self._store.put(key, state):
+                        logger.info("a state of %d bytes does not fit the store", state.nbytes)
                 yield key, state
                 started = time.perf_counter()
 
-    def _preamble(self, token_ids: tuple[int, ...]) -> list[KVState]:
-        """Keys and values of a preamble's opening and of its company, computed once a process."""
+    def _preamble(self, token_ids: tuple[int, ...], known: _PreambleStates) -> list[KVState]:
+        """Keys and values of a preamble's opening and of its company, computed once a process.
+
+        known: those that were computed before, to which these are added.
+        """
         if not token_ids:
             return []
         opening_ids = self.preambles.opening
-        opening = self._preamble_part((), opening_ids).part(0, len(token_ids), 0)
+        opening = self._preamble_part((), opening_ids, known).part(0, len(token_ids), 0)
         if len(token_ids) <= len(opening_ids):
             return [opening]
-        return [opening, self._preamble_part(opening_ids, token_ids[len(opening_ids) :])]
+        company_ids = token_ids[len(opening_ids) :]
+        return [opening, self._preamble_part(opening_ids, company_ids, known)]
 
-    def _preamble_part(self, before: tuple[int, ...], token_ids: tuple[int, ...]) -> KVState:
-        state = self._preamble_states.get((before, token_ids))
+    def _preamble_part(
+        self, before: tuple[int, ...], token_ids: tuple[int, ...], known: _PreambleStates
+    ) -> KVState:
+        state = known.get((before, token_ids))
         if state is None:
             module = ModuleTokens(Passage(token_ids), before, len(before))
-            ((_, state),) = encode_modules(self.lm, self._preamble(before), [module])
-            self._preamble_states[before, token_ids] = state
+            ((_, state),) = encode_modules(self.lm, self._preamble(before, known), [module])
+            known[before, token_ids] = state
         return state
 
     def _count(self, tokens: int, elapsed_ms: float) -> None:

@@ -25,9 +25,9 @@ from pcache_core.lm.probe import Support, probe
 from pcache_core.lm.sampling import Sampler
 from pcache_core.lm.stock import StockRun, own_cache_works
 from pcache_core.lm.structure import context_length
-from pcache_core.lm.tokenizer import SegmentTokenizer
+from pcache_core.lm.text_model import TextModel
+from pcache_core.lm.weights import Weights
 from pcache_core.params import SamplingParams
-from pcache_core.prompt import Segment
 
 if TYPE_CHECKING:
     from pcache_core.lm.constraint import GrammarCompiler
@@ -54,7 +54,7 @@ def _part_tokens(model: PreTrainedModel) -> int:
     return 512 if model.num_parameters() < _LARGE_ON_CPU else 128
 
 
-class CausalLM:
+class CausalLM(TextModel):
     """An unmodified transformers model, tested when it is loaded.
 
     support: what the self-test found. context_length: most positions, None without a limit.
@@ -79,15 +79,14 @@ class CausalLM:
                 f"model {type(model).__name__} needs its tokenizer, got "
                 f"{type(tokenizer).__name__}; load it with AutoTokenizer.from_pretrained"
             )
-        self.model: PreTrainedModel = model.eval()
-        self.tokenizer = tokenizer
-        self.text: SegmentTokenizer = SegmentTokenizer(tokenizer)
         path = getattr(model.config, "_name_or_path", "")
-        self.name: str = name or path or type(model).__name__
-        self.context_length: int | None = context_length(model)
+        super().__init__(tokenizer, name or path or type(model).__name__, context_length(model))
+        self.model: PreTrainedModel = model.eval()
         with _lock_of(model):
             self.support: Support = probe(model)
         self._lock = _lock_of(model)
+        self._weights = Weights(model)
+        self._named: tuple[int, str] | None = None
         self._forwards = ForwardQueue(self._compute, self._joins, _part_tokens(model))
         self._compiler: GrammarCompiler | None = None
         if not self.support.reuses_modules:
@@ -159,10 +158,23 @@ class CausalLM:
         """Whether a batch's `attention` is filled by a forward."""
         return self.encodes_many
 
-    @cached_property
+    @property
+    def weights_version(self) -> int:
+        """A number of the weights as they are now; looking costs a millisecond or less.
+
+        It is another one after a training step, after adapters were loaded, set or merged, and
+        after modules or parameters were replaced or changed in place.
+        """
+        return self._weights.version()
+
+    @property
     def fingerprint(self) -> str:
-        """Digest of configuration and weights; reads every weight once."""
-        return fingerprint(self.model)
+        """Digest of configuration and weights; reads every weight, again only if some changed."""
+        with self._lock:
+            while self._named is None or self._named[0] != self.weights_version:
+                version = self.weights_version
+                self._named = version, fingerprint(self.model)
+            return self._named[1]
 
     @cached_property
     def end_ids(self) -> frozenset[int]:
@@ -173,14 +185,6 @@ class CausalLM:
         for value in found:
             ids.update(value if isinstance(value, list) else [] if value is None else [value])
         return frozenset(ids)
-
-    def token_ids(self, text: str) -> list[int]:
-        """Ids of a text alone, without special tokens added."""
-        return list(self.text.ids(Segment(text, "text")))
-
-    def count_tokens(self, text: str) -> int:
-        """Tokens of a text alone, without special tokens added."""
-        return len(self.token_ids(text))
 
     def new_buffers(self, capacity: int) -> KVBuffers:
         """Fresh buffers for `capacity` tokens."""
@@ -237,12 +241,6 @@ class CausalLM:
                 f"the tokenizer gives id {max(token_ids)}, {self.name} has embeddings for {known}; "
                 "call model.resize_token_embeddings(len(tokenizer)), or use its own tokenizer"
             )
-
-    def stop_ids(self, stop: Sequence[str]) -> frozenset[int]:
-        """Ids of stop strings that are special tokens: their text never appears in an answer."""
-        tokenizer = self.tokenizer
-        special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
-        return frozenset(special[text] for text in stop if text in special)
 
     def _joins(self, batch: Batch) -> bool:
         """Whether a batch may be cut, and share a forward with others."""

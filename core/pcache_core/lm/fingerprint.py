@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from pcache_core.kv.key import digest
+from pcache_core.lm.weights import adapter_settings
 
 _CHUNK = 2**20
 # Where the model came from and how it is run do not change what it computes.
@@ -18,7 +19,7 @@ _IRRELEVANT = (
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """SHA-256 over the configuration and, for each tensor, a checksum of all its bits.
+    """SHA-256 over the configuration, a checksum of all bits of each tensor, and active adapters.
 
     The checksum weights each element's bits by its place, so that no exchange goes unseen; weights
     are read once, where they are.
@@ -28,6 +29,7 @@ def fingerprint(model: PreTrainedModel) -> str:
     for name, tensor in sorted(model.state_dict().items()):
         fields += [name.encode(), str(tuple(tensor.shape)).encode(), str(tensor.dtype).encode()]
         fields.append(str(_checksum(tensor)).encode())
+    fields += [setting.encode() for setting in adapter_settings(model)]
     return digest(fields)
 
 

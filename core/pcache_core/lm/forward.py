@@ -131,7 +131,22 @@ class ModelCall:
             arguments.pop("position_ids", None)
         if self._keeps_some:
             arguments["logits_to_keep"] = 1 if len(last) == 1 else last
-        return self._model(**arguments, use_cache=True)
+        device_type = self._model.device.type
+        with _evaluating(self._model), torch.autocast(device_type, enabled=False):
+            return self._model(**arguments, use_cache=True)
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, nothing is dropped at random, also amid a training loop."""
+    training = [module for module in model.modules() if module.training] if model.training else []
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def last_logits(output: Any, last: torch.Tensor) -> list[torch.Tensor]:

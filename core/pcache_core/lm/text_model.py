@@ -1,4 +1,4 @@
-"""A model that runs on a server: here are its tokenizer and what the server says of it."""
+"""Text to token ids and back: what every model has, also one that runs on a server."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from pcache_core.lm.tokenizer import SegmentTokenizer
 from pcache_core.prompt import Segment
 
 
-class ServedModel:
-    """Text to token ids and back, as the model that the server runs has it.
+class TextModel:
+    """A model, as far as its tokenizer knows it.
 
-    context_length: most tokens of a prompt and its answer together.
+    context_length: most tokens that it holds, None without a limit.
     """
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, name: str, context_length: int | None
     ) -> None:
-        self.tokenizer = tokenizer
-        self.text = SegmentTokenizer(tokenizer)
-        self.name = name
-        self.context_length = context_length
+        self.tokenizer: PreTrainedTokenizerBase = tokenizer
+        self.text: SegmentTokenizer = SegmentTokenizer(tokenizer)
+        self.name: str = name
+        self.context_length: int | None = context_length
 
-    @classmethod
-    def from_pretrained(cls, name: str, context_length: int | None) -> ServedModel:
+    @staticmethod
+    def without_weights(name: str, context_length: int | None) -> TextModel:
         """Load the tokenizer of a built-in model, a directory, a hub id or a GGUF file; no weights.
 
         Raises: ModelError: there is none.
@@ -35,18 +35,18 @@ class ServedModel:
         path = Path(name).expanduser()
         # A directory without weights will do here.
         source = str(path) if path.is_dir() and (path / "config.json").is_file() else resolve(name)
-        return cls(load_tokenizer(name, source), name, context_length)
+        return TextModel(load_tokenizer(name, source), name, context_length)
 
     def token_ids(self, text: str) -> list[int]:
-        """Ids of a text alone, without special tokens added."""
+        """Return the ids of a text alone, without special tokens added."""
         return list(self.text.ids(Segment(text, "text")))
 
     def count_tokens(self, text: str) -> int:
-        """Tokens of a text alone, without special tokens added."""
+        """Count the tokens of a text alone, without special tokens added."""
         return len(self.token_ids(text))
 
-    def stop_ids(self, stop: Sequence[str]) -> list[int]:
-        """Ids of stop strings that are special tokens: their text never appears in an answer."""
+    def stop_ids(self, stop: Sequence[str]) -> frozenset[int]:
+        """Return the ids of stop strings that are special tokens: no answer spells their text."""
         tokenizer = self.tokenizer
         special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
-        return [special[text] for text in stop if text in special]
+        return frozenset(special[text] for text in stop if text in special)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pcache_core.kv.key import ModuleKey
@@ -21,7 +23,8 @@ from pcache_integrations.vllm.protocol import (
     parse_run,
     parse_runs,
 )
-from pcache_integrations.vllm.tally import Tally
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +45,6 @@ class Filling:
 class Load:
     """Tokens `start … stop` of a request, which are in these blocks, come from states."""
 
-    request_id: str
     start: int
     stop: int
     block_ids: tuple[int, ...]
@@ -59,22 +61,6 @@ class Save:
     block_ids: tuple[int, ...] = ()
 
 
-@dataclass(slots=True)
-class Step:
-    """What the workers do beside one forward: loads before it, saves after it."""
-
-    loads: list[Load] = field(default_factory=list)
-    saves: list[Save] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """What covers a prompt after its first `start` tokens, without a gap."""
-
-    start: int
-    runs: list[Run]
-
-
 _AT_ONCE = 8
 _FOREIGN = "the key is not that of these tokens, this model, preamble and namespace"
 
@@ -83,7 +69,8 @@ class Planner:
     """Decides for each request, from what its client sent and what the store has.
 
     A request's parameters are never trusted: a key must be the one that the prompt's own tokens
-    make, with this model and namespace and one of these preambles.
+    make, with this model and namespace and one of these preambles. Whatever else they hold is
+    counted, and the prompt computed: nothing raises here, as an error would end vLLM's scheduler.
 
     description: of the connector, as clients get it, with nothing refused yet.
     """
@@ -101,101 +88,96 @@ class Planner:
         self._preambles = preambles
         self._block_tokens = block_tokens
         self._threads = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="pcache-ask")
-        self._tally = Tally()
-        self._plans: dict[str, _Plan] = {}
+        self._refused: Counter[str] = Counter()
+        # What covers a request's prompt after so many computed tokens, without a gap.
+        self._plans: dict[str, tuple[int, list[Run]]] = {}
         self._wanted: dict[str, Save] = {}
-        self._step = Step()
+        self._loads: list[Load] = []
+        self._saves: list[Save] = []
 
     def add(self, request: Any) -> None:
         """Take note of what a new request wants to be kept."""
-        wish = _params(request).get(SAVE)
-        if wish is None:
+        params = _params(request)
+        if SAVE not in params:
             return
         try:
-            run = self._checked_save(request, wish)
+            run = self._checked_save(request, params)
         except ProtocolError as error:
-            self._tally.add("a state that can't be kept was asked for", str(error))
+            refuse(self._refused, "a state that can't be kept was asked for", str(error))
             return
         ids = tuple(request.prompt_token_ids[: run.end])
         self._wanted[request.request_id] = Save(run.start, run.key, ids)
 
     def matched(self, request: Any, computed: int) -> int:
-        """How many tokens after the first `computed` states cover."""
-        plan = self._plans.get(request.request_id)
-        if plan is None or plan.start != computed:
-            plan = _Plan(computed, self._plan(request, computed))
-            self._plans[request.request_id] = plan
-        reached = max((run.end for run in plan.runs), default=computed)
+        """Count the tokens after the first `computed` that states cover."""
+        start, runs = self._plans.get(request.request_id, (-1, []))
+        if start != computed:
+            runs = self._plan(request, computed)
+            self._plans[request.request_id] = (computed, runs)
+        reached = runs[-1].end if runs else computed
         # The last token is always computed, for its logits.
         limit: int = min(reached, request.num_prompt_tokens - 1)
         return max(0, limit - computed)
 
-    def allocated(self, request: Any, block_ids: Sequence[int], computed: int, tokens: int) -> None:
-        """Load `tokens` after the first `computed` in the next step; they have these blocks."""
-        plan = self._plans.pop(request.request_id, None)
-        if plan is None or not tokens:
-            return
-        assert plan.start == computed, "the scheduler asks before it allocates"
-        stop = computed + tokens
-        blocks = tuple(block_ids[: -(-stop // self._block_tokens)])
-        fillings = tuple(_fillings(plan.runs, request.prompt_token_ids, computed, stop))
-        self._step.loads.append(Load(request.request_id, computed, stop, blocks, fillings))
+    def allocated(self, request: Any, block_ids: Sequence[int], tokens: int) -> None:
+        """Load the first `tokens` of what was matched in the next step; they have these blocks."""
+        start, runs = self._plans.pop(request.request_id, (0, []))
+        if tokens:
+            stop = start + tokens
+            blocks = tuple(block_ids[: -(-stop // self._block_tokens)])
+            fillings = tuple(_fillings(runs, request.prompt_token_ids, start, stop))
+            self._loads.append(Load(start, stop, blocks, fillings))
 
     def computed(self, request_id: str, tokens: int, block_ids: Sequence[int]) -> None:
         """Know that a request's first `tokens` will be computed by the end of this step."""
         save = self._wanted.get(request_id)
         if save is not None and tokens >= len(save.token_ids):
             del self._wanted[request_id]
-            self._step.saves.append(replace(save, block_ids=tuple(block_ids)))
+            self._saves.append(replace(save, block_ids=tuple(block_ids)))
 
     def waits_for(self, request_id: str) -> bool:
         """Whether `computed` wants to hear of it."""
         return request_id in self._wanted
 
-    def take_step(self) -> Step:
-        """What the workers do in this step."""
-        step, self._step = self._step, Step()
+    def take_step(self) -> tuple[list[Load], list[Save]]:
+        """Return what workers load before the next forward, and what they keep after it."""
+        step = self._loads, self._saves
+        self._loads, self._saves = [], []
         return step
 
     def finished(self, request: Any) -> dict[str, Any] | None:
-        """The parameters of a request's answer."""
+        """Return the parameters of a request's answer."""
         self._plans.pop(request.request_id, None)
         self._wanted.pop(request.request_id, None)
-        if LOAD not in _params(request):
-            return None
-        return self.describe().as_dict()
+        return self.describe().as_dict() if LOAD in _params(request) else None
 
     def describe(self) -> Description:
-        """What clients have to know."""
-        return replace(self._description, refused=self._tally.counts)
+        """Return what clients have to know."""
+        return replace(self._description, refused=self._refused)
 
     def _plan(self, request: Any, computed: int) -> list[Run]:
-        wish = _params(request).get(LOAD)
-        if not wish:
+        params = _params(request)
+        if LOAD not in params or params[LOAD] == []:
             return []
         try:
-            runs = self._checked_runs(request, wish)
+            runs = parse_runs(params[LOAD], request.num_prompt_tokens, self._preambles)
+            salt = fast_salt(self._space.namespace)
+            if request.cache_salt != salt:
+                raise ProtocolError(f"the request's cache_salt must be {salt!r}")
+            _check_plain(request)
         except ProtocolError as error:
-            self._tally.add("states were asked for in a way that is not understood", str(error))
+            reason = "states were asked for in a way that is not understood"
+            refuse(self._refused, reason, str(error))
             return []
         useful = [run for run in runs if run.end > computed]
-        there = self._there(self._keys(useful, request.prompt_token_ids))
-        return cover(useful, computed, lambda run: run in there)
+        return cover(self._there(self._keys(useful, request.prompt_token_ids)), computed)
 
-    def _checked_runs(self, request: Any, wish: object) -> tuple[Run, ...]:
-        runs = parse_runs(wish, request.num_prompt_tokens, self._preambles)
-        salt = fast_salt(self._space.namespace)
-        if request.cache_salt != salt:
-            raise ProtocolError(f"the request's cache_salt must be {salt!r}")
-        _check_plain(request)
-        return runs
-
-    def _checked_save(self, request: Any, wish: object) -> Run:
-        run = parse_run(wish, request.num_prompt_tokens, self._preambles)
+    def _checked_save(self, request: Any, params: Mapping[str, Any]) -> Run:
+        run = parse_run(params[SAVE], request.num_prompt_tokens, self._preambles)
         _check_plain(request)
         if not self._description.saves:
             raise ProtocolError("this server keeps no states; several workers share a model")
-        if request.cache_salt == fast_salt(self._space.namespace) or LOAD in _params(request):
+        if request.cache_salt == fast_salt(self._space.namespace) or LOAD in params:
             raise ProtocolError("what was made of states is not kept as one")
         before = tuple(request.prompt_token_ids[: run.start])
         if before != self._preambles[run.preamble] or run.tail:
@@ -205,18 +187,32 @@ class Planner:
         return run
 
     def _keys(self, runs: Sequence[Run], prompt_ids: Sequence[int]) -> dict[Run, ModuleKey]:
-        """The runs' keys; runs that name another's are left out."""
+        """Make the runs' keys; leave out those that name another's."""
         keys = {run: run.module_key(prompt_ids, self._preambles, self._space) for run in runs}
-        foreign = [run for run, key in keys.items() if key.digest != run.key]
-        for run in foreign:
+        for run in [run for run, key in keys.items() if key.digest != run.key]:
             del keys[run]
-            self._tally.add("a state was asked for by a wrong key", _FOREIGN)
+            refuse(self._refused, "a state was asked for by a wrong key", _FOREIGN)
         return keys
 
-    def _there(self, keys: Mapping[Run, ModuleKey]) -> set[Run]:
-        """The runs whose states the store has; nothing is read, several are asked for at once."""
+    def _there(self, keys: Mapping[Run, ModuleKey]) -> list[Run]:
+        """Return the runs whose states the store has; none is read, several are asked for at once.
+
+        A store that can't be asked has none.
+        """
         answers = self._threads.map(self._store.contains, keys.values())
-        return {run for run, is_there in zip(keys, answers, strict=True) if is_there}
+        return [run for run, is_there in zip(keys, answers, strict=True) if is_there]
+
+
+def refuse(counts: Counter[str], reason: str, detail: str) -> None:
+    """Count what was not done as asked; log the 1st, 10th, 100th … of a reason.
+
+    reason: the same for all of a kind. detail: of this one.
+    """
+    counts[reason] += 1
+    if str(counts[reason]).strip("0") == "1":
+        logger.warning(
+            "prompt cache: %s (%s); computed as usual, %d so far", reason, detail, counts[reason]
+        )
 
 
 def _params(request: Any) -> Mapping[str, Any]:
@@ -235,7 +231,7 @@ def _check_plain(request: Any) -> None:
 def _fillings(
     runs: Sequence[Run], prompt_ids: Sequence[int], start: int, stop: int
 ) -> list[Filling]:
-    """What fills tokens `start … stop`; runs may reach beyond both."""
+    """Return what fills tokens `start … stop`; runs may reach beyond both."""
     fillings = []
     for run in runs:
         first, last = max(run.start, start), min(run.end, stop)

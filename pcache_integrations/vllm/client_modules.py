@@ -13,16 +13,20 @@ from dataclasses import dataclass, replace
 from pcache_core.errors import ContextLengthError
 from pcache_core.kv.key import KeySpace
 from pcache_core.library.preamble import Preamble, PreambleIds
-from pcache_core.lm import ServedModel
+from pcache_core.lm import TextModel
 from pcache_core.prompt import Prompt, Segment
 from pcache_core.tokens import TokenisedPrompt
-from pcache_integrations.vllm.protocol import Run, named_preambles
+from pcache_integrations.vllm.protocol import (
+    LEAST_MODULE_TOKENS,
+    MOST_TAIL_TOKENS,
+    Run,
+    named_preambles,
+)
 
 USUAL_SEPARATOR = "\n\n"
 """What documents are encoded with before any prompt shows how it separates them."""
 
 _MOST_SEPARATOR_CHARACTERS = 32
-_MOST_TAIL_TOKENS = 64
 _MIN_LITERAL_TOKENS = 64
 
 
@@ -44,7 +48,7 @@ class Module:
         return len(self.preamble_ids) + len(self.token_ids)
 
     def key(self, space: KeySpace) -> str:
-        """The digest that names its state."""
+        """Return the digest that names its state."""
         return space.key(self.preamble_ids, self.token_ids, None).digest
 
 
@@ -54,27 +58,27 @@ class ModuleMaker:
     context_length: the model's most positions, None without a limit; the server may take fewer.
     """
 
-    def __init__(self, lm: ServedModel, preamble: Preamble, context_length: int | None) -> None:
+    def __init__(self, lm: TextModel, preamble: Preamble, context_length: int | None) -> None:
         self.preambles = PreambleIds(lm.text, context_length, preamble)
         self.by_name = named_preambles(self.preambles)
         self._lm = lm
         self._context_length = context_length
 
     def module(self, segment: Segment, *, is_first: bool) -> Module | None:
-        """As `ModuleLibrary.module`: None where it does not fit after its preamble."""
+        """Make a module, as `ModuleLibrary` does; None where it does not fit after its preamble."""
         name = "opening" if is_first else self.preambles.name_for(segment.text)
         module = Module(name, self.by_name[name], tuple(self._lm.text.ids(segment)))
         limit = self._context_length
         return module if limit is None or module.end <= limit else None
 
     def modules(self, segment: Segment) -> list[Module]:
-        """All that a prompt may want, as its first one and later, and the server can encode."""
+        """Make those that prompts may want, first and later ones, and the server can encode."""
         both = (self.module(segment, is_first=is_first) for is_first in (True, False))
         most = self._lm.context_length
         return [each for each in both if each and (most is None or each.end < most)]
 
     def encodable(self, segment: Segment) -> list[Module]:
-        """`modules`, at least one. Raises: ContextLengthError: the server can encode none."""
+        """Make `modules`, at least one. Raises: ContextLengthError: the server can encode none."""
         found = self.modules(segment)
         if not found:
             raise ContextLengthError(
@@ -85,21 +89,13 @@ class ModuleMaker:
         return found
 
 
-@dataclass(frozen=True, slots=True)
-class Joined:
-    """A prompt whose documents end in the separator after them.
-
-    separators: what was joined to each segment; empty for the others.
-    """
-
-    prompt: Prompt
-    separators: tuple[str, ...]
-
-
-def join_separators(prompt: Prompt, holds_special: Callable[[str], bool]) -> Joined:
+def join_separators(
+    prompt: Prompt, holds_special: Callable[[str], bool]
+) -> tuple[Prompt, tuple[str, ...]]:
     """Join what separates two documents to the first of them.
 
     holds_special: whether a text spells a special token, which in a document would be plain text.
+    Returns: the prompt, and what was joined to each of its segments, empty for most.
     """
     segments: list[Segment] = []
     separators: list[str] = []
@@ -115,11 +111,11 @@ def join_separators(prompt: Prompt, holds_special: Callable[[str], bool]) -> Joi
                 waiting.pop(0)
         segments.append(replace(segment, text=segment.text + separator))
         separators.append(separator)
-    return Joined(Prompt(segments), tuple(separators))
+    return Prompt(segments), tuple(separators)
 
 
 def _separator(following: Sequence[Segment]) -> str:
-    """The text up to the next document, if it is no more than a separator."""
+    """Return the text up to the next document, if it is no more than a separator."""
     text = ""
     for segment in following:
         if segment.kind == "document":
@@ -134,19 +130,18 @@ def _separator(following: Sequence[Segment]) -> str:
 class PromptModules:
     """The states that a prompt could use.
 
-    tokens: of the joined prompt.
+    tokens, separators: of the joined prompt.
     """
 
     def __init__(
-        self, joined: Joined, tokens: TokenisedPrompt, maker: ModuleMaker, min_module_tokens: int
+        self, tokens: TokenisedPrompt, separators: Sequence[str], maker: ModuleMaker
     ) -> None:
-        self._joined = joined
         self._tokens = tokens
+        self._separators = separators
         self._maker = maker
-        self._least = min_module_tokens
 
     def runs(self, space: KeySpace) -> list[Run]:
-        """What to ask the server for, best first."""
+        """Name what to ask the server for, best first."""
         runs = [Run(0, own.used, own.key(space), own.preamble) for own in self._opening()]
         for start, is_first, segments in self._candidates():
             for segment in segments:
@@ -155,13 +150,13 @@ class PromptModules:
                     continue
                 agreed = self._agreed(start, module)
                 tail = module.token_ids[agreed:]
-                if agreed >= self._least and len(tail) <= _MOST_TAIL_TOKENS:
+                if agreed >= LEAST_MODULE_TOKENS and len(tail) <= MOST_TAIL_TOKENS:
                     stop = start + agreed
                     runs.append(Run(start, stop, module.key(space), module.preamble, tail))
         return runs
 
     def modules(self) -> list[Module]:
-        """What to have encoded where the server lacks it: the opening, then each document.
+        """Name what to have encoded where the server lacks it: the opening, then each document.
 
         A document comes first in another prompt, and what is missing there leaves nothing to
         reuse after it. So both of its states are made.
@@ -173,15 +168,15 @@ class PromptModules:
         return own
 
     def _opening(self) -> list[Module]:
-        """The constant opening, however short: what a prompt begins with must not be missing."""
+        """Make the constant opening's, however short: what a prompt begins with must not lack."""
         count = self._tokens.opening
         return [Module("", (), self._tokens.token_ids[:count], count)] if count else []
 
     def _candidates(self) -> Iterator[tuple[int, bool, list[Segment]]]:
-        """Each module's place, whether it is the first, and texts that its state may be of."""
-        usual = next((text for text in self._joined.separators if text), USUAL_SEPARATOR)
+        """Yield each module's place, if it is the first, and texts that its state may be of."""
+        usual = next((text for text in self._separators if text), USUAL_SEPARATOR)
         is_first = True
-        for piece, separator in zip(self._tokens.pieces, self._joined.separators, strict=True):
+        for piece, separator in zip(self._tokens.pieces, self._separators, strict=True):
             segment, count = piece.segment, piece.stop - piece.start
             segments = [segment]
             if segment.kind == "document":
@@ -190,13 +185,13 @@ class PromptModules:
                 segments = [replace(segment, text=bare + end) for end in ends]
             elif segment.kind != "literal" or piece.start < self._tokens.opening:
                 continue
-            least = self._least if segment.kind == "document" else _MIN_LITERAL_TOKENS
+            least = LEAST_MODULE_TOKENS if segment.kind == "document" else _MIN_LITERAL_TOKENS
             if count >= least and self._maker.module(segment, is_first=is_first):
                 yield piece.start, is_first, segments
                 is_first = False
 
     def _agreed(self, start: int, module: Module) -> int:
-        """How many of its tokens stand in the prompt from `start` on, the last one left out."""
+        """Count its tokens that stand in the prompt from `start` on, the last one left out."""
         here = self._tokens.token_ids[start:-1]
         pairs = zip(module.token_ids, here, strict=False)
         return next(

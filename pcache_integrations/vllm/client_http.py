@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import ssl
 import time
 import weakref
-from collections.abc import AsyncGenerator, Generator, Mapping
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -66,22 +67,22 @@ class Server:
         weakref.finalize(self, self._client.close)
 
     def models(self) -> list[dict[str, Any]]:
-        """What the server has: `id`, and with vLLM `max_model_len`."""
+        """List what the server has: `id`, and with vLLM `max_model_len`."""
         data = self._checked(self._send("GET", "/v1/models", None)).get("data")
         return list(data) if isinstance(data, list) else []
 
     def complete(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        """One completion, whole."""
+        """Return one completion, whole."""
         return self._checked(self._send("POST", "/v1/completions", body))
 
     def stream(
         self, body: Mapping[str, Any], timeout_s: float | None = None
     ) -> Generator[dict[str, Any], None, None]:
-        """The events of a completion; closing the generator ends it on the server.
+        """Yield the events of a completion; closing the generator ends it on the server.
 
         timeout_s: for all of them. Raises: DeadlineExceededError: it has passed.
         """
-        ends = _Ends(timeout_s)
+        check = _deadline(timeout_s)
         timeout = self._timeout(timeout_s)
         try:
             with self._client.stream(
@@ -91,19 +92,19 @@ class Server:
                     response.read()
                     self._checked(response)
                 for line in response.iter_lines():
-                    ends.check()
+                    check()
                     event = self._event(line)
                     if event is not None:
                         yield event
         except httpx.HTTPError as error:
-            ends.check()
+            check()
             raise self._unreachable(error) from error
 
     async def astream(
         self, body: Mapping[str, Any], timeout_s: float | None = None
     ) -> AsyncGenerator[dict[str, Any], None]:
-        """`stream` in an event loop; a connection of its own, as loops can't share them."""
-        ends = _Ends(timeout_s)
+        """Yield them in an event loop, over a connection of its own: loops can't share one."""
+        check = _deadline(timeout_s)
         timeout = self._timeout(timeout_s)
         transport = httpx.AsyncHTTPTransport(retries=self.address.max_retries, verify=self._verify)
         try:
@@ -115,12 +116,12 @@ class Server:
                     await response.aread()
                     self._checked(response)
                 async for line in response.aiter_lines():
-                    ends.check()
+                    check()
                     event = self._event(line)
                     if event is not None:
                         yield event
         except httpx.HTTPError as error:
-            ends.check()
+            check()
             raise self._unreachable(error) from error
 
     def _send(self, method: str, path: str, body: Mapping[str, Any] | None) -> httpx.Response:
@@ -151,7 +152,7 @@ class Server:
         return httpx.create_ssl_context()
 
     def _event(self, line: str) -> dict[str, Any] | None:
-        """What a line of an event stream says; None for those that say nothing."""
+        """Read a line of an event stream; None for those that say nothing."""
         name, _, data = line.partition(":")
         if name != "data" or data.strip() == _DONE:
             return None
@@ -182,17 +183,15 @@ class Server:
         )
 
 
-class _Ends:
-    """When all of an answer has to be there."""
+def _deadline(timeout_s: float | None) -> Callable[[], None]:
+    """Return what raises DeadlineExceededError when an answer should be there."""
+    ends = math.inf if timeout_s is None else time.monotonic() + timeout_s
 
-    def __init__(self, timeout_s: float | None) -> None:
-        self._timeout_s = timeout_s
-        self._at = None if timeout_s is None else time.monotonic() + timeout_s
+    def check() -> None:
+        if time.monotonic() >= ends:
+            raise too_late(timeout_s)
 
-    def check(self) -> None:
-        """Raises: DeadlineExceededError: the time has passed."""
-        if self._at is not None and time.monotonic() >= self._at:
-            raise too_late(self._timeout_s)
+    return check
 
 
 def _message(content: Mapping[str, Any]) -> str:

@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from pcache_core.errors import ContextLengthError, ModelError
 from pcache_core.generate import TokenScorer
 from pcache_core.grammar import Grammar
-from pcache_core.lm import ServedModel
+from pcache_core.lm import TextModel
 from pcache_core.params import ReuseMode, SamplingParams
 from pcache_core.report import Report, SegmentReport, Source
 from pcache_core.results import Chunk, TokenLogprob
 from pcache_core.tokens import Piece, TokenisedPrompt
-from pcache_integrations.remote.modules import Module
+from pcache_integrations.vllm.client_modules import Module
 from pcache_integrations.vllm.protocol import LOAD, Run, exact_salt, fast_salt
 
 _LEAST_TEMPERATURE = 1e-5
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class RemoteRequest:
+class ServedRequest:
     """A checked request.
 
     reuse: the mode that can run. runs: the states to ask for. modules: what to have encoded if the
@@ -38,8 +39,8 @@ class RemoteRequest:
     runs: Sequence[Run] = ()
     modules: Sequence[Module] = ()
 
-    def body(self, lm: ServedModel) -> dict[str, Any]:
-        """As the server's completions take it.
+    def body(self, lm: TextModel) -> dict[str, Any]:
+        """Return it as the server's completions take it.
 
         Raises: ContextLengthError: the prompt leaves no room for an answer.
         """
@@ -62,7 +63,7 @@ class RemoteRequest:
             "min_p": params.min_p,
             "repetition_penalty": params.repetition_penalty,
             "stop": list(params.stop),
-            "stop_token_ids": [*params.stop_token_ids, *lm.stop_ids(params.stop)],
+            "stop_token_ids": [*params.stop_token_ids, *sorted(lm.stop_ids(params.stop))],
             "return_token_ids": True,
             "stream": True,
             "stream_options": {"include_usage": True},
@@ -89,7 +90,7 @@ class RemoteRequest:
 
 
 def _structured(grammar: Grammar) -> dict[str, Any]:
-    """As vLLM's guidance backend takes it: a JSON schema, or Lark."""
+    """Return it as vLLM's guidance backend takes it: a JSON schema, or Lark."""
     if not grammar.source.startswith("{"):
         return {"grammar": grammar.source}
     (own,) = json.loads(grammar.source)["grammars"]
@@ -100,13 +101,14 @@ def _structured(grammar: Grammar) -> dict[str, Any]:
 class Answer:
     """Turns a stream's events into chunks, and in the end into a report.
 
-    cached_tokens: of the prompt, that the server did not compute; known at the end.
+    started: when the request was made, by `time.perf_counter`.
     """
 
-    request: RemoteRequest
-    lm: ServedModel
-    cached_tokens: int = 0
-    ttft_ms: float = 0.0
+    request: ServedRequest
+    lm: TextModel
+    started: float
+    _ttft_ms: float = 0.0
+    _cached: int = 0
     _generated: int = 0
     _finish_reason: Any = None
     _scorer: TokenScorer = field(init=False)
@@ -114,23 +116,21 @@ class Answer:
     def __post_init__(self) -> None:
         self._scorer = TokenScorer(self.lm.text.decode, self.request.params.logprobs)
 
-    def chunk(self, event: Mapping[str, Any], elapsed_ms: float) -> Chunk | None:
-        """What an event adds; None for nothing. elapsed_ms: since the request was made."""
+    def chunks(self, event: Mapping[str, Any]) -> Iterator[Chunk]:
+        """Yield what an event adds, if anything."""
         usage = event.get("usage")
         if usage:
             details = usage.get("prompt_tokens_details") or {}
-            self.cached_tokens = details.get("cached_tokens") or 0
+            self._cached = details.get("cached_tokens") or 0
             self._generated = usage.get("completion_tokens") or 0
-        if not event.get("choices"):
-            return None
-        (choice,) = event["choices"]
-        self.ttft_ms = self.ttft_ms or elapsed_ms
-        self._finish_reason = choice.get("finish_reason") or self._finish_reason
-        ids = tuple(choice.get("token_ids") or ())
-        return Chunk(choice["text"], ids, logprobs=self._logprobs(ids, choice.get("logprobs")))
+        for choice in event.get("choices") or ():
+            self._ttft_ms = self._ttft_ms or (time.perf_counter() - self.started) * 1000
+            self._finish_reason = choice.get("finish_reason") or self._finish_reason
+            ids = tuple(choice.get("token_ids") or ())
+            yield Chunk(choice["text"], ids, logprobs=self._logprobs(ids, choice.get("logprobs")))
 
     def last(self) -> Chunk:
-        """The chunk after all others. Raises: ModelError: the answer is not complete."""
+        """Return the chunk after all others. Raises: ModelError: the answer is not complete."""
         reason = self._finish_reason
         if reason not in ("stop", "length"):
             raise ModelError(f"{self.lm.name}: the server gave the answer up ({reason})")
@@ -156,7 +156,7 @@ class Answer:
 
     def _report(self) -> Report:
         request, total = self.request, len(self.request.tokens.token_ids)
-        cached = min(self.cached_tokens, total)
+        cached = min(self._cached, total)
         return Report(
             segments=tuple(map(self._segment, request.tokens.pieces)),
             prompt_tokens=total,
@@ -164,17 +164,17 @@ class Answer:
             encoded_tokens=0,
             computed_tokens=total - cached,
             reuse=request.reuse,
-            ttft_ms=self.ttft_ms,
-            prefill_ms=self.ttft_ms,
+            ttft_ms=self._ttft_ms,
+            prefill_ms=self._ttft_ms,
             generated_tokens=self._generated,
             fallback_reason=request.fallback_reason,
         )
 
     def _segment(self, piece: Piece) -> SegmentReport:
-        """Most of its tokens' source. Of what states cover, the server says no more than that."""
+        """Name most of its tokens' source; the server says no more of what states cover."""
         source: Source = "computed"
         middle = (piece.start + piece.stop) // 2
-        if piece.start < piece.stop and middle < self.cached_tokens:
+        if piece.start < piece.stop and middle < self._cached:
             covered = any(run.start <= middle < run.end for run in self.request.runs)
             source = "remote" if covered else "prefix"
         segment = piece.segment

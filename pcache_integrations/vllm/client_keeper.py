@@ -9,14 +9,13 @@ import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 
 from tqdm import tqdm
 
 from pcache_core.errors import PromptCacheError
 from pcache_core.report import EncodeReport
-from pcache_integrations.remote.modules import Module
-from pcache_integrations.remote.server import Server
+from pcache_integrations.vllm.client_http import Server
+from pcache_integrations.vllm.client_modules import Module
 from pcache_integrations.vllm.protocol import SAVE, Description, Run, exact_salt
 
 logger = logging.getLogger(__name__)
@@ -27,19 +26,15 @@ _MOST_KNOWN = 100_000
 _ASK_AGAIN_S = 600.0
 
 
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """How much a server was asked to encode."""
-
-    tokens: int = 0
-    elapsed_ms: float = 0.0
-
-
 class Keeper:
-    """Asks a server for states, for each once in ten minutes at most. Thread-safe."""
+    """Asks a server for states, for each once in ten minutes at most. Thread-safe.
+
+    tokens, elapsed_ms: what the server was asked to encode, and how long that took.
+    """
 
     def __init__(self, server: Server, model: str) -> None:
-        self.encoded = Encoded()
+        self.tokens = 0
+        self.elapsed_ms = 0.0
         self._server = server
         self._model = model
         self._threads = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="pcache-keep")
@@ -65,7 +60,7 @@ class Keeper:
         *,
         progress: bool,
     ) -> EncodeReport:
-        """Have encoded what this process has not just asked for; returns when all is kept.
+        """Have encoded what this process has not just asked for; return when all is kept.
 
         modules: of each text that has any.
         Raises: ModelError: the server can't be reached.
@@ -137,11 +132,9 @@ class Keeper:
             with self._lock:
                 self._known.pop(key, None)
             raise
-        elapsed_ms = (time.perf_counter() - started) * 1000
         with self._lock:
-            done = self.encoded
-            tokens = done.tokens + len(module.token_ids)
-            self.encoded = Encoded(tokens, done.elapsed_ms + elapsed_ms)
+            self.tokens += len(module.token_ids)
+            self.elapsed_ms += (time.perf_counter() - started) * 1000
 
     def _keep_quietly(self, connector: Description, module: Module, key: str) -> None:
         try:
