@@ -81,11 +81,11 @@ class Peer:
             )
 
     def load(self, options: LoadOptions) -> None:
-        """Raises: PeerError."""
+        """Load the model. Raises: PeerError."""
         self._call("load", **options._asdict())
 
     def run(self, prompt_ids: Sequence[int], text: str, max_tokens: int) -> dict[str, Any]:
-        """Raises: PeerError: it failed, or read another number of tokens."""
+        """Answer a prompt. Raises: PeerError: it failed, or read another number of tokens."""
         found = self._call("run", prompt_ids=list(prompt_ids), text=text, max_tokens=max_tokens)
         wanted, counted = len(prompt_ids), found["prompt_tokens"]
         if abs(counted - wanted) > (0 if self.library.takes_ids else TEXT_TOLERANCE * wanted):

@@ -107,7 +107,7 @@ def test_inspect_and_clear_say_that_a_server_is_no_folder(tmp_path: Path) -> Non
     for command in ("inspect", "clear"):
         status, text = run(command, "redis://localhost:6379/0")
         assert status == 2
-        assert "is no folder: inspect and clear work on folders" in text
+        assert "is not a folder: inspect and clear work on folders" in text
         assert (
             "no folder of states at"
             in run(command, tmp_path / "none", *["--all"] * (command == "clear"))[1]

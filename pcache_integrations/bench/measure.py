@@ -234,7 +234,7 @@ def _ask(engine: PromptCacheEngine, mode: ReuseMode, answer_tokens: int, prompt:
 
 @contextmanager
 def _engines(lm: CausalLM, options: BenchOptions, size: int) -> Iterator[Engines]:
-    """Engines over an empty store of the tier; what a server was given expires by itself."""
+    """Make engines over an empty store of the tier; what a server was given expires by itself."""
     with TemporaryDirectory(prefix="pcache-bench-") as folder:
         if options.tier == "memory":
             tokens = 2 * size + options.context_tokens

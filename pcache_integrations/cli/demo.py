@@ -63,7 +63,7 @@ def demo(
 
 
 def _demo_model(name: str | None) -> CausalLM:
-    """The model that was named; else the default one, or, where that isn't to be had, the tiny one.
+    """Load the model that was named; else the default one, or, without that, the tiny one.
 
     Raises: ModelError: the one that was named can't be loaded.
     """

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -18,9 +18,6 @@ from pcache_integrations._stores import lasting_store
 from pcache_integrations.cli.errors import INTERRUPTED, NOT_ALL_DONE
 from pcache_integrations.cli.options import MODEL_HELP, AsJson, Device, Dtype, PreambleFile
 from pcache_integrations.cli.texts import SourceText, read_texts
-
-if TYPE_CHECKING:
-    from pcache_core import EncodeReport
 
 _NAMED = 5  # of the texts left out, in the warning
 
@@ -93,14 +90,14 @@ def encode(  # noqa: PLR0913 (each is an option of the command)
         print(json.dumps({"model": model, "store": store, **figures, "left_out": left_out}))
     else:
         print(report)
-    if left_out or not _is_all_done(report):
+    if left_out or report.reason is not None or report.kept != report.encoded:
         raise typer.Exit(NOT_ALL_DONE)
 
 
 def _sort_out(
     engine: PromptCacheEngine, texts: Sequence[SourceText]
 ) -> tuple[list[SourceText], list[str]]:
-    """Texts that can have a state, and where those stand that are too long for one; warns of them.
+    """Return texts that can have a state, and where the longer ones stand; warn of those.
 
     One long text among thousands is no reason to encode none of the others.
     """
@@ -123,7 +120,3 @@ def _sort_out(
             file=sys.stderr,
         )
     return fitting, places
-
-
-def _is_all_done(report: EncodeReport) -> bool:
-    return report.reason is None and report.kept == report.encoded

@@ -152,7 +152,7 @@ def evaluate(  # noqa: PLR0913 (each is an option of the command)
 def _questions(
     model: str, data: Path | None, world: dict[str, Any], count: int | None
 ) -> QuestionSet:
-    """Those of a file, of the corpus, or of the tiny world with the options given for it."""
+    """Read those of a file, of the corpus, or of the tiny world with the options given for it."""
     from pcache_core.evaluation.data import WorldOptions, tiny_world
     from pcache_core.evaluation.files import read_questions
     from pcache_integrations.demo.corpus import Corpus, shipped

@@ -89,8 +89,8 @@ def clear(  # noqa: PLR0913 (one parameter an option)
 def _check_folder(path: Path) -> None:
     if re.match(r"[a-z0-9]+:/", str(path)):  # a URL's second slash is gone from a path
         raise OptionError(
-            f"{str(path)!r} is no folder: inspect and clear work on folders. What a server keeps "
-            "has names that begin with 'pcache:', and goes by its own time limits and tools"
+            f"{str(path)!r} is not a folder: inspect and clear work on folders. What a server "
+            "keeps has names that begin with 'pcache:', and goes by its own time limits and tools"
         )
 
 
@@ -137,7 +137,9 @@ def _seconds(text: str | None) -> float | None:
         return None
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhdw])", text)
     if match is None:
-        raise OptionError(f"--older-than {text!r} is no time; use such as 90s, 30m, 12h, 7d, 4w")
+        raise OptionError(
+            f"--older-than {text!r} is not a length of time; use one like 90s, 30m, 12h, 7d, 4w"
+        )
     return float(match[1]) * _UNITS[match[2]]
 
 

@@ -42,12 +42,12 @@ class Pipeline:
     answer: Callable[[str, ReuseMode], str]
 
     def ask(self, question: str, mode: ReuseMode) -> tuple[str, Report]:
-        """The answer, and the report of its request."""
+        """Return the answer, and the report of its request."""
         return self.answer(question, mode).strip(), self.engines[mode].reports[-1]
 
 
 def langchain_pipeline(engines: Engines, corpus: Corpus, top_k: int) -> Pipeline:
-    """`retriever | template | llm`, as in LangChain's own tutorials."""
+    """Build `retriever | template | llm`, as in LangChain's own tutorials."""
 
     class DocumentRetriever(LangChainBase):
         def _get_relevant_documents(
@@ -72,7 +72,7 @@ def langchain_pipeline(engines: Engines, corpus: Corpus, top_k: int) -> Pipeline
 
 
 def llama_index_pipeline(engines: Engines, corpus: Corpus, top_k: int) -> Pipeline:
-    """A query engine over a retriever, as `index.as_query_engine()` builds one."""
+    """Build a query engine over a retriever, as `index.as_query_engine()` builds one."""
     nodes = {d.name: TextNode(text=d.text, id_=d.name) for d in corpus.documents}
 
     class NodeRetriever(LlamaIndexBase):

@@ -163,6 +163,6 @@ def test_clear_wants_to_know_what(folder: Path) -> None:
     for arguments in ((), ("--all", "--model", "random")):
         with pytest.raises(OptionError, match="which states"):
             run("clear", str(folder), "--yes", *arguments)
-    with pytest.raises(OptionError, match="no time"):
+    with pytest.raises(OptionError, match="not a length of time"):
         run("clear", str(folder), "--yes", "--older-than", "soon")
     assert len(tokens(folder, Selection())) == 4
