@@ -82,9 +82,9 @@ class PromptCacheEngine(Engine):
         max_waiting: int = 65_536,
     ) -> None:
         if not isinstance(lm, CausalLM):
-            kind = type(lm).__name__
             raise OptionError(
-                f"lm must be a CausalLM, got {kind}; use CausalLM.from_pretrained(...)"
+                f"lm must be a CausalLM, got {type(lm).__name__}; "
+                "load one with CausalLM.from_pretrained(...)"
             )
         for name, value, least in (
             ("min_module_tokens", min_module_tokens, 1),
@@ -102,8 +102,9 @@ class PromptCacheEngine(Engine):
         self.min_module_tokens = min_module_tokens
         if self.most_state_tokens == 0:
             raise BudgetError(
-                f"the store's budget_bytes={self.store.stats().budget_bytes:,} can't hold even one token, "
-                f"which takes {lm.bytes_per_token:,} bytes with {lm.name}; raise it"
+                f"the store's budget of {self.store.stats().budget_bytes:,} bytes can't hold a "
+                f"state of even one token, which takes {lm.bytes_per_token:,} bytes with "
+                f"{lm.name}; raise budget_bytes"
             )
         self._library = ModuleLibrary(lm, self.store, namespace, preamble)
         self._prefix_cache = PrefixCache(lm, prefix_budget_bytes)
@@ -315,8 +316,15 @@ class PromptCacheEngine(Engine):
 
     def stats(self) -> EngineStats:
         """What the store holds, its hits and misses by tier, and tokens saved and computed."""
-        made = self._library.encoded
-        return EngineStats.of(self.store.stats(), self.reports, made.tokens, made.elapsed_ms)
+        encoded, gate = self._library.encoded, self._scheduler.gate
+        return EngineStats.of(
+            self.store.stats(),
+            self.reports,
+            encoded_tokens=encoded.tokens,
+            encode_ms=encoded.elapsed_ms,
+            running=gate.running,
+            waiting=gate.waiting,
+        )
 
     def _check(
         self,

@@ -182,7 +182,7 @@ class Scheduler:
 
     def __init__(self, lm: CausalLM, max_running: int, max_waiting: int) -> None:
         self._lm = lm
-        self._gate = Gate(max_running, max_waiting)
+        self.gate = Gate(max_running, max_waiting)
         self._threads = ThreadPoolExecutor(max_running, thread_name_prefix="pcache")
 
     def run(
@@ -198,7 +198,7 @@ class Scheduler:
         asked_at: when it came, by `time.perf_counter`.
         Raises: OverloadedError: too many requests wait. DeadlineExceededError: the time has passed.
         """
-        place = self._gate.queue(asked_at)
+        place = self.gate.queue(asked_at)
         deadline = Deadline(timeout_s, place.asked_at)
         items = answer(place.asked_at)
         try:
@@ -224,7 +224,7 @@ class Scheduler:
         timeout_s: seconds within which the stream has to be begun; once it is, its own matter.
         Raises: OverloadedError: too many requests wait. DeadlineExceededError: it was not begun.
         """
-        place = self._gate.queue(time.perf_counter())
+        place = self.gate.queue(time.perf_counter())
         loop = asyncio.get_running_loop()
         items: asyncio.Queue[T | _End[T]] = asyncio.Queue()
         given_up = threading.Event()
@@ -237,7 +237,7 @@ class Scheduler:
 
         def make() -> None:
             try:
-                with self._gate.using(place):
+                with self.gate.using(place):
                     self._make(start, deliver, given_up)
             finally:
                 place.leave()

@@ -16,11 +16,10 @@ from pcache_core.base_engine import Engine
 from pcache_core.errors import OptionError
 from pcache_core.params import DEFAULT_MODEL, DEFAULT_REUSE, ReuseMode, SamplingParams
 from pcache_integrations._engines import (
-    ENGINE_OPTIONS,
     EngineHandle,
-    EngineOptions,
+    EngineOwner,
     describe_engine,
-    server_address,
+    engine_options,
 )
 from pcache_integrations.calls import call_options, check_names
 from pcache_integrations.langchain import schema
@@ -33,7 +32,7 @@ _OF_A_CALL = (
 _ANSWERS_DEPEND_ON = ("model", "dtype", "preamble", "repair", "base_url", *_OF_A_CALL)
 
 
-class CachedModel(BaseLanguageModel[Any]):
+class CachedModel(EngineOwner, BaseLanguageModel[Any]):
     """Options and engine of a LangChain model.
 
     model: a built-in model, a directory, a hub id, a GGUF file or `ollama:NAME`.
@@ -95,22 +94,18 @@ class CachedModel(BaseLanguageModel[Any]):
             super().__init__(**options)
         except ValidationError as error:
             raise OptionError(f"{place}: {error}") from error
-        key = None if self.api_key is None else self.api_key.get_secret_value()
-        wanted = EngineOptions(
-            **{name: getattr(self, name) for name in ENGINE_OPTIONS},
-            reuse=self.reuse,
-            server=server_address(self.base_url, key, self.timeout, self.max_retries),
-        )
-        if engine is not None or self.engine_handle is None or self.engine_handle.options != wanted:
-            self.engine_handle = EngineHandle(wanted, engine)
+        if engine is not None:
+            self.engine_handle = EngineHandle(engine_options(self), engine)
+        self._settle()
         self._call_options(None, {})  # refuses a value out of range now, not at the first call
         watch_chains()
 
-    @property
-    def engine(self) -> Engine:
-        """Return the engine. Raises: ModelError: the model can't be loaded."""
-        assert self.engine_handle is not None
-        return self.engine_handle.get()
+    def _settle(self) -> EngineHandle:
+        held, wanted = self.engine_handle, engine_options(self)
+        if held is None or held.options != wanted:
+            held = EngineHandle(wanted) if held is None else held.for_options(wanted)
+            self.engine_handle = held
+        return held
 
     def schema_for(
         self,

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from llama_index.core.bridge.pydantic import Field, PrivateAttr, ValidationError
@@ -109,7 +110,7 @@ class PromptCachePrecompute(TransformComponent):
         """Encode those nodes that never came through here, in this process."""
         if not nodes:
             return
-        known = given_to(self._handle.get())
+        known = given_to(self._settled().get())
         missed = [node for node in nodes if node_text(node) and node_text(node) not in known]
         if missed:
             self._encode(missed)
@@ -120,15 +121,21 @@ class PromptCachePrecompute(TransformComponent):
         Loads the model for its fingerprint.
         """
         if self.fingerprint is None:
-            self.fingerprint = self._handle.get().fingerprint
+            self.fingerprint = self._settled().get().fingerprint
         return super().to_dict(**kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A pickle holds how to build the engine, not its weights and states."""
-        return _unpickled, (self._handle, self.progress, self.to_dict()["fingerprint"])
+        return _unpickled, (self._settled(), self.progress, self.to_dict()["fingerprint"])
+
+    def _settled(self) -> EngineHandle:
+        """Hold the engine that the fields describe, however they came to their values."""
+        own = {name: getattr(self, name) for name in _OPTIONS}
+        self._handle = self._handle.for_options(replace(self._handle.options, **own))
+        return self._handle
 
     def _encode(self, nodes: Sequence[BaseNode]) -> Engine:
-        engine = self._handle.get()
+        engine = self._settled().get()
         try:
             encode_documents(engine, nodes, progress=self.progress)
         except (ContextLengthError, BudgetError):

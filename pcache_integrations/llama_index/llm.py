@@ -269,7 +269,7 @@ class PromptCacheLLM(Predicts, CachedLLM):
         system = (MessageRole.SYSTEM, self.system_prompt)
         if all((message.role, message.content) != system for message in messages):
             messages = self._extend_messages(list(messages))
-        to_prompt = self.messages_to_prompt or ChatTemplate(self._handle)
+        to_prompt = self.messages_to_prompt or ChatTemplate(self.engine_handle)
         return note_documents(self.engine, chat_prompt(self.engine, messages, to_prompt, tools))
 
     def _pieces(

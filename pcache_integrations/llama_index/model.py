@@ -19,11 +19,10 @@ from pcache_core.base_engine import Engine
 from pcache_core.errors import ChatTemplateError, OptionError
 from pcache_core.params import DEFAULT_MODEL, DEFAULT_REUSE
 from pcache_integrations._engines import (
-    ENGINE_OPTIONS,
     EngineHandle,
-    EngineOptions,
+    EngineOwner,
     describe_engine,
-    server_address,
+    engine_options,
 )
 from pcache_integrations.calls import call_options, check_names
 from pcache_integrations.llama_index import schema
@@ -37,7 +36,7 @@ _OF_A_CALL = (
 )  # fmt: skip
 
 
-class CachedLLM(FunctionCallingLLM):
+class CachedLLM(EngineOwner, FunctionCallingLLM):
     """Options and engine of an LLM.
 
     The descriptions of the fields say what they are for.
@@ -124,16 +123,10 @@ class CachedLLM(FunctionCallingLLM):
             super().__init__(**options)
         except ValidationError as error:
             raise OptionError(f"PromptCacheLLM: {error}") from error
-        wanted = {name: getattr(self, name) for name in ENGINE_OPTIONS}
-        key = None if self.api_key is None else self.api_key.get_secret_value()
-        server = server_address(self.base_url, key, self.timeout, self.max_retries)
-        self._handle = EngineHandle(
-            EngineOptions(**wanted, reuse=self.reuse, server=server), engine
-        )
+        self._handle = EngineHandle(engine_options(self), engine)
         # A pickle brings the renderer of the object that it was made from.
         if isinstance(options.get("messages_to_prompt"), ChatTemplate | None):
-            renderer: Any = ChatTemplate(self._handle)
-            self.messages_to_prompt = renderer
+            self._render_with(self._handle)
         call_options(self._own_options, {}, "PromptCacheLLM")  # refuses a value out of range
         install_handler()
 
@@ -148,14 +141,22 @@ class CachedLLM(FunctionCallingLLM):
         return "PromptCacheLLM"
 
     @property
-    def engine(self) -> Engine:
-        """Return the engine behind this LLM. The first use loads the model."""
-        return self._handle.get()
-
-    @property
     def engine_handle(self) -> EngineHandle:
         """Return how others share the engine before it is built."""
+        return self._settle()
+
+    def _settle(self) -> EngineHandle:
+        wanted = engine_options(self)
+        if self._handle.options != wanted:
+            self._handle = self._handle.for_options(wanted)
+            if isinstance(self.messages_to_prompt, ChatTemplate):
+                self._render_with(self._handle)
         return self._handle
+
+    def _render_with(self, handle: EngineHandle) -> None:
+        """Have LlamaIndex render messages by the chat template of an engine's model."""
+        renderer: Any = ChatTemplate(handle)
+        self.messages_to_prompt = renderer
 
     @property
     def metadata(self) -> LLMMetadata:
@@ -181,7 +182,7 @@ class CachedLLM(FunctionCallingLLM):
     @property
     def _system_role(self) -> MessageRole:
         """Return the role of system prompts: the user's if the template refuses them."""
-        own = isinstance(self.messages_to_prompt, ChatTemplate) and self._handle.is_built
+        own = isinstance(self.messages_to_prompt, ChatTemplate) and self.engine_handle.is_built
         return MessageRole.USER if own and not _takes_system(self.engine) else MessageRole.SYSTEM
 
     def set_global_tokenizer(self) -> None:
@@ -190,11 +191,11 @@ class CachedLLM(FunctionCallingLLM):
         Query engines then don't cut nodes that do fit into the context, and never take too many.
         Node parsers that are made afterwards measure chunks in these tokens, too.
         """
-        set_global_tokenizer(Tokenizer(self._handle))
+        set_global_tokenizer(Tokenizer(self.engine_handle))
 
     def to_payload(self) -> dict[str, Any]:
         """Return what traces show of this LLM. Does not load the model for it."""
-        if not self._handle.is_built:
+        if not self.engine_handle.is_built:
             return {"class_name": self.class_name(), "model_name": self.model}
         return super().to_payload()
 

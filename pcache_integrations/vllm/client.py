@@ -40,10 +40,16 @@ from pcache_integrations.vllm.protocol import (
     preambles_digest,
 )
 
+__all__ = ["Address", "RemoteEngine"]
+
 logger = logging.getLogger(__name__)
 
 _AS_THEY_ARE = "a vLLM server uses states as they are, and repairs nothing"
 _NO_CONNECTOR = "the server has no prompt cache connector; start it with `pcache serve`"
+_SHARED = (
+    "several workers share the server's model; encode documents with the engine, into the store "
+    "that they read"
+)
 _OTHER_PREAMBLES = (
     "the server's states are encoded after other preambles than this client's; give both the same "
     "one (`pcache serve --preamble FILE`, preamble=Preamble.of_file(FILE) here), and the same "
@@ -211,12 +217,15 @@ class RemoteEngine(Engine):
         if isinstance(texts, str):
             raise PromptError("encode takes a list of texts, got one str; put it in a list")
         found = self._connected()
-        if found.reason is not None or found.connector is None:
-            return EncodeReport(len(texts), 0, 0, 0, 0, 0, 0.0, found.reason)
+        connector, reason = found.connector, found.reason
+        if connector is not None and not connector.saves:
+            reason = reason or _SHARED
+        if connector is None or reason is not None:
+            return EncodeReport(len(texts), 0, 0, 0, 0, 0, 0.0, reason)
         documents = [Segment(text + USUAL_SEPARATOR, "document") for text in texts]
         long = [d for d in documents if len(self.lm.text.ids(d)) >= LEAST_MODULE_TOKENS]
         modules = [found.maker.encodable(document) for document in long]
-        return self._keeper.encode(found.connector, modules, len(texts), progress=progress)
+        return self._keeper.encode(connector, modules, len(texts), progress=progress)
 
     def rank(self, question: str, documents: Sequence[str]) -> list[float]:
         """Refuse: a server does not show its attention. Raises: OptionError, always."""
@@ -239,7 +248,8 @@ class RemoteEngine(Engine):
     def stats(self) -> EngineStats:
         """Tokens saved and computed; what the server's store holds is not known here."""
         unknown = StoreStats("remote", None, None, None, hits=0, misses=0, evictions=0)
-        return EngineStats.of(unknown, self.reports, self._keeper.tokens, self._keeper.elapsed_ms)
+        tokens, elapsed_ms = self._keeper.tokens, self._keeper.elapsed_ms
+        return EngineStats.of(unknown, self.reports, encoded_tokens=tokens, encode_ms=elapsed_ms)
 
     def _run(
         self, request: ServedRequest, body: dict[str, Any], started: float

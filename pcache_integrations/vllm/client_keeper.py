@@ -66,19 +66,11 @@ class Keeper:
         Raises: ModelError: the server can't be reached.
         """
         started = time.perf_counter()
-        reason = (
-            None
-            if connector.saves
-            else "several workers share the server's model; encode "
-            "documents with the engine, into the store that they read"
-        )
         space = connector.key_space
         keyed = [{module.key(space): module for module in own} for own in modules]
-        every = {key: module for own in keyed for key, module in own.items() if not reason}
+        every = {key: module for own in keyed for key, module in own.items()}
         new = {key: module for key, module in every.items() if self._is_new(key)}
-        jobs = [
-            self._threads.submit(self._keep, connector, module, key) for key, module in new.items()
-        ]
+        jobs = [self._threads.submit(self._keep, connector, new[key], key) for key in new]
         disable = None if progress else True  # None: only on a terminal
         with tqdm(total=len(jobs), desc="encoding", unit="state", disable=disable) as bar:
             for job in jobs:
@@ -89,11 +81,10 @@ class Keeper:
             texts=texts,
             encoded=encoded,
             kept=encoded,
-            already_stored=0 if reason else len(keyed) - encoded,
+            already_stored=len(keyed) - encoded,
             too_short=texts - len(keyed),
             tokens=sum(len(module.token_ids) for module in new.values()),
             seconds=time.perf_counter() - started,
-            reason=reason,
         )
 
     def flush(self) -> None:

@@ -1,32 +1,21 @@
 """What clients and the connector say to each other, in a request's `kv_transfer_params`.
 
-A request for an answer names states that may stand for parts of its prompt, best first; the
-answer's parameters describe the connector. An empty list only asks for that description:
+A request for an answer names states that may stand for parts of its prompt, best first; an empty
+list only asks for the description that comes with the answer:
 
     {"prompt_cache": [[start, end, key, preamble], [start, end, key, preamble, [more ids]], …]}
 
-`key` names a state in the server's store: the digest of a `ModuleKey`. `preamble` names what it
-was encoded after: `opening` for the preamble's opening alone, a language such as `en` for its
-company in that language, `all` where one company is for all; empty for the prompt's own opening,
-which is encoded after nothing. Its tokens are those from `start` to `end`, followed by the fifth
-item's where there is one: rows that the prompt has no use for, such as the separator after its last
-document. So the server makes every key itself, from its own preambles, and uses none that is
-another's.
+`key` is the digest of a `ModuleKey`; `preamble` names what the state was encoded after. Its tokens
+are those from `start` to `end`, followed by the fifth item's where there is one: rows that the
+prompt has no use for, such as the separator after its last document.
 
 A request to keep what the server computes for `start … end` of the prompt, which begins with one of
-the server's preambles and nothing else, as the state `key`:
+the server's preambles and nothing else:
 
     {"prompt_cache_save": [start, end, key, preamble]}
 
-Nothing of this is trusted. Every item is checked for its type and its range before it is used, and
-what all of a request's runs ask for together is bounded by the prompt's length (`parse_runs`).
-
-Prompts that are filled from states carry the cache salt of `fast_salt`, so that no prompt that was
-promised exact keys and values ever finds theirs in the server's prefix cache. The salt is a label
-and not a secret: whoever sends it gets states for the prompt's own tokens, and nothing else.
-
-Version 1 had a number in the place of the preamble. Neither side takes the other version's words:
-its prompts are computed.
+`docs/vllm.md` tells the way of a request, and why nothing of this is trusted. Version 1 had a
+number in the place of the preamble. Neither side takes the other version's words.
 """
 
 from __future__ import annotations

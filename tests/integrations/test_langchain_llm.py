@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import json
 import pickle
 import threading
@@ -80,12 +79,10 @@ class TestOptions:
         assert other.engine is not one.engine
         assert other.engine.lm is one.engine.lm
 
-    def test_an_engine_that_nobody_uses_is_freed(self) -> None:
-        llm = PromptCacheLLM(model="builtin:tiny-rag", namespace="short-lived", max_tokens=2)
-        llm.invoke("Hello")
-        engine = weakref.ref(llm.engine)
-        del llm
-        gc.collect()
+    def test_an_engine_that_is_closed_is_freed(self) -> None:
+        with PromptCacheLLM(model="builtin:tiny-rag", namespace="short-lived", max_tokens=2) as llm:
+            llm.invoke("Hello")
+            engine = weakref.ref(llm.engine)
         assert engine() is None
 
     def test_copies_share_the_engine(self) -> None:

@@ -114,8 +114,12 @@ def _last_report(model: Any, shape: Shape, name: str) -> Report:
     first, *others = (_asked(name, question) for question in QUESTIONS)
     for question in [*others, first, *others, first][: shape.rounds]:
         shape.run(model, question)
+    model.engine.reports.clear()
     shape.run(model, first)
     report: Report = model.engine.reports[-1]
+    if shape.is_told:  # one prompt, maybe for several models or asked several times
+        parts = {tuple((s.kind, s.text) for s in each.segments) for each in model.engine.reports}
+        assert len(parts) == 1
     return report
 
 
@@ -126,9 +130,11 @@ def _assert_mapped(report: Report, shape: Shape, name: str) -> None:
     assert all(document in text for document in expected)
     found = {part.text for part in report.segments if part.kind == "document"}
     assert found == (set() if name == UNANNOUNCED else expected)
-    for part in (*shape.literals, *([question] if shape.asks else [])):
+    parts = [*((part, "literal") for part in shape.literals), (question, "argument")]
+    for part, kind in parts if shape.asks else parts[:-1]:
         start = text.index(part)
-        assert "document" not in kinds[start : start + len(part)]
+        found_kinds = set(kinds[start : start + len(part)])
+        assert found_kinds == {kind} if shape.is_told else "document" not in found_kinds
 
 
 def _assert_reused(engine: PromptCacheEngine, report: Report, name: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import uuid
 import weakref
 from collections.abc import Iterator
@@ -91,10 +90,8 @@ def test_documents_that_one_model_object_cached_serve_another(
     first.cache_documents(list(DOCUMENTS))
     answer = first.invoke(PROMPT)
     assert isinstance(first.engine.store, TieredStore)
-    first.engine.store.flush()
     gone = weakref.ref(first.engine)
-    del first
-    gc.collect()
+    first.close()
     assert gone() is None
     second = llm()
     report = second.cache_documents(list(DOCUMENTS))

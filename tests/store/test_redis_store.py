@@ -40,7 +40,7 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 def soon_again() -> None:
     """Until a store that saw an outage tries again."""
-    time.sleep(redis_store._RETRY_S + 0.05)
+    time.sleep(redis_store.RETRY_S + 0.05)
 
 
 LARGE = make(1, 2, copies=7_000)  # more than three chunks

@@ -41,7 +41,7 @@ T = TypeVar("T")
 
 _FIRST_READ_BYTES = 2**20
 _PARALLEL_READS = 8
-_RETRY_S = 1.0
+RETRY_S = 1.0  # how long an outage is believed before the next try
 # Where an object appears when all of it has arrived. Elsewhere it is renamed when it has.
 _ATOMIC = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "oss", "r2", "memory"}
 
@@ -75,7 +75,7 @@ class ObjectStore:
         self._is_atomic = bool(names & _ATOMIC)
         self._counters = Counters("remote", None)
         self._place = url.partition("?")[0]
-        self._storage = Outage(f"the store at {self._place}", self._counters, retry_s=_RETRY_S)
+        self._storage = Outage(f"the store at {self._place}", self._counters, retry_s=RETRY_S)
 
     def get(self, key: ModuleKey) -> Hit | None:
         """The state if its object is there and whole."""

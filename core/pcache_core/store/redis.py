@@ -39,7 +39,7 @@ T = TypeVar("T")
 _Answers = list[bytes | None]
 
 _BATCH_CHUNKS = 16
-_RETRY_S = 1.0
+RETRY_S = 1.0  # how long an outage is believed before the next try
 # Chunks that no manifest names yet, and those of a manifest that is about to expire.
 _UNFINISHED_S = 600
 _GRACE_S = 60
@@ -76,7 +76,7 @@ class RedisStore:
         self._client = client_of(url, timeout_s)
         self._counters = Counters("remote", None)
         self._place = without_password(url)
-        self._server = Outage(f"the store at {self._place}", self._counters, retry_s=_RETRY_S)
+        self._server = Outage(f"the store at {self._place}", self._counters, retry_s=RETRY_S)
         self._writing = Outage(f"writing states to {self._place}", self._counters)
 
     def get(self, key: ModuleKey) -> Hit | None:

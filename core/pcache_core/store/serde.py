@@ -60,7 +60,7 @@ def encode(
     if state.token_ids != key.token_ids or not (state.keys and state.token_ids):
         raise StateMismatchError("the state to be stored is empty or of other tokens than its key")
     state.check(state.stacks, state.keys[0].dtype)
-    layout = _layout(Record.of(key, state, storage, seal.name, created))
+    layout = layout_of(Record.of(key, state, storage, seal.name, created))
     packed = packing.pack(state, layout.record)
     buffers = [memoryview(layout.header)]
     buffers += [_bytes_of(packed[name]) for name in layout.offsets if name != _SEAL]
@@ -200,7 +200,7 @@ def parse_header(header: bytes | memoryview) -> Layout:
 def _parse_header(header: bytes) -> Layout:
     try:
         metadata = json.loads(header[PREFIX_BYTES:])["__metadata__"]
-        layout = _layout(Record.parse(metadata))
+        layout = layout_of(Record.parse(metadata))
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise StateMismatchError(f"its header is not a state's ({type(error).__name__})") from None
     if layout.header != header:
@@ -212,7 +212,8 @@ def _parse_header(header: bytes) -> Layout:
 _parse_again = lru_cache(maxsize=256)(_parse_header)
 
 
-def _layout(record: Record) -> Layout:
+def layout_of(record: Record) -> Layout:
+    """Lay out a state's tensors: the header that describes them, and where each begins."""
     seal = packing.Field(_SEAL, torch.uint8, (SEAL_BYTES[record.seal],))
     table: dict[str, object] = {"__metadata__": record.metadata()}
     starts: dict[str, tuple[packing.Field, int]] = {}
