@@ -40,11 +40,8 @@ class _FlatTemplate(PromptTemplate):
     def _parse(self, source: str) -> Iterator[str | _Field]: ...
 
     @abstractmethod
-    def _is_filled(self, field: _Field, values: Mapping[str, object]) -> bool:
-        """Whether the field is replaced, or stays as it is written."""
-
-    @abstractmethod
-    def _fill(self, field: _Field, values: Mapping[str, object]) -> str: ...
+    def _fill(self, field: _Field, values: Mapping[str, object]) -> str | None:
+        """Return what the field is replaced by; None if it stays as it is written."""
 
     def trace(self, values: Mapping[str, object]) -> Traced:
         """Render. Raises: TemplateError: a value is missing or can't be written."""
@@ -54,10 +51,10 @@ class _FlatTemplate(PromptTemplate):
         for number, part in enumerate(self._parts):
             if isinstance(part, str):
                 yield trace.literal((number,), part)
-            elif self._is_filled(part, values):
-                yield trace.value((number,), self._fill(part, values))
-            else:
+            elif (text := self._fill(part, values)) is None:
                 yield trace.literal((number,), part.source)
+            else:
+                yield trace.value((number,), text)
 
     def raw_nodes(self) -> Iterator[Node]:
         """As the base class."""
@@ -121,9 +118,6 @@ class FormatTemplate(_FlatTemplate):
             raise self._no_field(field)  # a type of one's own may know it, so it is rendered
         return super()._field(field, origin)
 
-    def _is_filled(self, field: _Field, values: Mapping[str, object]) -> bool:
-        return True
-
     def _fill(self, field: _Field, values: Mapping[str, object]) -> str:
         try:
             return Formatter().vformat(field.source, (), values)
@@ -154,11 +148,8 @@ class BraceTemplate(_FlatTemplate):
         if position < len(source):
             yield source[position:]
 
-    def _is_filled(self, field: _Field, values: Mapping[str, object]) -> bool:
-        return field.name in values
-
-    def _fill(self, field: _Field, values: Mapping[str, object]) -> str:
-        return str(values[field.name])
+    def _fill(self, field: _Field, values: Mapping[str, object]) -> str | None:
+        return str(values[field.name]) if field.name in values else None
 
     def _field(self, field: _Field, origin: Path) -> Node:
         if self._NAME.fullmatch(field.name):
