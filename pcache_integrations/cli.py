@@ -97,18 +97,18 @@ def _demo_model(name: str | None) -> CausalLM:
 
     Raises: ModelError: the one that was named can't be loaded.
     """
-    from pcache_core import CausalLM
     from pcache_core.errors import ModelError
+    from pcache_integrations._engines import load_lm
 
     if name is not None:
-        return CausalLM.from_pretrained(name)
+        return load_lm(name)
     try:
-        return CausalLM.from_pretrained(DEFAULT_MODEL)
+        return load_lm(DEFAULT_MODEL)
     except ModelError as error:
         stderr = Console(stderr=True)
         stderr.print(explain(error), markup=False, highlight=False)
         stderr.print(f"The demo goes on with {TOY}, which needs no download.\n", style="bold")
-        return CausalLM.from_pretrained(TOY)
+        return load_lm(TOY)
 
 
 @app.command("eval", epilog="Example: pcache eval --documents 12 --modes fast,balanced --warm")
@@ -192,11 +192,11 @@ def evaluate(  # noqa: PLR0913 (each is an option of the command)
 
     Interrupted by ctrl-C, it prints what the questions until then gave.
     """
-    from pcache_core import CausalLM
     from pcache_core.evaluation.curve import check_plot, plot, sweep
     from pcache_core.evaluation.evaluate import evaluate as ask
     from pcache_core.params import REUSE_MODES, check_reuse
     from pcache_core.store.packing import check_storage_dtype
+    from pcache_integrations._engines import load_lm
 
     names = REUSE_MODES if modes is None else modes.split(",")
     chosen = [check_reuse(name.strip()) for name in names]
@@ -210,7 +210,7 @@ def evaluate(  # noqa: PLR0913 (each is an option of the command)
     model = model or (TOY if given.keys() - {"documents"} else DEFAULT_MODEL)
     asked = _questions(model, data, given, questions)
     result = ask(
-        CausalLM.from_pretrained(model, dtype=dtype, device=device),
+        load_lm(model, dtype, device),
         asked,
         modes=chosen,
         sweep=() if curve is None else sweep(),
