@@ -18,7 +18,7 @@ def test_a_schema_that_is_written_is_read_as_it_was(schema: Schema) -> None:
 def test_a_templates_schema_is_laid_out_without_being_written() -> None:
     template = JinjaTemplate(
         "Answer from:\n{% for d in docs %}- {{ d }}\n{% endfor %}{% if brief %}Be brief.{% endif %}"
-        " {{ question }}"
+        "{{ '' }} {{ question }}"
     )
     values = {"docs": ["One.", "Two."], "brief": True, "question": "Who?"}
     layout = place(template.schema, list)
