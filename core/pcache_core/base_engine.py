@@ -161,15 +161,15 @@ class Engine(ABC):
         """
         text = self.lm.text
         if not tools and not any(m.tool_calls or m.role == "tool" for m in messages):
-            return render_chat(messages, text.apply_chat_template, text.holds_special)
+            return render_chat(messages, text.apply_chat_template, text.control_tokens)
         return render_tool_chat(
-            messages, tools, self.tool_format, text.apply_chat_template, text.holds_special
+            messages, tools, self.tool_format, text.apply_chat_template, text.control_tokens
         )
 
     @cached_property
     def tool_format(self) -> ToolFormat:
         """How the model is told of tools and how it calls them."""
-        return tool_format(self.lm.text.apply_chat_template, self.lm.text.holds_special)
+        return tool_format(self.lm.text.apply_chat_template, self.lm.text.is_special)
 
     def tokenise(self, prompt: Prompt) -> TokenisedPrompt:
         """Return the prompt's token ids, the same for every reuse mode."""

@@ -61,7 +61,7 @@ def _prompt(lm: CausalLM, question: str, documents: Sequence[tuple[int, str]]) -
     if not lm.text.marks_roles():
         return Prompt([*segments, Segment("\nAnswer:", "literal")])
     chat = [Message("user", segments)]
-    return render_chat(chat, lm.text.apply_chat_template, lm.text.holds_special)
+    return render_chat(chat, lm.text.apply_chat_template, lm.text.control_tokens)
 
 
 def _parts(

@@ -150,7 +150,7 @@ def rows_of(cached_size: int, ways: Sequence[Way], samples: Samples) -> Iterator
 
 
 def _ratio(upper: Sequence[Sample | None], lower: Sequence[Sample | None]) -> float:
-    """Of times to first token: the median of each round's own."""
+    """Return the median of each round's ratio of times to first token."""
     pairs = zip(upper, lower, strict=True)
     return median(mine.ttft_ms / theirs.ttft_ms for mine, theirs in pairs if mine and theirs)
 

@@ -47,6 +47,5 @@ class TextModel:
 
     def stop_ids(self, stop: Sequence[str]) -> frozenset[int]:
         """Return the ids of stop strings that are special tokens: no answer spells their text."""
-        tokenizer = self.tokenizer
-        special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
-        return frozenset(special[text] for text in stop if text in special)
+        found = map(self.text.special_id, stop)
+        return frozenset(number for number in found if number is not None)
