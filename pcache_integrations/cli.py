@@ -12,6 +12,7 @@ from rich.console import Console
 
 from pcache_core.errors import OptionError
 from pcache_core.params import DEFAULT_MODEL
+from pcache_core.picture import shown
 from pcache_integrations.cli_bench import bench
 from pcache_integrations.cli_encode import encode
 from pcache_integrations.cli_errors import EXIT_STATUSES, INTERRUPTED, USER_ERROR, explain
@@ -106,7 +107,7 @@ def _demo_model(name: str | None) -> CausalLM:
         return CausalLM.from_pretrained(DEFAULT_MODEL)
     except ModelError as error:
         stderr = Console(stderr=True)
-        stderr.print(explain(error), markup=False, highlight=False)
+        stderr.print(shown(explain(error) or ""), markup=False, highlight=False)
         stderr.print(f"The demo goes on with {TOY}, which needs no download.\n", style="bold")
         return CausalLM.from_pretrained(TOY)
 
@@ -264,5 +265,5 @@ def main() -> None:
         if message is None:
             raise
         Console(stderr=True).print("[red]error:[/] ", end="")
-        print(message, file=sys.stderr)
+        print(shown(message), file=sys.stderr)
         raise SystemExit(USER_ERROR) from None
