@@ -35,7 +35,7 @@ from pcache_integrations.bench.measure import BenchOptions, measure
 from pcache_integrations.bench.models import load_model
 from pcache_integrations.bench.results import Order, Sample, Way
 from pcache_integrations.bench.workload import Workload
-from pcache_integrations.cli_bench import parse_modes, parse_orders, parse_sizes
+from pcache_integrations.cli.bench import parse_modes, parse_orders, parse_sizes
 from worker import LIBRARIES, LoadOptions
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -81,11 +81,11 @@ class Peer:
             )
 
     def load(self, options: LoadOptions) -> None:
-        """Raises: PeerError."""
+        """Load the model. Raises: PeerError."""
         self._call("load", **options._asdict())
 
     def run(self, prompt_ids: Sequence[int], text: str, max_tokens: int) -> dict[str, Any]:
-        """Raises: PeerError: it failed, or read another number of tokens."""
+        """Answer a prompt. Raises: PeerError: it failed, or read another number of tokens."""
         found = self._call("run", prompt_ids=list(prompt_ids), text=text, max_tokens=max_tokens)
         wanted, counted = len(prompt_ids), found["prompt_tokens"]
         if abs(counted - wanted) > (0 if self.library.takes_ids else TEXT_TOLERANCE * wanted):

@@ -82,5 +82,5 @@ def curves(rows: Sequence[Row]) -> Iterator[tuple[str, str, list[Row]]]:
 
 
 def height(curve: tuple[str, str, list[Row]]) -> float:
-    """Where it ends: the legend is sorted as the lines lie."""
+    """Return where it ends: the legend is sorted as the lines lie."""
     return curve[2][-1].ttft_ms.p50

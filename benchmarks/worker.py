@@ -263,7 +263,7 @@ def load_model(options: LoadOptions) -> Any:
 
 
 def common_prefix(before: list[int], prompt_ids: list[int]) -> int:
-    """How many first tokens are the same; the last one of a prompt is always computed."""
+    """Count the first tokens that are the same; the last of a prompt is always computed."""
     pairs = enumerate(zip(before, prompt_ids[:-1], strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(before), len(prompt_ids) - 1))
 

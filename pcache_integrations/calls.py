@@ -270,19 +270,23 @@ def prompt_from_turns(
     """Render messages with the model's own chat template.
 
     Templates that insist on alternating roles, or know no system message, get neighbours of the
-    same role as one message, and the system message as a part of the first one.
+    same role as one message, and the system message at the beginning of the user's. One that wants
+    the user to begin gets an empty message of the user's before the assistant's greeting.
 
     Raises: PromptError: no messages. ChatTemplateError: the template refuses all of that.
     """
     try:
         return engine.prompt_from_chat(turns, tools)
     except ChatTemplateError:
-        for gentler in (_merged(turns), _merged(_without_system(turns))):
-            if gentler != list(turns):
-                try:
-                    return engine.prompt_from_chat(gentler, tools)
-                except ChatTemplateError:
-                    continue
+        merged = _merged(_without_system(turns))
+        ways = [_merged(turns), merged]
+        if merged[0].role == "assistant":
+            ways.append([Message("user", []), *merged])
+        for gentler in ways:
+            try:
+                return engine.prompt_from_chat(gentler, tools)
+            except ChatTemplateError:
+                continue
         raise
 
 

@@ -18,8 +18,7 @@ from pcache_core.evaluation.table import Evaluation
 from pcache_core.kv.key import KeySpace
 from pcache_core.picture import shown
 from pcache_core.report import SegmentReport
-from pcache_integrations.cli import main
-from pcache_integrations.cli_store import app
+from pcache_integrations.cli.commands import app, main
 from stored_states import make
 
 EVIL = "\x1b]0;owned\x07\x1b[2Ja\rb\x9b31m\u202egnp.exe\u2066x\u2069\x7f"

@@ -23,7 +23,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, closing
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models import LanguageModelInput
@@ -35,11 +35,16 @@ from langchain_core.tools import BaseTool
 
 from pcache_core import Prompt
 from pcache_core.base_engine import Engine
+from pcache_core.errors import ChatTemplateError
+from pcache_core.lm import context_length_on_disk
 from pcache_integrations.calls import Call, as_choice, check_names, core_tool, make_call
 from pcache_integrations.langchain.messages import as_openai, chat_prompt
-from pcache_integrations.langchain.model import CachedModel
+from pcache_integrations.langchain.model import CachedModel, as_sampling, standard_errors
 from pcache_integrations.langchain.results import ChatAnswer
 from pcache_integrations.langchain.structured import Method, as_format, structured
+
+if TYPE_CHECKING:
+    from langchain_core.language_models.model_profile import ModelProfile
 
 
 class ChatPromptCache(CachedModel, BaseChatModel):
@@ -113,12 +118,30 @@ class ChatPromptCache(CachedModel, BaseChatModel):
     streaming: bool = False
 
     def __init__(self, *, engine: Engine | None = None, **options: Any) -> None:
-        """Take the options; for type checkers, which would leave `engine` out."""
+        """Take the options. The profile is the model's own unless one is given."""
         super().__init__(engine=engine, **options)
+        # Older versions of langchain-core have no profiles.
+        if "profile" in type(self).model_fields and options.get("profile") is None:
+            self.profile = self._own_profile(engine)
 
     @property
     def _llm_type(self) -> str:
         return "chat-prompt-cache"
+
+    def _own_profile(self, engine: Engine | None) -> ModelProfile:
+        """Say what agents and middleware ask of a model, without loading it for that."""
+        profile: ModelProfile = {
+            "text_inputs": True,
+            "image_inputs": False,
+            "text_outputs": True,
+            "tool_calling": True,
+            "tool_choice": True,
+            "structured_output": True,
+        }
+        length = engine.lm.context_length if engine else None
+        if engine is None and self.base_url is None:
+            length = context_length_on_disk(self.model)
+        return profile if length is None else {**profile, "max_input_tokens": length}
 
     def bind_tools(
         self,
@@ -164,6 +187,23 @@ class ChatPromptCache(CachedModel, BaseChatModel):
         check_names(kwargs, (), f"with_structured_output of {type(self).__name__}")
         return structured(self, schema, method, include_raw=include_raw, strict=strict)
 
+    def get_num_tokens_from_messages(
+        self, messages: list[BaseMessage], tools: Sequence[Any] | None = None
+    ) -> int:
+        """Count the tokens of the prompt that a call with these messages and tools has.
+
+        Messages that the model's chat template refuses are counted as text.
+
+        Raises: PromptError: a message holds something other than text.
+        """
+        if not messages or self.custom_get_token_ids is not None:
+            return super().get_num_tokens_from_messages(messages, tools)
+        told = [core_tool(tool) for tool in as_openai(tools or ())]
+        try:
+            return self._count(chat_prompt(self.engine, messages, told))
+        except ChatTemplateError:
+            return super().get_num_tokens_from_messages(messages)
+
     def _generate(
         self,
         messages: list[BaseMessage],
@@ -171,8 +211,9 @@ class ChatPromptCache(CachedModel, BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        prompt, call = self._call(messages, stop, kwargs)
-        generation = self.engine.generate(prompt, call.params, reuse=call.reuse)
+        with standard_errors():
+            prompt, call = self._call(messages, stop, kwargs)
+            generation = self.engine.generate(prompt, call.params, reuse=call.reuse)
         return ChatAnswer(call, self.model).whole(generation)
 
     async def _agenerate(
@@ -182,8 +223,9 @@ class ChatPromptCache(CachedModel, BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        prompt, call = await asyncio.to_thread(self._call, messages, stop, kwargs)
-        generation = await self.engine.agenerate(prompt, call.params, reuse=call.reuse)
+        with standard_errors():
+            prompt, call = await asyncio.to_thread(self._call, messages, stop, kwargs)
+            generation = await self.engine.agenerate(prompt, call.params, reuse=call.reuse)
         return ChatAnswer(call, self.model).whole(generation)
 
     def _stream(
@@ -193,14 +235,15 @@ class ChatPromptCache(CachedModel, BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
-        prompt, call = self._call(messages, stop, kwargs)
-        answer = ChatAnswer(call, self.model)
-        with closing(self.engine.stream(prompt, call.params, reuse=call.reuse)) as stream:
-            for piece in stream:
-                chunk = answer.piece(piece)
-                if run_manager:
-                    run_manager.on_llm_new_token(chunk.text, chunk=chunk)
-                yield chunk
+        with standard_errors():
+            prompt, call = self._call(messages, stop, kwargs)
+            answer = ChatAnswer(call, self.model)
+            with closing(self.engine.stream(prompt, call.params, reuse=call.reuse)) as stream:
+                for piece in stream:
+                    chunk = answer.piece(piece)
+                    if run_manager:
+                        run_manager.on_llm_new_token(chunk.text, chunk=chunk)
+                    yield chunk
 
     async def _astream(
         self,
@@ -209,22 +252,24 @@ class ChatPromptCache(CachedModel, BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
-        prompt, call = await asyncio.to_thread(self._call, messages, stop, kwargs)
-        answer = ChatAnswer(call, self.model)
-        async with aclosing(self.engine.astream(prompt, call.params, reuse=call.reuse)) as stream:
-            async for piece in stream:
-                chunk = answer.piece(piece)
-                if run_manager:
-                    await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
-                yield chunk
+        with standard_errors():
+            prompt, call = await asyncio.to_thread(self._call, messages, stop, kwargs)
+            answer = ChatAnswer(call, self.model)
+            pieces = self.engine.astream(prompt, call.params, reuse=call.reuse)
+            async with aclosing(pieces) as stream:
+                async for piece in stream:
+                    chunk = answer.piece(piece)
+                    if run_manager:
+                        await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
+                    yield chunk
 
     def _call(
         self, messages: Sequence[BaseMessage], stop: list[str] | None, given: Mapping[str, Any]
     ) -> tuple[Prompt, Call]:
         """Check one call and render its prompt; loads the model if that has not happened."""
         # `stream` LangChain passes on after acting upon it; schemas are always kept to.
-        asked = {name: value for name, value in given.items() if name not in ("stream", "strict")}
-        asked["stop"] = stop
+        asked = {name: v for name, v in given.items() if name not in ("stream", "strict")}
+        asked = as_sampling(asked, stop)
         asked["tools"] = as_openai(asked.get("tools") or ())
         asked["response_format"] = as_format(asked.get("response_format"))
         call = make_call(self._own_options, asked, self._place, takes_tools=True).on(self.engine)

@@ -1,19 +1,30 @@
-"""What the completion model and the chat model have in common: options, engine, documents."""
+"""What the completion and the chat model have in common: options, engine, documents, errors."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+from langchain_core import exceptions
 from langchain_core.documents import Document
 from langchain_core.language_models.base import BaseLanguageModel, LangSmithParams
 from langchain_core.prompts import BasePromptTemplate
 from pydantic import Field, SecretStr, ValidationError
 
-from pcache_core import EncodeReport, Preamble
+from pcache_core import EncodeReport, Preamble, Prompt
 from pcache_core.base_engine import Engine
-from pcache_core.errors import OptionError
+from pcache_core.errors import (
+    ChatTemplateError,
+    ContextLengthError,
+    DeadlineExceededError,
+    ModelError,
+    OptionError,
+    OverloadedError,
+    PromptCacheError,
+    PromptError,
+)
 from pcache_core.params import DEFAULT_MODEL, DEFAULT_REUSE, ReuseMode, SamplingParams
 from pcache_integrations._engines import (
     EngineHandle,
@@ -29,7 +40,18 @@ _OF_A_CALL = (
     "reuse", "max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed",
 )  # fmt: skip
 
-_ANSWERS_DEPEND_ON = ("model", "dtype", "preamble", "repair", "base_url", *_OF_A_CALL)
+_ANSWERS_DEPEND_ON = (
+    "model", "dtype", "storage_dtype", "preamble", "repair", "base_url", *_OF_A_CALL,
+)  # fmt: skip
+
+# Errors by which LangChain's middleware knows what to do; some are in its newer versions only.
+_STANDARD = (
+    (ContextLengthError, "ContextOverflowError"),
+    (DeadlineExceededError, "ModelTimeoutError"),
+    (OverloadedError, "ModelRateLimitError"),
+    ((ChatTemplateError, PromptError, OptionError), "ModelInvalidRequestError"),
+    (ModelError, "ModelError"),
+)
 
 
 class CachedModel(EngineOwner, BaseLanguageModel[Any]):
@@ -45,10 +67,10 @@ class CachedModel(EngineOwner, BaseLanguageModel[Any]):
     namespace: states are shared within one only.
     storage_dtype: how a folder or server keeps states: `auto` as the model has them, or
         `float32`, `bfloat16`, `float16`, `int8`, which is a quarter of `float32`.
+    timeout: seconds that an answer may take; with `base_url`, that the server may keep silent.
     base_url: of a vLLM server that runs the model (`pcache serve`), instead of this process; with
         it the store, the dtype and the device are the server's.
-    api_key, timeout, max_retries: how it is asked, `timeout` in seconds; without `base_url` they
-        have no effect.
+    api_key, max_retries: how it is asked; without `base_url` they have no effect.
     engine_handle: how copies of this object share its engine.
     The others are those of `SamplingParams`.
 
@@ -156,13 +178,18 @@ class CachedModel(EngineOwner, BaseLanguageModel[Any]):
     @property
     def _own_options(self) -> dict[str, Any]:
         """What a call may say otherwise."""
-        return {**{name: getattr(self, name) for name in _OF_A_CALL}, "stop": self.stop}
+        own = {name: getattr(self, name) for name in _OF_A_CALL}
+        # A server's silence is timed where it is asked.
+        return {**own, "stop": self.stop, "timeout_s": None if self.base_url else self.timeout}
 
     def _call_options(
         self, stop: list[str] | None, given: Mapping[str, Any]
     ) -> tuple[SamplingParams, ReuseMode]:
         """Check one call's options. `stop` takes the place of the model's own."""
-        return call_options(self._own_options, {**given, "stop": stop}, self._place)
+        return call_options(self._own_options, as_sampling(given, stop), self._place)
+
+    def _count(self, prompt: Prompt) -> int:
+        return len(self.engine.tokenise(prompt).token_ids)
 
     @property
     def _identifying_params(self) -> dict[str, Any]:
@@ -175,6 +202,36 @@ class CachedModel(EngineOwner, BaseLanguageModel[Any]):
         params = super()._get_ls_params(stop=self.stop if stop is None else stop, **kwargs)
         params["ls_provider"] = "pcache"
         return params
+
+
+def as_sampling(given: Mapping[str, Any], stop: list[str] | None) -> dict[str, Any]:
+    """Return a call's options by the engine's names: `timeout` is LangChain's for `timeout_s`."""
+    named = {"timeout_s" if name == "timeout" else name: value for name, value in given.items()}
+    return {**named, "stop": stop}
+
+
+@contextmanager
+def standard_errors() -> Iterator[None]:
+    """Raise the project's errors as LangChain's standard ones, which they are then as well."""
+    try:
+        yield
+    except PromptCacheError as error:
+        for kinds, name in _STANDARD:
+            standard = getattr(exceptions, name, None)
+            if isinstance(error, kinds) and standard and not isinstance(error, standard):
+                raise _standard_error(type(error), name, *error.args) from error
+        raise
+
+
+def _standard_error(kind: type[PromptCacheError], name: str, *args: Any) -> Exception:
+    """Make an error that is of both kinds, also after it was pickled."""
+
+    def rebuilt(error: Exception) -> tuple[Any, ...]:
+        return _standard_error, (kind, name, *error.args)
+
+    fields = {"__module__": kind.__module__, "__doc__": kind.__doc__, "__reduce__": rebuilt}
+    made: Exception = type(kind.__name__, (kind, getattr(exceptions, name)), fields)(*args)
+    return made
 
 
 def _as_document(value: Document | str) -> Document:

@@ -6,7 +6,7 @@ import ast
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial, update_wrapper
-from types import FrameType, GeneratorType
+from types import GeneratorType
 from typing import Any, Generic, ParamSpec, overload
 
 from pcache_core.errors import TemplateError
@@ -45,11 +45,11 @@ class PromptProgram(Schematic, Generic[P]):
         self._source = FunctionSource(function, self.label)
         update_wrapper(self, function)
 
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> ProgramRun:
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Iterator[str]:
         """Run: the prompt's text piece by piece."""
         generator = self._function(*args, **kwargs)
         assert isinstance(generator, GeneratorType)
-        return ProgramRun(self, generator)
+        return (self._trace(text, generator) for text in generator)
 
     def segments(self, *args: P.args, **kwargs: P.kwargs) -> list[Segment]:
         """Run, cut where the schema is; none if nothing was yielded."""
@@ -63,11 +63,13 @@ class PromptProgram(Schematic, Generic[P]):
         """Run: a prompt as PML. Raises: TemplateError: there is no schema or it does not fit."""
         return self._prompt_pml(trace.concat(self(*args, **kwargs)))
 
-    def trace(self, text: object, frame: FrameType) -> Traced:
-        """The traced text of what a frame of the function has just yielded.
+    def _trace(self, text: object, generator: GeneratorType[Any, Any, Any]) -> Traced:
+        """Trace what the function has just yielded.
 
-        Raises: TemplateError: that is no text.
+        Raises: TemplateError: that is not text.
         """
+        frame = generator.gi_frame
+        assert frame is not None, "it has just yielded"
         if not isinstance(text, str):
             raise TemplateError(
                 f"{self.label}, line {frame.f_lineno}: yields {type(text).__name__}; yield str"
@@ -101,22 +103,6 @@ class PromptProgram(Schematic, Generic[P]):
             return None
         name = xml_name(["call", found._function.__name__])
         return Node("module", name, tuple(found._nodes(path, stack)))
-
-
-class ProgramRun(Iterator[str]):
-    """A running program. Its items join to the prompt's text."""
-
-    def __init__(
-        self, program: PromptProgram[Any], generator: GeneratorType[Any, Any, Any]
-    ) -> None:
-        self._program = program
-        self._generator = generator
-
-    def __next__(self) -> str:
-        text = next(self._generator)
-        frame = self._generator.gi_frame
-        assert frame is not None, "it has just yielded"
-        return self._program.trace(text, frame)
 
 
 @overload
@@ -163,7 +149,7 @@ def prompt_program(
 
 
 def _known_values(node: ast.Yield, variables: Mapping[str, object]) -> dict[str, str]:
-    """The texts of the variables a `yield` has written, if nothing can have changed them since."""
+    """Return the texts of variables that a `yield` has written, if nothing changed them since."""
     for below in ast.walk(node):
         if isinstance(below, ast.Call | ast.NamedExpr | ast.Await):
             return {}

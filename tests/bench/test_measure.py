@@ -13,7 +13,7 @@ from pcache_integrations.bench.measure import Floor, check_answers
 from pcache_integrations.bench.models import SIZES, random_llama
 from pcache_integrations.bench.results import FLOOR, Sample, Way, rows_of
 from pcache_integrations.bench.workload import Workload
-from pcache_integrations.cli_bench import parse_modes, parse_orders, parse_sizes
+from pcache_integrations.cli.bench import parse_modes, parse_orders, parse_sizes
 
 
 def workload(lm: CausalLM) -> Workload:

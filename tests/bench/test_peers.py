@@ -101,7 +101,7 @@ def test_the_commands_of_the_readme_are_understood() -> None:
     commands = re.findall(r"^\$ python benchmarks/peers.py((?:.*\\\n)*.*)$", readme, flags=re.M)
     assert len(commands) == 2
     for command in commands:
-        words = shlex.split(command.replace("PYTHON", sys.executable).replace("docs/", ""))
+        words = shlex.split(re.sub(r"\\\n|docs/", "", command).replace("PYTHON", sys.executable))
         assert set(peers.parse_arguments(words).interpreters) == {
             "transformers",
             "vllm",

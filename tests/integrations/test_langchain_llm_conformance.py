@@ -475,6 +475,49 @@ class TestCaches:
             PromptCacheLLM(engine=engine, cache=cache, **{"max_tokens": 8, **options}).invoke(TEXT)
         assert len(engine.reports) == 4
 
+    @pytest.mark.parametrize("is_global", [False, True])
+    @pytest.mark.parametrize("name", METHODS)
+    def test_so_does_what_a_call_asks_for(
+        self, engine: PromptCacheEngine, name: str, is_global: bool
+    ) -> None:
+        """The oracle is the same model without a cache."""
+        asked = [
+            {"max_tokens": 1}, {}, {"temperature": 2.0, "seed": 1}, {"temperature": 2.0, "seed": 2},
+            {"stop": [ANSWER[:3]]}, {"repetition_penalty": 50.0}, {"top_k": 1, "max_tokens": 2},
+        ]  # fmt: skip
+        plain = PromptCacheLLM(engine=engine, max_tokens=8, reuse="off")
+        expected = [METHODS[name](plain, TEXT, **options) for options in asked]
+        cache = InMemoryCache()
+        llm = PromptCacheLLM(
+            engine=engine, max_tokens=8, reuse="off", cache=None if is_global else cache
+        )
+        set_llm_cache(cache if is_global else None)
+        try:
+            for _ in range(2):
+                assert [METHODS[name](llm, TEXT, **options) for options in asked] == expected
+        finally:
+            set_llm_cache(None)
+
+    def test_reuse_modes_and_log_probabilities_of_calls_are_told_apart(
+        self, engine: PromptCacheEngine
+    ) -> None:
+        llm = PromptCacheLLM(engine=engine, max_tokens=8, cache=InMemoryCache())
+        engine.reports.clear()
+        for reuse in ("off", "fast", "off", "fast"):
+            llm.invoke(TEXT, reuse=reuse)
+        assert [report.reuse for report in engine.reports] == ["off", "fast"]
+        assert "logprobs" not in llm.generate([TEXT]).generations[0][0].generation_info
+        assert "logprobs" in llm.generate([TEXT], logprobs=2).generations[0][0].generation_info
+
+    def test_an_option_that_is_the_models_own_anyway_is_the_same_call(
+        self, engine: PromptCacheEngine
+    ) -> None:
+        llm = PromptCacheLLM(engine=engine, max_tokens=8, cache=InMemoryCache())
+        engine.reports.clear()
+        for options in ({}, {"max_tokens": 8}, {"temperature": None}):
+            llm.invoke(TEXT, **options)
+        assert len(engine.reports) == 1
+
 
 class TestWrappers:
     def test_a_model_that_can_not_be_loaded_falls_back(self, llm: PromptCacheLLM) -> None:

@@ -179,7 +179,9 @@ def test_a_key_that_is_not_the_prompts_own_is_not_used(cluster: Cluster, tiny: C
     version_1 = [[0, 64, before.key_space.key((), ids[:64], None).digest, 0]]
     plain = post(cluster.first, ids)["choices"][0]["text"]
     unknown = [[0, 64, "f" * 64, "xx"]]
-    for runs in (foreign, version_1, unknown, [[0, 10_000, "f" * 64, ""]], [["x"]], "nonsense"):
+    too_large = [[0, 64, "f" * 64, "en", [2**63]]]  # an error here would end the server
+    beyond = [[0, 10_000, "f" * 64, ""]]
+    for runs in (foreign, version_1, unknown, too_large, beyond, [["x"]], "nonsense"):
         answer = post(
             cluster.first,
             ids,
@@ -191,7 +193,7 @@ def test_a_key_that_is_not_the_prompts_own_is_not_used(cluster: Cluster, tiny: C
     post(cluster.first, ids, kv_transfer_params={SAVE: wrong})
     after = client(cluster.first).connector
     assert after is not None
-    assert sum(after.refused.values()) == sum(before.refused.values()) + 8
+    assert sum(after.refused.values()) == sum(before.refused.values()) + 9
     assert len(after.refused) == 3
 
 

@@ -2,6 +2,7 @@
 
 from pcache_core.lm.batch import Batch, RowRange, Span
 from pcache_core.lm.causal_lm import CausalLM
+from pcache_core.lm.loading import context_length_on_disk
 from pcache_core.lm.probe import Support, SupportKind
 from pcache_core.lm.relocation import place
 from pcache_core.lm.sampling import Sampler
@@ -16,5 +17,6 @@ __all__ = [
     "Support",
     "SupportKind",
     "TextModel",
+    "context_length_on_disk",
     "place",
 ]

@@ -53,15 +53,9 @@ class UnplacedRun:
     is_reusable: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Ordered:
-    """runs: those with tokens. used: paths of the modules."""
-
-    runs: tuple[UnplacedRun, ...]
-    used: frozenset[ModulePath]
-
-
-def in_order(layout: SchemaLayout, prompt: PromptTree, positions: Positions) -> Ordered:
+def in_order(
+    layout: SchemaLayout, prompt: PromptTree, positions: Positions
+) -> tuple[list[UnplacedRun], set[ModulePath]]:
     """Put everything that a prompt consists of in order.
 
     With the schema's positions, modules stand in the schema's order, since that is what positions
@@ -69,6 +63,7 @@ def in_order(layout: SchemaLayout, prompt: PromptTree, positions: Positions) -> 
     the prompt follows the module it comes after; before the first, it stays there; after the last,
     it goes to the end of everything.
 
+    Returns: the runs that have tokens, and the paths of the modules that are used.
     Raises: PMLError: another schema; an unknown module, slot or parameter; a module used twice,
         outside of its parent, or beside another of its union; an argument missing; documents
         outside of slots; text in a module that holds none; a message within a message; an argument
@@ -76,8 +71,7 @@ def in_order(layout: SchemaLayout, prompt: PromptTree, positions: Positions) -> 
         among the schema's positions.
     """
     writer = _Writer(layout, prompt, positions)
-    runs = tuple(run for run in writer.prompt() if run.token_ids)
-    return Ordered(runs, frozenset(writer.used))
+    return [run for run in writer.prompt() if run.token_ids], writer.used
 
 
 @dataclass(slots=True, eq=False)

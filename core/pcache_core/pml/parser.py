@@ -9,9 +9,9 @@ white space alone is never text.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import cast
+from typing import Literal, cast
 
 from pcache_core.errors import PMLError
 from pcache_core.pml.check import check_schema
@@ -39,8 +39,8 @@ from pcache_core.pml.nodes import (
 from pcache_core.pml.source import Source, read_source
 
 DEFAULT_LIMITS = Limits()
-SpaceRule = Callable[[str, str | None, str | None], str]
-"""From a text and the tags of its neighbours (None: of the element that holds it) to its text."""
+SpaceRule = Literal["schema", "prompt", "preserve"]
+"""What white space counts: as in a schema, as in a prompt, all."""
 
 _SPACE = " \t\n"
 _SILENT = (*ROLES, "scaffold")
@@ -65,7 +65,7 @@ def parse_schema(
     left = limits.max_bytes - len(source.text.encode())
     folder = None if src_root is None else SourceFolder(src_root, left)
     reader = _SchemaReader(source, folder)
-    children = reader.children(root, _space_rule(root, _in_schema, _in_schema))
+    children = reader.children(root, _space_rule(root, "schema", "schema"))
     schema = Schema(root.attributes["name"], children, root.line, source)
     check_schema(schema)
     return schema
@@ -82,7 +82,7 @@ def parse_prompt(
     root = markup.root
     arguments = _arguments(root)
     name = arguments.pop("schema")
-    children = tuple(_prompt_children(root, _space_rule(root, _in_prompt, _in_prompt)))
+    children = tuple(_prompt_children(root, _space_rule(root, "prompt", "prompt")))
     return PromptTree(name, children, arguments, root.line, markup.source)
 
 
@@ -118,13 +118,13 @@ class _SchemaReader:
 
     def _node(self, element: Element, space: SpaceRule, *, is_apart: bool) -> SchemaNode:
         given, line = element.attributes, element.line
-        space = _space_rule(element, space, _in_schema)
+        space = _space_rule(element, space, "schema")
         match element.tag:
             case "module":
                 return self._module(element, space)
             case "union":
                 modules = [part for part in element.parts if isinstance(part, Element)]
-                members = (self._module(m, _space_rule(m, space, _in_schema)) for m in modules)
+                members = (self._module(m, _space_rule(m, space, "schema")) for m in modules)
                 return Union(tuple(members), given.get("scaffold"), line)
             case "slot":
                 return Slot(given["name"], self._tokens(element, "max-tokens"), line)
@@ -141,7 +141,7 @@ class _SchemaReader:
         given, line = element.attributes, element.line
         children = self.children(element, space)
         if "src" in given:
-            text = space(self._included(given["src"], line), None, None)
+            text = _kept(self._included(given["src"], line), None, None, space)
             children = (Text(text, line), *children) if text else children
         return Module(given["name"], children, given.get("cache") != "false", line)
 
@@ -170,7 +170,7 @@ def _prompt_children(element: Element, space: SpaceRule) -> Iterator[PromptNode]
         if isinstance(part, Text):
             yield part
             continue
-        inside = tuple(_prompt_children(part, _space_rule(part, space, _in_prompt)))
+        inside = tuple(_prompt_children(part, _space_rule(part, space, "prompt")))
         if part.tag == "document":
             text = "".join(node.text for node in inside if isinstance(node, Text))
             yield Document(text, part.attributes.get("name"), part.line)
@@ -188,15 +188,16 @@ def _parts(element: Element, space: SpaceRule) -> Iterator[tuple[Text | Element,
     parts = [None, *element.parts, None]
     for before, part, after in zip(parts, element.parts, parts[2:], strict=False):
         if isinstance(part, Chars):
-            tags = (
-                beside.tag if isinstance(beside, Element) else None for beside in (before, after)
-            )
-            if text := space(part.text, *tags):
+            if text := _kept(part.text, _tag(before), _tag(after), space):
                 yield Text(text, part.line), False
             continue
         beside = (_edges(before)[1], _edges(after)[0])
         inside = (_edges(part.parts[0])[0], _edges(part.parts[-1])[1]) if part.parts else ()
         yield part, any(edge in _SPACE for edge in (*beside, *inside) if edge)
+
+
+def _tag(part: Element | Chars | None) -> str | None:
+    return part.tag if isinstance(part, Element) else None
 
 
 def _edges(part: Element | Chars | None) -> tuple[str, str]:
@@ -207,37 +208,25 @@ def _edges(part: Element | Chars | None) -> tuple[str, str]:
 def _space_rule(element: Element, inherited: SpaceRule, default: SpaceRule) -> SpaceRule:
     """Return the rule that `xml:space` sets for an element."""
     asked = element.attributes.get("xml:space")
-    return {"preserve": _as_written, "default": default}.get(asked or "", inherited)
+    return "preserve" if asked == "preserve" else default if asked == "default" else inherited
 
 
 def _arguments(element: Element) -> dict[str, str]:
     return {name: value for name, value in element.attributes.items() if name != "xml:space"}
 
 
-def _in_schema(text: str, before: str | None, after: str | None) -> str:
-    """Make layout between two children one space: they are words apart."""
-    return _kept(text, before, after, between=" ")
-
-
-def _in_prompt(text: str, before: str | None, after: str | None) -> str:
-    """Make layout between two children nothing: the schema has its own."""
-    return _kept(text, before, after, between="")
-
-
-def _as_written(text: str, before: str | None, after: str | None) -> str:
-    """Keep all white space, except between chat messages."""
-    between_messages = before in ROLES or after in ROLES
-    return "" if between_messages and not text.strip(_SPACE) else text
-
-
-def _kept(text: str, before: str | None, after: str | None, *, between: str) -> str:
+def _kept(text: str, before: str | None, after: str | None, rule: SpaceRule) -> str:
+    """Return what of a text counts. before, after: tags beside it; None for the one around it."""
     core = text.strip(_SPACE)
+    if rule == "preserve":
+        return "" if not core and (before in ROLES or after in ROLES) else text
     if not core:
         if before in _SILENT or after in _SILENT:
             return ""
         if "\n" not in text:
             return text
-        return between if before and after else ""
+        # Children of a schema are words apart; to a prompt, the schema gives the space.
+        return " " if rule == "schema" and before and after else ""
     length = len(text) - len(text.lstrip(_SPACE))
     leading, trailing = text[:length], text[length + len(core) :]
     return _edge(leading, before) + core + _edge(trailing, after)

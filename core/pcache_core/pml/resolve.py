@@ -89,16 +89,16 @@ def resolve(
         raise OptionError(
             f"unknown positions {positions!r}; use one of {', '.join(get_args(Positions))}"
         )
-    ordered = in_order(layout, prompt, positions)
-    if not ordered.runs:
+    unplaced, used = in_order(layout, prompt, positions)
+    if not unplaced:
         raise error_at(
             prompt.source, prompt.line, "the prompt is empty; use a module or write some text"
         )
-    unplaced = _with_marks(ordered.runs, layout, prompt)
+    unplaced = _with_marks(unplaced, layout, prompt)
     place = _schema_positions if positions == "schema" else _compact_positions
     starts = place(unplaced, layout.start)
     runs = tuple(_placed(run, start) for run, start in zip(unplaced, starts, strict=True))
-    return Resolution(runs, _scaffolds(layout, ordered.used))
+    return Resolution(runs, _scaffolds(layout, used))
 
 
 def _placed(run: UnplacedRun, start: int) -> TokenRun:
@@ -196,9 +196,7 @@ def _compact_positions(runs: Sequence[UnplacedRun], first: int) -> list[int]:
     return list(accumulate(lengths, initial=first))[:-1]
 
 
-def _scaffolds(
-    layout: SchemaLayout, used: frozenset[ModulePath]
-) -> tuple[tuple[ModulePath, ...], ...]:
+def _scaffolds(layout: SchemaLayout, used: set[ModulePath]) -> tuple[tuple[ModulePath, ...], ...]:
     """Scaffolds whose modules are all used, the largest first; none that shares a module."""
     found: list[tuple[ModulePath, ...]] = []
     taken: set[ModulePath] = set()

@@ -12,10 +12,6 @@ from pcache_core.errors import OptionError
 _PLAIN = (".txt", ".md")
 _LINES = (".jsonl", ".ndjson")
 _FIELDS = ("text", "page_content", "content")
-PREAMBLE_HELP = (
-    'A JSON file of what documents are encoded after, {"opening": "...", "company": ["...", ...]}, '
-    "instead of the model's own: the same one for whoever uses the store."
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +23,7 @@ class SourceText:
 
 
 def read_texts(sources: Sequence[Path], field: str | None = None) -> list[SourceText]:
-    """Every text of the files and folders, in their order; empty ones are left out.
+    """Read every text of the files and folders, in their order; empty ones are left out.
 
     A folder gives its `.txt`, `.md`, `.jsonl` and `.ndjson` files, those of its folders included
     and hidden ones not. `.jsonl` and `.ndjson` files hold a JSON string a line, or an object with

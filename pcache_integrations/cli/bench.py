@@ -13,6 +13,7 @@ from rich.console import Console
 
 from pcache_core.errors import OptionError
 from pcache_core.params import check_reuse
+from pcache_integrations.cli.options import MODEL_HELP, AsJson, Device
 
 if TYPE_CHECKING:
     from pcache_core.params import ReuseMode
@@ -22,9 +23,7 @@ _WIDTH_OF_A_FILE = 140  # columns of output that is not a terminal
 
 
 def bench(  # noqa: PLR0913 (each is an option of the command)
-    model: Annotated[
-        str | None, typer.Option(help="A built-in model, a directory or a hub id.")
-    ] = None,
+    model: Annotated[str | None, typer.Option(help=MODEL_HELP)] = None,
     random: Annotated[
         str | None,
         typer.Option(
@@ -38,7 +37,7 @@ def bench(  # noqa: PLR0913 (each is an option of the command)
             help="auto (a model's own; bfloat16 of a random one), float32, float16, bfloat16."
         ),
     ] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1 …")] = "auto",
+    device: Device = "auto",
     cached: Annotated[
         str, typer.Option(help="Tokens of all documents, by commas; k is 1024.")
     ] = "1k,2k,4k",
@@ -59,7 +58,7 @@ def bench(  # noqa: PLR0913 (each is an option of the command)
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Everything is timed this often.")] = 5,
     seed: Annotated[int, typer.Option(help="Draws weights, texts and orders.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Time the reuse modes against a bare forward of what no state can hold.
 

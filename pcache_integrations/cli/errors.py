@@ -37,7 +37,7 @@ _NO_MEMORY = (
 
 
 def explain(error: BaseException) -> str | None:
-    """What to tell the user; None for an error that nobody foresaw, which is ours to mend."""
+    """Say it to the user; None for an error that nobody foresaw, which is a bug of ours."""
     chain = tuple(_chain(error))
     if any(map(_is_out_of_memory, chain)):
         return _NO_MEMORY
@@ -51,14 +51,14 @@ def explain(error: BaseException) -> str | None:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """The error, what caused it, and so on."""
+    """Yield the error, what caused it, and so on."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
 
 
 def _hub_hints(chain: Sequence[BaseException]) -> list[str]:
-    """One sentence at most: what to do about the hub's refusal."""
+    """Say what to do about the hub's refusal, in one sentence at most."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     hints = (

@@ -65,7 +65,7 @@ def template_of(
     name: str | None = None,
     lengths: Mapping[str, int] | None = None,
 ) -> PromptTemplate:
-    """The template in a file. Raises: TemplateError: it can't be read or is of no known format."""
+    """Read a template file. Raises: TemplateError: it can't be read or its format is unknown."""
     template_format = template_format or _format_of(file)
     name = name or file.name.partition(".")[0]
     if template_format is TemplateFormat.JINJA2:

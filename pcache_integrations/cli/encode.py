@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -16,11 +16,9 @@ from pcache_core.params import DEFAULT_MODEL
 from pcache_core.picture import shown
 from pcache_integrations._engines import load_lm
 from pcache_integrations._stores import lasting_store
-from pcache_integrations.cli_errors import INTERRUPTED, NOT_ALL_DONE
-from pcache_integrations.cli_texts import PREAMBLE_HELP, SourceText, read_texts
-
-if TYPE_CHECKING:
-    from pcache_core import EncodeReport
+from pcache_integrations.cli.errors import INTERRUPTED, NOT_ALL_DONE
+from pcache_integrations.cli.options import MODEL_HELP, AsJson, Device, Dtype, PreambleFile
+from pcache_integrations.cli.texts import SourceText, read_texts
 
 _NAMED = 5  # of the texts left out, in the warning
 
@@ -44,9 +42,9 @@ def encode(  # noqa: PLR0913 (each is an option of the command)
     ],
     model: Annotated[
         str,
-        typer.Option(help="A built-in model, a directory, a hub id, a .gguf file or ollama:NAME."),
+        typer.Option(help=MODEL_HELP),
     ] = DEFAULT_MODEL,
-    preamble: Annotated[Path | None, typer.Option(help=PREAMBLE_HELP)] = None,
+    preamble: PreambleFile = None,
     separator: Annotated[
         str,
         typer.Option(
@@ -60,13 +58,13 @@ def encode(  # noqa: PLR0913 (each is an option of the command)
     namespace: Annotated[
         str, typer.Option(help="States are found in their own namespace only.")
     ] = "default",
-    dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1 …")] = "auto",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
     storage_dtype: Annotated[
         str,
         typer.Option(help="Keep numbers as auto, float32, bfloat16, float16 or int8."),
     ] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Precompute the attention states of documents into a store.
 
@@ -94,14 +92,14 @@ def encode(  # noqa: PLR0913 (each is an option of the command)
         print(json.dumps({"model": model, "store": store, **figures, "left_out": left_out}))
     else:
         print(shown(str(report)))
-    if left_out or not _is_all_done(report):
+    if left_out or report.reason is not None or report.kept != report.encoded:
         raise typer.Exit(NOT_ALL_DONE)
 
 
 def _sort_out(
     engine: PromptCacheEngine, texts: Sequence[SourceText]
 ) -> tuple[list[SourceText], list[str]]:
-    """Texts that can have a state, and where those stand that are too long for one; warns of them.
+    """Return texts that can have a state, and where the longer ones stand; warn of those.
 
     One long text among thousands is no reason to encode none of the others.
     """
@@ -124,7 +122,3 @@ def _sort_out(
             file=sys.stderr,
         )
     return fitting, places
-
-
-def _is_all_done(report: EncodeReport) -> bool:
-    return report.reason is None and report.kept == report.encoded

@@ -11,13 +11,13 @@ from typing import Annotated
 import typer
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console
+from rich.filesize import decimal
 from rich.text import Text
 
 from pcache_core.errors import OptionError
 from pcache_core.picture import shown
 from pcache_core.store.inspect import Selection, StoredState, clear_states, stored_states
-
-app: typer.Typer = typer.Typer()
+from pcache_integrations.cli.options import AsJson
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 _MOST_HITS = 999
@@ -35,7 +35,6 @@ OlderThan = Annotated[
 ]
 
 
-@app.command(epilog="Example: pcache inspect ~/states --namespace default --limit 20")
 def inspect(  # noqa: PLR0913 (one parameter an option)
     path: Folder,
     model: Model = None,
@@ -59,7 +58,6 @@ def inspect(  # noqa: PLR0913 (one parameter an option)
     console.print(_summary(states) + _unshown(len(states), limit))
 
 
-@app.command(epilog="Example: pcache clear ~/states --model builtin:tiny-rag --older-than 30d")
 def clear(  # noqa: PLR0913 (one parameter an option)
     path: Folder,
     model: Model = None,
@@ -68,7 +66,7 @@ def clear(  # noqa: PLR0913 (one parameter an option)
     older_than: OlderThan = None,
     everything: Annotated[bool, typer.Option("--all", help="Every state in the folder.")] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Don't ask.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Remove states from a folder, by model, namespace, document or age."""
     _check_folder(path)
@@ -85,14 +83,14 @@ def clear(  # noqa: PLR0913 (one parameter an option)
     if as_json:
         print(json.dumps({"removed": len(removed), "bytes": nbytes}))
     else:
-        print(f"removed {len(removed)} states, {_bytes(nbytes)}")
+        print(f"removed {len(removed)} states, {decimal(nbytes)}")
 
 
 def _check_folder(path: Path) -> None:
     if re.match(r"[a-z0-9]+:/", str(path)):  # a URL's second slash is gone from a path
         raise OptionError(
-            f"{str(path)!r} is no folder: inspect and clear work on folders. What a server keeps "
-            "has names that begin with 'pcache:', and goes by its own time limits and tools"
+            f"{str(path)!r} is not a folder: inspect and clear work on folders. What a server "
+            "keeps has names that begin with 'pcache:', and goes by its own time limits and tools"
         )
 
 
@@ -130,7 +128,7 @@ def _cells(state: StoredState) -> tuple[str, ...]:
         tokens = str(len(record.token_ids))
     hits = f"{state.hits}+" if state.hits == _MOST_HITS else str(state.hits)
     own = (" ".join(shown(name).split()) for name in names)
-    return (*own, tokens, _bytes(state.nbytes), _age(state.age_s), hits)
+    return (*own, tokens, decimal(state.nbytes), _age(state.age_s), hits)
 
 
 def _fitted(text: str, columns: int) -> str:
@@ -143,12 +141,12 @@ def _fitted(text: str, columns: int) -> str:
 def _row(state: StoredState) -> dict[str, object]:
     record = state.record
     return {
-        "key": record.digest if record else None,
-        "text": record.text if record else None,
-        "model": (record.model_name or record.model) if record else None,
-        "namespace": record.namespace if record else None,
-        "storage": record.storage if record else None,
-        "tokens": len(record.token_ids) if record else None,
+        "key": record and record.digest,
+        "text": record and record.text,
+        "model": record and (record.model_name or record.model),
+        "namespace": record and record.namespace,
+        "storage": record and record.storage,
+        "tokens": record and len(record.token_ids),
         "bytes": state.nbytes,
         "age_s": round(state.age_s, 3),
         "idle_s": round(state.idle_s, 3),
@@ -163,27 +161,21 @@ def _seconds(text: str | None) -> float | None:
         return None
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhdw])", text)
     if match is None:
-        raise OptionError(f"--older-than {text!r} is no time; use such as 90s, 30m, 12h, 7d, 4w")
+        raise OptionError(
+            f"--older-than {text!r} is not a length of time; use one like 90s, 30m, 12h, 7d, 4w"
+        )
     return float(match[1]) * _UNITS[match[2]]
 
 
 def _summary(found: Sequence[StoredState]) -> str:
     states = [state.nbytes for state in found if state.is_state]
     others = len(found) - len(states)
-    text = f"{len(states)} states, {_bytes(sum(states))}"
+    text = f"{len(states)} states, {decimal(sum(states))}"
     return f"{text}; {others} entries that are not states" if others else text
 
 
 def _unshown(states: int, limit: int) -> str:
     return f"; {limit} shown, --limit shows more" if states > limit else ""
-
-
-def _bytes(nbytes: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.1f} TB"
 
 
 def _age(seconds: float) -> str:

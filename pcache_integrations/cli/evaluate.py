@@ -1,4 +1,4 @@
-"""The command line: `pcache`."""
+"""`pcache eval`: the reuse modes on one question set."""
 
 from __future__ import annotations
 
@@ -12,112 +12,28 @@ from rich.console import Console
 
 from pcache_core.errors import OptionError
 from pcache_core.params import DEFAULT_MODEL
-from pcache_core.picture import shown
-from pcache_integrations.cli_bench import bench
-from pcache_integrations.cli_encode import encode
-from pcache_integrations.cli_errors import EXIT_STATUSES, INTERRUPTED, USER_ERROR, explain
-from pcache_integrations.cli_schema import schema
-from pcache_integrations.cli_store import app as store_app
-from pcache_integrations.vllm.serve import serve
+from pcache_integrations.cli.errors import INTERRUPTED
+from pcache_integrations.cli.options import (
+    CORPUS_DOCUMENTS,
+    MODEL_HELP,
+    TOY,
+    AsJson,
+    Device,
+    Dtype,
+)
 
 if TYPE_CHECKING:
-    from pcache_core import CausalLM
     from pcache_core.evaluation.data import QuestionSet
 
-TOY = "builtin:tiny-rag"
 _QUESTIONS = 400  # one question is a quarter of a point
-_DOCUMENTS = 12  # of the corpus, in a prompt: about 1,150 tokens
 _WIDTH_OF_A_FILE = 120  # columns of output that is not a terminal
 
-app: typer.Typer = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    help="Prompt Cache: reuse of attention states of prompt parts, for LangChain and LlamaIndex.",
-    epilog=EXIT_STATUSES,
-)
-app.command(epilog="Example: pcache encode handbook/ faq.jsonl --store ./states")(encode)
-app.add_typer(store_app)
-app.command(epilog="Example: pcache schema prompt.j2 --len question=32")(schema)
-app.command(epilog="Example: pcache bench --model builtin:smollm2 --cached 1k,4k")(bench)
-app.command(
-    epilog="Example: pcache serve --model Qwen/Qwen2.5-0.5B-Instruct --store ./states --run",
-)(serve)
 
-
-@app.command(epilog="Example: pcache demo --model Qwen/Qwen2.5-0.5B-Instruct --top-k 6")
-def demo(
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="A built-in model, a directory, a hub id, a .gguf file or ollama:NAME.",
-            show_default=DEFAULT_MODEL,
-        ),
-    ] = None,
-    corpus: Annotated[
-        Path | None,
-        typer.Option(
-            help="A folder of .txt files and questions.tsv.", show_default="the project's own"
-        ),
-    ] = None,
-    questions: Annotated[int, typer.Option(min=1, help="How many of the corpus's first.")] = 12,
-    top_k: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Documents retrieved for a question.", show_default="12, tiny model: 8"
-        ),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-) -> None:
-    """Ask questions over a small corpus through LangChain and LlamaIndex, reuse off and on.
-
-    Without the default model it runs the tiny one. Interrupted by ctrl-C, it sums up what there
-    is.
-    """
-    from pcache_integrations.demo.corpus import Corpus, shipped
-    from pcache_integrations.demo.run import run_demo
-
-    console = Console(quiet=as_json, highlight=False)
-    lm = _demo_model(model)
-    is_toy = lm.name == TOY
-    documents = Corpus(corpus or shipped("corpus_toy" if is_toy else "corpus"))
-    chosen = documents.questions[:questions]
-    found = top_k or (8 if is_toy else _DOCUMENTS)
-    done = run_demo(lm, documents, chosen, top_k=found, console=console)
-    if as_json:
-        asked = [each.as_json() for each in done.asked]
-        encoded_s = {name: report.seconds for name, report in done.encoded.items()}
-        figures = {"model": lm.name, "encoded_s": encoded_s, "interrupted": done.interrupted}
-        print(json.dumps({**figures, "questions": asked}))
-    if done.interrupted:
-        raise typer.Exit(INTERRUPTED)
-
-
-def _demo_model(name: str | None) -> CausalLM:
-    """The model that was named; else the default one, or, where that isn't to be had, the tiny one.
-
-    Raises: ModelError: the one that was named can't be loaded.
-    """
-    from pcache_core import CausalLM
-    from pcache_core.errors import ModelError
-
-    if name is not None:
-        return CausalLM.from_pretrained(name)
-    try:
-        return CausalLM.from_pretrained(DEFAULT_MODEL)
-    except ModelError as error:
-        stderr = Console(stderr=True)
-        stderr.print(shown(explain(error) or ""), markup=False, highlight=False)
-        stderr.print(f"The demo goes on with {TOY}, which needs no download.\n", style="bold")
-        return CausalLM.from_pretrained(TOY)
-
-
-@app.command("eval", epilog="Example: pcache eval --documents 12 --modes fast,balanced --warm")
 def evaluate(  # noqa: PLR0913 (each is an option of the command)
     model: Annotated[
         str | None,
         typer.Option(
-            help="A built-in model, a directory, a hub id, a .gguf file or ollama:NAME.",
+            help=MODEL_HELP,
             show_default="builtin:smollm2; builtin:tiny-rag for the tiny world",
         ),
     ] = None,
@@ -171,8 +87,8 @@ def evaluate(  # noqa: PLR0913 (each is an option of the command)
         bool, typer.Option("--warm", help="Encode all documents before the first question.")
     ] = False,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 32,
-    dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1 …")] = "auto",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
     storage_dtype: Annotated[
         str | None,
         typer.Option(
@@ -187,7 +103,7 @@ def evaluate(  # noqa: PLR0913 (each is an option of the command)
     show: Annotated[
         int, typer.Option(min=0, help="Print the answers to this many questions, too.")
     ] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Compare the reuse modes on one question set: accuracy, agreement with off, speed.
 
@@ -236,7 +152,7 @@ def evaluate(  # noqa: PLR0913 (each is an option of the command)
 def _questions(
     model: str, data: Path | None, world: dict[str, Any], count: int | None
 ) -> QuestionSet:
-    """Those of a file, of the corpus, or of the tiny world with the options given for it."""
+    """Read those of a file, of the corpus, or of the tiny world with the options given for it."""
     from pcache_core.evaluation.data import WorldOptions, tiny_world
     from pcache_core.evaluation.files import read_questions
     from pcache_integrations.demo.corpus import Corpus, shipped
@@ -244,7 +160,9 @@ def _questions(
     if data is None:
         if model == TOY or world.keys() - {"documents"}:
             return tiny_world(WorldOptions(**world), _QUESTIONS if count is None else count)
-        return Corpus(shipped("corpus")).question_set(world.get("documents", _DOCUMENTS), count)
+        return Corpus(shipped("corpus")).question_set(
+            world.get("documents", CORPUS_DOCUMENTS), count
+        )
     if world:
         options = ", ".join(f"--{name}" for name in world)
         raise OptionError(
@@ -252,18 +170,3 @@ def _questions(
             "leave out one or the other"
         )
     return read_questions(data, count)
-
-
-def main() -> None:
-    """Run a command; what went wrong is a sentence on standard error, and an exit status."""
-    try:
-        app()
-    except KeyboardInterrupt:
-        raise SystemExit(INTERRUPTED) from None
-    except Exception as error:
-        message = explain(error)
-        if message is None:
-            raise
-        Console(stderr=True).print("[red]error:[/] ", end="")
-        print(shown(message), file=sys.stderr)
-        raise SystemExit(USER_ERROR) from None
