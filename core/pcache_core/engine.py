@@ -336,7 +336,7 @@ class PromptCacheEngine(Engine):
         mode = self._mode(reuse, repair)
         tokens = self._checked_tokens(prompt, params)
         budget = self.repair if repair is None else repair
-        return check_request(self.lm, tokens, prompt.placement, params, mode, budget)
+        return check_request(self.lm, tokens, prompt, params, mode, budget)
 
     def _plan(self, request: Request) -> Request:
         """Name the states that may fill the request's rows, by the weights as they are now."""

@@ -116,7 +116,6 @@ class Placement:
     token_ids: of each segment. starts: position of each segment's first token; the others follow.
     opening: how many segments open every prompt of the schema.
     model: fingerprint of the model whose tokens these are.
-    fallback_reason: why the positions are not those that were asked for, or the units of no use.
     """
 
     token_ids: tuple[tuple[int, ...], ...]
@@ -124,7 +123,6 @@ class Placement:
     opening: int
     units: tuple[Unit, ...]
     model: str
-    fallback_reason: str | None = None
 
 
 class Prompt:
@@ -132,15 +130,23 @@ class Prompt:
 
     placement: what a schema says about the segments; None for a flat prompt, whose tokens stand
         one after the other.
+    fallback_reason: why less can be reused than was asked for, for the report; None if nothing is
+        lost.
 
     Raises: PromptError: no segment holds any text.
     """
 
-    __slots__ = ("placement", "segments")
+    __slots__ = ("fallback_reason", "placement", "segments")
     segments: tuple[Segment, ...]
     placement: Placement | None
+    fallback_reason: str | None
 
-    def __init__(self, segments: Iterable[Segment], placement: Placement | None = None) -> None:
+    def __init__(
+        self,
+        segments: Iterable[Segment],
+        placement: Placement | None = None,
+        fallback_reason: str | None = None,
+    ) -> None:
         if isinstance(segments, str) or not isinstance(segments, Iterable):
             raise PromptError(
                 f"Prompt takes a list of segments, got {type(segments).__name__}; "
@@ -159,6 +165,7 @@ class Prompt:
         assert placement is None or len(placement.starts) == len(kept)
         object.__setattr__(self, "segments", kept)
         object.__setattr__(self, "placement", placement)
+        object.__setattr__(self, "fallback_reason", fallback_reason)
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"Prompt is immutable; can't set {name!r}")

@@ -58,7 +58,8 @@ class Report:
     the cached and encoded ones whose keys and values other running requests use as well, and nobody
     has a copy of.
 
-    reuse: the mode that ran; differs from the one asked for when `fallback_reason` says why.
+    reuse: the mode that ran.
+    fallback_reason: why it is not the one that was asked for, or why documents can't be reused.
     ttft_ms: from the call to the first token (or to the logits, for a prefill alone); holds
         `load_ms` (states fetched or encoded), `assemble_ms` (copied and moved into place),
         `prefill_ms` (the forward over the computed tokens) and `repair_ms` (the choice of tokens

@@ -9,7 +9,7 @@ from pcache_core.errors import ContextLengthError, PromptError
 from pcache_core.kv.planned import PlannedState
 from pcache_core.lm import CausalLM
 from pcache_core.params import REPAIR, ReuseMode, SamplingParams
-from pcache_core.prompt import Placement
+from pcache_core.prompt import Prompt
 from pcache_core.tokens import TokenisedPrompt
 
 WATCHED_TOKENS = 3
@@ -56,20 +56,20 @@ class Request:
 def check_request(
     lm: CausalLM,
     tokens: TokenisedPrompt,
-    placement: Placement | None,
+    prompt: Prompt,
     params: SamplingParams,
     mode: ReuseMode,
     repair: float | None,
 ) -> Request:
     """See that the model can run a prompt of these tokens.
 
-    placement: of the prompt's. repair: used instead of the mode's own budget, if the mode repairs
+    tokens: of the prompt. repair: used instead of the mode's own budget, if the mode repairs
         at all.
 
     Raises: PromptError: it was laid out for another model. ContextLengthError: too many tokens.
         OptionError: too few tokens may be generated for any text of the grammar.
     """
-    if placement is not None and placement.model != lm.fingerprint:
+    if prompt.placement is not None and prompt.placement.model != lm.fingerprint:
         raise PromptError(
             f"the prompt was laid out for another model than {lm.name}; make it with "
             "prompt_from_pml of the engine that runs it"
@@ -82,12 +82,10 @@ def check_request(
         params = replace(params, max_tokens=min(params.max_tokens, limit - tokens.end + 1))
     lm.check_grammar(params)
     possible, reason = _possible(lm, mode, tokens.end)
-    if reason is None and placement is not None:
-        reason = placement.fallback_reason
     budget = REPAIR.get(possible)
     if budget is not None and repair is not None:
         budget = repair
-    return Request(tokens, params, possible, reason, budget)
+    return Request(tokens, params, possible, reason or prompt.fallback_reason, budget)
 
 
 def check_continuation(lm: CausalLM, request: Request, token_ids: Sequence[int]) -> None:

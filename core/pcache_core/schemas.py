@@ -119,8 +119,8 @@ class SchemaShelf:
                 opening=_opening(layout, resolution),
                 units=units,
                 model=self._lm.fingerprint,
-                fallback_reason=reason,
             ),
+            reason,
         )
 
     def _text_ids(self, text: str) -> Sequence[int]:

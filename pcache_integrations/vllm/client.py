@@ -163,7 +163,7 @@ class RemoteEngine(Engine):
             return ServedRequest(tokens, params, mode, None, connector.namespace)
         _, separators = join_separators(prompt, self.lm.text.holds_special)
         modules = PromptModules(tokens, separators, found.maker)
-        reason = None if mode == "fast" else _AS_THEY_ARE
+        reason = prompt.fallback_reason if mode == "fast" else _AS_THEY_ARE
         runs = modules.runs(connector.key_space)
         return ServedRequest(
             tokens, params, "fast", reason, connector.namespace, runs, modules.modules()

@@ -62,6 +62,11 @@ def test_documents_are_encoded_once_and_served_in_any_order_and_choice(
     assert second.encoded_tokens == 0
 
 
+def test_the_report_says_what_a_prompt_says_of_itself(engine: PromptCacheEngine) -> None:
+    prompt = Prompt(make_prompt("bees").segments, fallback_reason="two documents are hidden")
+    assert engine.prefill(prompt).report.fallback_reason == "two documents are hidden"
+
+
 def test_the_report_counts_every_token_once(engine: PromptCacheEngine) -> None:
     engine.encode([DOCS["bees"]], progress=False)
     report = engine.prefill(make_prompt("mill", "bees")).report

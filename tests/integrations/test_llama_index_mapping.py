@@ -330,3 +330,25 @@ class TestChatEngines:
         marks = [s for s in report.segments if s.kind in ("literal", "text") and "<eos>" in s.text]
         assert "".join(s.text for s in marks).count("<eos>") == 3  # two users, the assistant
         assert lm.tokenizer.all_special_tokens
+
+
+@pytest.mark.parametrize(
+    "rewritten",
+    ["m['content'].replace('\n\n', '\n')", "m['content'].split('</think>')[-1].strip()"],
+    ids=["blank lines", "thoughts"],
+)
+def test_documents_are_found_where_the_chat_template_rewrites_messages(rewritten: str) -> None:
+    lm = chat_lm()
+    lm.tokenizer.chat_template = lm.tokenizer.chat_template.replace("m['content']", rewritten)
+    llm = PromptCacheLLM(engine=PromptCacheEngine(lm), max_tokens=2)
+    found = nodes()[:2]
+    said = ChatMessage("<think>\n\nAnn?\n\n</think>\n\nAnn.", role="assistant")
+    context = "From:\n\n" + "\n\n".join(node.text for node in found)
+    llm.cache_documents(found, progress=False)
+    llm.chat([ChatMessage(f"{context}\n\nWho?"), said, ChatMessage("And <eos> when?")])
+    report = llm.engine.reports[-1]
+    assert [s.text for s in report.segments if s.kind == "document"] == [n.text for n in found]
+    assert report.fallback_reason is None
+    RetrieverQueryEngine.from_args(FixedRetriever(found), llm=llm).query("Who <eos> is it?")
+    documents = [s.text for s in llm.engine.reports[-1].segments if s.kind == "document"]
+    assert documents == [node.text for node in found]

@@ -79,8 +79,9 @@ def render_chat(
 
     The template is rendered twice: with the real contents, which is the truth, and with a unique
     mark in place of each content, which shows where contents go. A content that the template
-    rewrites becomes one `text`; the whole prompt does where it can't be told where one ends. Where
-    such a text would spell control tokens, the template gets marks in place of those in messages,
+    rewrites becomes `text`, between those of its documents that it left as they are; the whole
+    prompt does where it can't be told where one ends. Documents that are lost so are counted in the
+    prompt's `fallback_reason`. Where such a text would spell control tokens, the template gets marks in place of those in messages,
     and each is put back as an `argument`.
 
     spelled: the control tokens that a text spells, which must not become such.
@@ -100,7 +101,8 @@ def render_chat(
     veil = Veil(tokens)
     veiled = [veil.message(message) for message in messages]
     prompt = _render(veiled, apply_template, spelled)
-    return Prompt([part for segment in prompt.segments for part in veil.lifted(segment)])
+    lifted = [part for segment in prompt.segments for part in veil.lifted(segment)]
+    return Prompt(lifted, fallback_reason=prompt.fallback_reason)
 
 
 class _SpelledError(ChatTemplateError):
@@ -124,11 +126,32 @@ def _render(messages: Sequence[Message], apply_template: ApplyTemplate, spelled:
     calls = [call for message in messages for call in message.tool_calls]
     spoken = [call.arguments_text for call in calls if spelled(call.arguments_text)]
     segments = segments and _set_apart(segments, spoken)
-    if segments is not None:
-        return Prompt(segments)
-    if spoken or any(spelled(message.text) for message in messages):
-        raise _SpelledError
-    return Prompt.from_text(truth)
+    given = [segment for message in messages for segment in message.segments]
+    if segments is None:
+        if spoken or any(spelled(message.text) for message in messages):
+            raise _SpelledError
+        segments = _documents_in(truth, given)
+    return Prompt(segments, fallback_reason=_lost(given, segments))
+
+
+def _documents_in(text: str, given: Sequence[Segment]) -> list[Segment]:
+    """Cut a text that a template rewrote into the documents that it kept, in their order."""
+    parts: list[Segment] = []
+    position = 0
+    for document in given:
+        found = text.find(document.text, position) if document.kind == "document" else -1
+        if found >= 0:
+            parts += [Segment(text[position:found]), document]
+            position = found + len(document.text)
+    return [*parts, Segment(text[position:])]
+
+
+def _lost(given: Sequence[Segment], segments: Sequence[Segment]) -> str | None:
+    """Say how many of the documents that were given are none in the prompt's segments."""
+    had, has = (sum(s.kind == "document" for s in each) for each in (given, segments))
+    if has >= had:
+        return None
+    return f"the chat template rewrites its messages, which hid {had - has} of {had} documents"
 
 
 def _tokens(found: Sequence[str] | bool) -> Sequence[str]:  # noqa: FBT001 (what a caller says)
@@ -256,7 +279,7 @@ def _fill(
             text = truth[position:end]
             if _is_forged(text, message, spelled):
                 return None
-            variant = [Segment(text)]
+            variant = _documents_in(text, message.segments)
         segments += [*variant, Segment(after, "literal")]
         position += len(text) + len(after)
     return segments if "".join(segment.text for segment in segments) == truth else None
