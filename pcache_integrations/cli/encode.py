@@ -18,9 +18,9 @@ from pcache_integrations._engines import load_lm
 from pcache_integrations._stores import lasting_store
 from pcache_integrations.cli.errors import INTERRUPTED, NOT_ALL_DONE
 from pcache_integrations.cli.options import MODEL_HELP, AsJson, Device, Dtype, PreambleFile
-from pcache_integrations.cli.texts import SourceText, read_texts
+from pcache_integrations.cli.texts import SourceText, other_files, read_texts
 
-_NAMED = 5  # of the texts left out, in the warning
+_NAMED = 5  # of what is left out, in a warning
 
 
 def encode(  # noqa: PLR0913 (each is an option of the command)
@@ -73,6 +73,7 @@ def encode(  # noqa: PLR0913 (each is an option of the command)
     """
     chosen = None if preamble is None else Preamble.of_file(preamble)
     texts = [replace(each, text=each.text + separator) for each in read_texts(sources, field)]
+    _tell_of_others(other_files(sources))
     lasting = lasting_store(store, storage_dtype)
     lasting.check()
     lm = load_lm(model, dtype, device)
@@ -96,6 +97,22 @@ def encode(  # noqa: PLR0913 (each is an option of the command)
         raise typer.Exit(NOT_ALL_DONE)
 
 
+def _tell_of_others(files: Sequence[Path]) -> None:
+    if files:
+        endings = sorted({file.suffix or file.name for file in files})
+        several = "s of other kinds are" if len(files) > 1 else " of another kind is"
+        print(
+            f"warning: {len(files)} file{several} left out ({shown(_few(endings))}); name them one "
+            "by one if they are text",
+            file=sys.stderr,
+        )
+
+
+def _few(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
+
+
 def _sort_out(
     engine: PromptCacheEngine, texts: Sequence[SourceText]
 ) -> tuple[list[SourceText], list[str]]:
@@ -114,10 +131,9 @@ def _sort_out(
         (fitting if fits else left_out).append(each)
     places = [each.place for each in left_out]
     if places:
-        more = f" and {len(places) - _NAMED} more" if len(places) > _NAMED else ""
         print(
             "warning: left out, as too long for the store or, after a preamble, for the model "
-            f"({context:,} tokens): {shown(', '.join(places[:_NAMED]))}{more}; "
+            f"({context:,} tokens): {shown(_few(places))}; "
             "split them into shorter documents",
             file=sys.stderr,
         )

@@ -18,16 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from llama_index.core import SimpleDirectoryReader
 from typer.testing import CliRunner
 
 import tiny_models
 from command import MAIN, environment, pcache
 from corpus import DOCUMENTS, TEMPLATE
 from pcache_core import CausalLM, DiskStore, Prompt, PromptCacheEngine, Segment
+from pcache_core.errors import OptionError
 from pcache_core.kv.key import ModuleKey
 from pcache_core.store.inspect import StoredState, stored_states
 from pcache_integrations._stores import build_store
 from pcache_integrations.cli import app
+from pcache_integrations.cli.texts import read_texts
 from redis_server import Server
 
 ROOT = Path(__file__).parents[1]
@@ -133,7 +136,11 @@ def states(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that a process of its own has filled; it prints its report and nothing else."""
     folder = tmp_path_factory.mktemp("store") / "states"
     done = pcache("encode", *TINY, texts, "--store", folder)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0
+    assert done.stderr == (
+        "warning: 1 file of another kind is left out (.csv); "
+        "name them one by one if they are text\n"
+    )
     assert done.stdout.startswith("8 of 8 texts encoded (")
     assert done.stdout.count("\n") == 1
     return folder
@@ -186,6 +193,27 @@ def test_documents_are_encoded_after_the_preamble_of_a_file(texts: Path, tmp_pat
     assert (
         sum(record.preamble_ids[len(opening) :][: len(company)] == company for record in later) == 8
     )
+
+
+@pytest.mark.parametrize("before", ["", "\ufeff"], ids=["plain", "byte order mark"])
+def test_a_file_of_windows_is_found_as_each_framework_reads_it(before: str, tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    file.write_bytes(f"{before}{DOCUMENTS[0]}\r\n{DOCUMENTS[1]}\r\n".encode())
+    encode(file, "--store", tmp_path / "states")
+    (node,) = SimpleDirectoryReader(input_files=[file]).load_data()
+    with open(file) as opened:  # as LangChain's TextLoader does
+        contents = [node.text, opened.read()]
+    lm = CausalLM.from_pretrained("builtin:tiny-rag")
+    engine = PromptCacheEngine(lm, build_store(str(tmp_path / "states")))
+    for content in contents:
+        assert engine.encode([content.strip()], progress=False).already_stored == 1
+
+
+def test_a_text_with_half_a_character_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text('"Whole."\n"Half \\ud800."\n')
+    with pytest.raises(OptionError, match=r"a\.jsonl:2: the text holds half of a surrogate pair"):
+        read_texts([file])
 
 
 def test_a_separator_is_encoded_with_the_document_before_it(texts: Path, tmp_path: Path) -> None:

@@ -81,8 +81,8 @@ def render_chat(
     mark in place of each content, which shows where contents go. A content that the template
     rewrites becomes `text`, between those of its documents that it left as they are; the whole
     prompt does where it can't be told where one ends. Documents that are lost so are counted in the
-    prompt's `fallback_reason`. Where such a text would spell control tokens, the template gets marks in place of those in messages,
-    and each is put back as an `argument`.
+    prompt's `fallback_reason`. Where such a text would spell control tokens, the template gets
+    marks in place of those in messages, and each is put back as an `argument`.
 
     spelled: the control tokens that a text spells, which must not become such.
     Raises: PromptError: no messages. ChatTemplateError: the template refuses them, an id or a name
