@@ -56,7 +56,14 @@ class Grammar:
                 f"a JSON schema must be a mapping, got {type(schema).__name__}; "
                 'for example {"type": "object"}'
             )
-        return cls(_json_source(_ANY_OBJECT if schema is None else schema))
+        source = _json_source(_ANY_OBJECT if schema is None else schema)
+        try:
+            return cls(source)
+        except OptionError as error:
+            raise OptionError(
+                f"{error}; describe that field in another way, such as a list for a set, "
+                "or str for bytes"
+            ) from None
 
     @classmethod
     def lark(cls, text: str) -> Grammar:

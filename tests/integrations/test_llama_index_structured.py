@@ -9,11 +9,13 @@ from typing import Any, Literal
 import pytest
 from llama_index.core import PromptTemplate
 from llama_index.core.base.llms.types import ChatMessage
-from llama_index.core.program import LLMTextCompletionProgram
+from llama_index.core.program import FunctionCallingProgram, LLMTextCompletionProgram
 from llama_index.core.prompts import ChatPromptTemplate, RichPromptTemplate
 from llama_index.core.prompts.base import SelectorPromptTemplate
 from llama_index.core.query_engine import RetrieverQueryEngine
 from llama_index.core.response_synthesizers import ResponseMode
+from llama_index.core.selectors.utils import get_selector_from_llm
+from llama_index.core.tools import ToolMetadata
 from llama_index.core.types import PydanticProgramMode
 from pydantic import BaseModel, Field
 
@@ -244,3 +246,28 @@ class TestResponseFormat:
     def test_what_is_no_format_is_refused(self, one_llm: PromptCacheLLM, form: Any) -> None:
         with pytest.raises(CallRefusedError, match="response_format"):
             one_llm.complete("Ann?", response_format=form)
+
+
+def test_a_program_that_asks_in_words_is_constrained_by_its_llm_kwargs(
+    llm: PromptCacheLLM,
+) -> None:
+    program = LLMTextCompletionProgram.from_defaults(
+        output_cls=Person, prompt_template_str="Tell of {who}.", llm=llm
+    )
+    person = program(who="Ann", llm_kwargs={"response_format": Person})
+    assert isinstance(person, Person)
+
+
+def test_programs_and_routers_demand_calls_where_the_llm_is_said_to_call_functions(
+    chat_engine: PromptCacheEngine,
+) -> None:
+    llm = PromptCacheLLM(engine=chat_engine, max_tokens=200, is_function_calling_model=True)
+    program = FunctionCallingProgram.from_defaults(
+        output_cls=Person, prompt_template_str="Tell of {who}.", llm=llm
+    )
+    assert isinstance(program(who="Ann"), Person)
+    tools = [ToolMetadata("tells of kayaks", "kayaks"), ToolMetadata("tells of bees", "bees")]
+    for is_multi in (False, True):
+        selector = get_selector_from_llm(llm, is_multi=is_multi)
+        for chosen in selector.select(tools, "Who keeps bees?").selections:
+            assert isinstance(chosen.index, int)
