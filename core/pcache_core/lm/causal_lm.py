@@ -29,6 +29,7 @@ from pcache_core.lm.tokenizer import SegmentTokenizer
 from pcache_core.lm.weights import Weights
 from pcache_core.params import SamplingParams
 from pcache_core.prompt import Segment
+from pcache_core.threads import fork_safe
 
 if TYPE_CHECKING:
     from pcache_core.lm.constraint import GrammarCompiler
@@ -36,13 +37,15 @@ if TYPE_CHECKING:
 _LARGE_ON_CPU = 2_000_000_000  # weights; more take seconds for 512 tokens
 
 _locks: WeakKeyDictionary[PreTrainedModel, threading.RLock] = WeakKeyDictionary()
-_locks_lock = threading.Lock()
+_locks_lock = fork_safe(threading.Lock())
 
 
 def _lock_of(model: PreTrainedModel) -> threading.RLock:
     """One lock for each model, however many `CausalLM` objects run it."""
     with _locks_lock:
-        return _locks.setdefault(model, threading.RLock())
+        if model not in _locks:
+            _locks[model] = fork_safe(threading.RLock())
+        return _locks[model]
 
 
 def _part_tokens(model: PreTrainedModel) -> int:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 
 from pcache_core.store.base import StoreStats, Tier
-from pcache_core.store.fork import ForkSafeLock
+from pcache_core.threads import fork_safe
 
 logger = logging.getLogger(__name__)
 
@@ -17,7 +18,7 @@ class Counters:
     def __init__(self, tier: Tier, budget_bytes: int | None) -> None:
         self.tier: Tier = tier
         self.budget_bytes = budget_bytes
-        self._lock = ForkSafeLock()
+        self._lock = fork_safe(threading.Lock())
         self._hits = 0
         self._misses = 0
         self._evictions = 0
@@ -85,7 +86,7 @@ class Outage:
         self._retry_s = retry_s
         self._retry_at = 0.0
         self._is_out = False
-        self._lock = ForkSafeLock()
+        self._lock = fork_safe(threading.Lock())
 
     @property
     def is_over(self) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pcache_core.errors import StoreError
-from pcache_core.store.fork import ForkSafeLock
+from pcache_core.threads import fork_safe
 
 SUFFIX = ".safetensors"
 _TEMPORARY = ".tmp"
@@ -77,7 +78,7 @@ class StateFolder:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._shards: dict[str, _Shard] = {}
-        self._lock = ForkSafeLock()
+        self._lock = fork_safe(threading.Lock())
 
     def create(self) -> None:
         """Make the folder if it is not there. Raises: OSError: it can't be made."""

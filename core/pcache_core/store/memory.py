@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 
 from pcache_core.errors import BudgetError
 from pcache_core.kv.key import ModuleKey
 from pcache_core.kv.state import KVState
 from pcache_core.store.base import Hit, StoreStats
-from pcache_core.store.fork import ForkSafeLock
+from pcache_core.threads import fork_safe
 
 DEFAULT_BUDGET_BYTES = 2 * 2**30
 
@@ -40,7 +41,7 @@ class MemoryStore:
         self._hits = 0
         self._misses = 0
         self._evictions = 0
-        self._lock = ForkSafeLock()
+        self._lock = fork_safe(threading.Lock())
 
     def get(self, key: ModuleKey) -> Hit | None:
         """The state if it is there and holds the key's tokens; it counts as used."""
