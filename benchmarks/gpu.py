@@ -82,7 +82,8 @@ def random_llama(args: argparse.Namespace) -> LlamaForCausalLM:
         for name, weight in model.named_parameters():
             if weight.ndim == 2:
                 weight.normal_(std=1.0 if "embed" in name else 1.6 * weight.shape[1] ** -0.5)
-    return model.eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
+    return model
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:

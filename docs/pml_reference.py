@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pcache_core.pml
-from pcache_core.pml.grammar import GrammarName, grammar
-from pcache_core.pml.rules import ANY, Attribute, Rule, Rules
+from pcache_core.pml.grammar import ANY, AttributeRule, ElementRule, GrammarName, grammar
 
 PAGE = Path(__file__).with_name("pml.md")
 _PACKAGE = Path(pcache_core.pml.__file__).parent
@@ -37,28 +36,28 @@ def _elements() -> Iterator[str]:
         yield f"As `{name}.rng` has them."
         yield ""
         rules = grammar(name).rules
-        for tag in rules.tags:
+        for tag in rules:
             yield from _element(tag, rules)
 
 
-def _element(tag: str, rules: Rules) -> Iterator[str]:
+def _element(tag: str, rules: dict[str, ElementRule]) -> Iterator[str]:
     rule = rules[tag]
     yield f"### {_shown(tag)}"
     yield ""
     if tag == ANY:
         yield "Uses the module, or fills the slot, of that name."
         yield ""
-    parents = [_shown(other) for other in rules.tags if tag in rules[other].children]
+    parents = [_shown(other) for other in rules if tag in rules[other].children]
     yield f"Stands in: {', '.join(parents) or 'nothing, it is the outermost element'}."
     yield ""
-    held = ["text"] if rule.texts else []
+    held = ["text"] if rule.holds_text else []
     held += [_shown(child) for child in dict.fromkeys(rule.children)]
     yield f"Holds: {', '.join(held) or 'nothing'}."
     yield ""
     yield from _attributes(rule)
 
 
-def _attributes(rule: Rule) -> Iterator[str]:
+def _attributes(rule: ElementRule) -> Iterator[str]:
     if not rule.attributes:
         return
     yield "| attribute | must be there | value |"
@@ -72,7 +71,7 @@ def _attributes(rule: Rule) -> Iterator[str]:
     yield ""
 
 
-def _value(name: str, attribute: Attribute) -> str:
+def _value(name: str, attribute: AttributeRule) -> str:
     if attribute.values:
         return " or ".join(f"`{value}`" for value in attribute.values)
     if name == ANY:

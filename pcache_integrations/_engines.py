@@ -1,100 +1,50 @@
-"""Engines from the options that both integrations take."""
+"""Engines from the options that both integrations take.
+
+Language models of equal options share an engine. The engines that were used last are kept when
+their last owner is gone, since notebooks, scripts and request handlers make their language models
+anew; but never the weights of more than one model that nobody uses.
+"""
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from difflib import get_close_matches
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Self
 from weakref import WeakValueDictionary
 
-from pcache_core import CausalLM, DiskStore, MemoryStore, Preamble, PromptCacheEngine, TieredStore
-from pcache_core.errors import OptionError
+from pcache_core import CausalLM, Preamble, PromptCacheEngine
+from pcache_core.base_engine import Engine
+from pcache_core.errors import OptionError, PromptCacheError
 from pcache_core.params import check_repair, check_reuse
-from pcache_core.store import LastingStore, ModuleStore
-from pcache_core.store.packing import check_storage_dtype
-from pcache_core.store.record import StorageDtype
-from pcache_integrations.remote import Address, RemoteEngine
+from pcache_integrations._stores import build_store, check_store
 
-Engine = PromptCacheEngine | RemoteEngine
-"""What answers prompts: a model in this process, or on a server."""
+if TYPE_CHECKING:
+    from pcache_integrations.vllm.client_http import Address
 
 _loaded: WeakValueDictionary[tuple[str, str, str], CausalLM] = WeakValueDictionary()
 _loading = threading.Lock()
-_building = threading.Lock()
+_building = threading.RLock()
 
 
 def load_lm(model: str, dtype: str = "auto", device: str = "auto") -> CausalLM:
     """Load a model, or share the one that is loaded: its weights are in memory once.
 
-    Thread-safe. The weights go when nobody uses them any more.
+    Thread-safe. The weights go when nobody uses them any more; those that are only kept for the
+    next language model of their options go before others are loaded.
 
     Raises: ModelError: the model can't be loaded.
     """
     with _loading:
         lm = _loaded.get((model, dtype, device))
         if lm is None:
+            if _kept:
+                _kept.clear()
+                gc.collect()
             lm = CausalLM.from_pretrained(model, dtype=dtype, device=device)
             _loaded[model, dtype, device] = lm
         return lm
-
-
-def check_store(spec: str, storage_dtype: str = "auto") -> None:
-    """Whether `build_store` takes `spec`. No folder is made and no server is asked.
-
-    Raises: OptionError: it does not. DependencyError: a package it needs is not installed.
-    """
-    check_storage_dtype(storage_dtype)
-    if not isinstance(spec, str) or not spec.strip():
-        raise OptionError(
-            f"store={spec!r} must be 'memory', a folder's path, 'redis://host:port/database' or "
-            "the URL of an object store such as 's3://bucket/folder'"
-        )
-    if "://" in spec:
-        _remote_store(spec)
-    elif spec != "memory" and get_close_matches(spec.lower(), ["memory"], cutoff=0.75):
-        raise OptionError(f"store={spec!r}: did you mean 'memory'? A folder is './{spec}'")
-
-
-def build_store(spec: str, storage_dtype: str = "auto") -> ModuleStore:
-    """The store that `spec` names: memory alone, or memory before a folder or a server.
-
-    storage_dtype: how the folder or server keeps numbers; memory keeps what comes.
-
-    Raises: OptionError, DependencyError: as `check_store`. StoreError: the folder can't be made.
-    """
-    check_store(spec)
-    if spec == "memory":
-        return MemoryStore()
-    return TieredStore([MemoryStore(), lasting_store(spec, storage_dtype)])
-
-
-def lasting_store(spec: str, storage_dtype: str = "auto") -> LastingStore:
-    """The folder or server alone: what `put` returned for is there when the process ends.
-
-    Raises: OptionError: `spec` names memory, or is refused by `check_store`. DependencyError: as
-        `check_store`. StoreError: the folder can't be made.
-    """
-    check_store(spec)
-    if spec == "memory":
-        raise OptionError(
-            "store='memory' ends with this process; give a folder such as ./states, "
-            "redis://host:port/database or an object store's URL"
-        )
-    dtype = check_storage_dtype(storage_dtype)
-    return _remote_store(spec, dtype) if "://" in spec else DiskStore(spec, storage_dtype=dtype)
-
-
-def _remote_store(url: str, storage_dtype: StorageDtype = "auto") -> LastingStore:
-    """A store that connects when it is first used; its package is imported only here."""
-    if url.partition("://")[0] in ("redis", "rediss", "valkey", "unix"):
-        from pcache_core.store.redis import RedisStore
-
-        return RedisStore(url, storage_dtype=storage_dtype)
-    from pcache_core.store.object import ObjectStore
-
-    return ObjectStore(url, storage_dtype=storage_dtype)
 
 
 ENGINE_OPTIONS = (
@@ -105,6 +55,9 @@ ENGINE_OPTIONS = (
 
 SERVER_OPTIONS = ("base_url", "api_key", "timeout", "max_retries")
 """Options that say which server answers, and how it is asked."""
+
+_OF_A_GIVEN_ENGINE = ("namespace", "preamble", "repair")
+"""Options that may change beside an engine that was handed over: its model and store serve them."""
 
 
 def server_address(
@@ -118,6 +71,8 @@ def server_address(
     """
     if base_url is None:
         return None
+    from pcache_integrations.vllm.client_http import Address
+
     given = {"timeout_s": timeout, "max_retries": max_retries}
     chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     return Address(base_url, api_key, **chosen)
@@ -130,24 +85,7 @@ def describe_engine(engine: Engine, options: Mapping[str, Any]) -> dict[str, Any
         raise OptionError(
             f"engine= brings its own {', '.join(twice)}; leave {'them' if twice[1:] else 'it'} out"
         )
-    if isinstance(engine, RemoteEngine):
-        return {
-            "model": engine.lm.name,
-            "base_url": engine.address.base_url,
-            "namespace": engine.namespace,
-            "preamble": engine.preamble,
-            "reuse": engine.reuse,
-        }
-    return {
-        "model": engine.lm.name,
-        "dtype": str(engine.lm.dtype).removeprefix("torch."),
-        "device": str(engine.lm.device),
-        "namespace": engine.namespace,
-        "preamble": engine.preamble,
-        "repair": engine.repair,
-        "storage_dtype": getattr(engine.store, "storage_dtype", "auto"),
-        "reuse": engine.reuse,
-    }
+    return engine.settings()
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +109,9 @@ class EngineOptions:
     server: Address | None = None
 
     def __post_init__(self) -> None:
+        for name in ("model", "dtype", "device", "namespace"):
+            if not isinstance(getattr(self, name), str):
+                raise OptionError(f"{name} must be a text, got {getattr(self, name)!r:.80}")
         check_reuse(self.reuse)
         check_repair(self.repair)
         check_store(self.store, self.storage_dtype)
@@ -190,52 +131,90 @@ class EngineOptions:
             raise OptionError("repair= has no effect on a server; leave it out beside base_url")
 
 
+def engine_options(llm: Any) -> EngineOptions:
+    """What the fields of a language model say about its engine.
+
+    Raises: OptionError: a value that no engine can be built from.
+    """
+    key = llm.api_key
+    key = key.get_secret_value() if hasattr(key, "get_secret_value") else key
+    return EngineOptions(
+        **{name: getattr(llm, name) for name in ENGINE_OPTIONS},
+        reuse=llm.reuse,
+        server=server_address(llm.base_url, key, llm.timeout, llm.max_retries),
+    )
+
+
+_MOST_KEPT = 8
 _built: WeakValueDictionary[EngineOptions, Engine] = WeakValueDictionary()
+_kept: dict[EngineOptions, Engine] = {}
+"""Engines that stay without an owner, the one used last at the end; all of one model."""
 
 
 def build_engine(options: EngineOptions) -> Engine:
     """Build an engine, or share the one that was built of equal options. Thread-safe.
 
-    It goes, with its weights and the states in memory, when no language model uses it any more.
+    When no language model uses it any more, it stays for the next one of equal options, until
+    engines of another model are used, or many others of this one.
 
     Raises: ModelError: the model can't be loaded, or its server not be reached. StoreError: the
         folder can't be made.
     """
     with _building:
-        engine = _built.get(options)
+        engine = _living(options)
         if engine is None:
-            engine = _built[options] = _remote(options) if options.server else _local(options)
+            engine = _built[options] = _new(options)
+            _keep(options, engine)
         return engine
 
 
-def _local(options: EngineOptions) -> PromptCacheEngine:
+def _living(options: EngineOptions) -> Engine | None:
+    """The engine of these options, if there is one."""
+    with _building:
+        engine = _built.get(options)
+        if engine is not None:
+            _keep(options, engine)
+        return engine
+
+
+def _keep(options: EngineOptions, engine: Engine) -> None:
+    """Keep an engine as the one used last."""
+    for other in [name for name, kept in list(_kept.items()) if kept.lm is not engine.lm]:
+        del _kept[other]
+    _kept.pop(options, None)
+    _kept[options] = engine
+    if len(_kept) > _MOST_KEPT:
+        del _kept[next(iter(_kept))]
+
+
+def _new(options: EngineOptions) -> Engine:
+    own: dict[str, Any] = {
+        "reuse": check_reuse(options.reuse),
+        "namespace": options.namespace,
+        "preamble": options.preamble,
+    }
+    if options.server is not None:
+        from pcache_integrations.vllm.client import RemoteEngine
+
+        return RemoteEngine(options.server, options.model, **own)
     return PromptCacheEngine(
         load_lm(options.model, options.dtype, options.device),
         store=build_store(options.store, options.storage_dtype),
-        reuse=check_reuse(options.reuse),
-        namespace=options.namespace,
-        preamble=options.preamble,
         repair=options.repair,
-    )
-
-
-def _remote(options: EngineOptions) -> RemoteEngine:
-    assert options.server is not None
-    return RemoteEngine(
-        options.server,
-        options.model,
-        reuse=check_reuse(options.reuse),
-        namespace=options.namespace,
-        preamble=options.preamble,
+        **own,
     )
 
 
 class EngineHandle:
-    """An engine that is built when it is first needed. Thread-safe."""
+    """The engine of some options, built when it is first needed. Thread-safe.
+
+    engine: one that was handed over, instead of one that is built.
+    """
 
     def __init__(self, options: EngineOptions, engine: Engine | None = None) -> None:
         self.options = options
-        self._engine = engine
+        self._given = engine
+        self._engine = _living(options) if engine is None else engine
         self._lock = threading.Lock()
 
     @property
@@ -244,11 +223,52 @@ class EngineHandle:
         return self._engine is not None
 
     def get(self) -> Engine:
-        """The engine, always the same. Raises: ModelError: the model can't be loaded."""
+        """Return the engine, always the same. Raises: ModelError: the model can't be loaded."""
         with self._lock:
             if self._engine is None:
                 self._engine = build_engine(self.options)
             return self._engine
+
+    def for_options(self, options: EngineOptions) -> EngineHandle:
+        """Return the handle of these options: itself, if they are its own.
+
+        Raises: OptionError: an engine was handed over that can't be changed so.
+        """
+        if options == self.options:
+            return self
+        if self._given is None:
+            return EngineHandle(options)
+        changed = [
+            each.name
+            for each in fields(options)
+            if each.compare and getattr(options, each.name) != getattr(self.options, each.name)
+        ]
+        given = self._given
+        if not isinstance(given, PromptCacheEngine) or set(changed) - {*_OF_A_GIVEN_ENGINE}:
+            raise OptionError(
+                f"{', '.join(changed)} can't be changed beside an engine= that was handed over; "
+                "make a new language model from options, or from another engine"
+            )
+        engine = PromptCacheEngine(
+            given.lm,
+            given.store,
+            check_reuse(options.reuse),
+            options.namespace,
+            options.preamble,
+            options.repair,
+            min_module_tokens=given.min_module_tokens,
+        )
+        return EngineHandle(options, engine)
+
+    def release(self) -> None:
+        """Let the engine go, unless it was handed over; `get` builds it again."""
+        with self._lock, _building:
+            engine, self._engine = self._engine, self._given
+            if engine is not None:
+                engine.flush()
+            _kept.pop(self.options, None)
+        del engine
+        gc.collect()  # an engine and its parts know each other
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EngineHandle:
         """Itself: copies of a language model share weights and states."""
@@ -257,3 +277,53 @@ class EngineHandle:
     def __reduce__(self) -> tuple[Any, ...]:
         """A pickle holds how to build the engine, not its weights and states."""
         return type(self), (self.options,)
+
+
+class EngineOwner:
+    """What both language model classes have: the engine that their fields describe.
+
+    However a field came to its value (constructor, assignment, a copy with `update=`), the engine
+    that answers is the one of the present fields.
+    """
+
+    @property
+    def engine(self) -> Engine:
+        """Return the engine; the first use loads the model. Raises: ModelError: it can't."""
+        engine: Engine = self._settle().get()
+        return engine
+
+    def close(self) -> None:
+        """Let go of the engine: what it keeps in memory, and its weights if nobody else uses them.
+
+        An engine is kept otherwise, for the next object of equal options. A closed object may be
+        used again, and loads the model again then. `with` closes at its end.
+        """
+        self._settle().release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def model_copy(self, **how: Any) -> Self:
+        """Copy, with other values as `update`. Raises: OptionError: no engine can be of them."""
+        copy: Self = super().model_copy(**how)  # type: ignore[misc]
+        copy._settle()
+        return copy
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Assign. Raises: OptionError: no engine can be of this value, and the old one stays."""
+        is_deciding = name in ENGINE_OPTIONS or name in SERVER_OPTIONS or name == "reuse"
+        before = getattr(self, name, None)
+        super().__setattr__(name, value)
+        if is_deciding:
+            try:
+                self._settle()
+            except PromptCacheError:
+                super().__setattr__(name, before)
+                raise
+
+    def _settle(self) -> EngineHandle:
+        """Return the handle of the engine that the fields describe, and hold it from now on."""
+        raise NotImplementedError

@@ -18,6 +18,8 @@ from pydantic import Field
 from corpus import DOCUMENTS, QUESTIONS
 from pcache_core import Report
 
+UNHEARD = "unheard"  # the mark of documents that nobody may announce
+
 
 def marked(question: str, mark: str) -> str:
     """A question of the corpus whose documents nobody else's question has; `mark` tells whose."""
@@ -25,8 +27,13 @@ def marked(question: str, mark: str) -> str:
 
 
 def corpus_for(question: str) -> tuple[str, ...]:
-    """The corpus in the words of a question: a marked one's documents bear its mark."""
+    """The corpus in the words of a question: a marked one's documents bear its mark.
+
+    Unheard ones read backwards: no document that any test announces stands in them.
+    """
     mark = question.partition(" (")[2].removesuffix(")")
+    if mark == UNHEARD:
+        return tuple(" ".join(reversed(text.split())) for text in DOCUMENTS)
     return tuple(f"Note {mark}. {text}" if mark else text for text in DOCUMENTS)
 
 

@@ -11,7 +11,7 @@ import operator
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, TypedDict
 
 from langchain.agents import create_agent
@@ -80,6 +80,7 @@ class Shape:
     documents: what the last prompt holds for a question, by number.
     cut: how many characters of each document.
     asks: whether the question is in the prompt.
+    is_told: whether LangChain tells of the template, so that its text and its values are known.
     """
 
     name: str
@@ -89,6 +90,7 @@ class Shape:
     documents: Callable[[str], Sequence[int]] = numbers_for
     cut: int | None = None
     asks: bool = True
+    is_told: bool = False
 
     def texts(self, question: str) -> list[str]:
         """The documents' texts."""
@@ -105,9 +107,18 @@ def rag(prompt: Any, model: Any, format_docs: Any = join) -> Runnable[str, Any]:
     return steps | prompt | model | StrOutputParser()
 
 
+def rag_for(model: Any, asked: Any = None) -> Runnable[str, Any]:
+    """The chain with a template of the model's kind. asked: the model in what is put around it."""
+    return rag(prompt_for(model), asked or model)
+
+
 async def drain(pieces: Any) -> None:
     async for _ in pieces:
         pass
+
+
+def prompt_for(model: Any) -> Any:
+    return CHAT if isinstance(model, BaseChatModel) else PROMPT
 
 
 # -- entry points -------------------------------------------------------------------------------
@@ -115,18 +126,18 @@ async def drain(pieces: Any) -> None:
 
 def in_threads(model: Any, question: str) -> None:
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(rag(PROMPT, model).invoke, [question, question]))
+        list(pool.map(rag_for(model).invoke, [question, question]))
 
 
 def in_a_thread(model: Any, question: str) -> None:
-    thread = threading.Thread(target=rag(PROMPT, model).invoke, args=(question,))
+    thread = threading.Thread(target=rag_for(model).invoke, args=(question,))
     thread.start()
     thread.join()
 
 
 def in_tasks(model: Any, question: str) -> None:
     async def gather() -> None:
-        ask = rag(PROMPT, model).ainvoke
+        ask = rag_for(model).ainvoke
         await asyncio.gather(*(asyncio.create_task(ask(question)) for _ in range(3)))
 
     asyncio.run(gather())
@@ -135,58 +146,61 @@ def in_tasks(model: Any, question: str) -> None:
 def in_a_task_group(model: Any, question: str) -> None:
     async def grouped() -> None:
         async with asyncio.TaskGroup() as group:
-            group.create_task(drain(rag(PROMPT, model).astream(question)))
+            group.create_task(drain(rag_for(model).astream(question)))
 
     asyncio.run(grouped())
 
 
 ENTRY_POINTS = [
-    Shape("invoke", lambda m, q: rag(PROMPT, m).invoke(q)),
-    Shape("ainvoke", lambda m, q: asyncio.run(rag(PROMPT, m).ainvoke(q))),
-    Shape("stream", lambda m, q: list(rag(PROMPT, m).stream(q))),
-    Shape("astream", lambda m, q: asyncio.run(drain(rag(PROMPT, m).astream(q)))),
+    Shape("invoke", lambda m, q: rag_for(m).invoke(q)),
+    Shape("ainvoke", lambda m, q: asyncio.run(rag_for(m).ainvoke(q))),
+    Shape("stream", lambda m, q: list(rag_for(m).stream(q))),
+    Shape("astream", lambda m, q: asyncio.run(drain(rag_for(m).astream(q)))),
     Shape(
         "astream_events",
-        lambda m, q: asyncio.run(drain(rag(PROMPT, m).astream_events(q, version="v2"))),
+        lambda m, q: asyncio.run(drain(rag_for(m).astream_events(q, version="v2"))),
     ),
-    Shape("astream_log", lambda m, q: asyncio.run(drain(rag(PROMPT, m).astream_log(q)))),
-    Shape("batch", lambda m, q: rag(PROMPT, m).batch([q, q])),
-    Shape("batch, limited", lambda m, q: rag(PROMPT, m).batch([q] * 3, {"max_concurrency": 2})),
-    Shape("batch of exceptions", lambda m, q: rag(PROMPT, m).batch([q], return_exceptions=True)),
-    Shape("abatch", lambda m, q: asyncio.run(rag(PROMPT, m).abatch([q, q]))),
-    Shape("batch_as_completed", lambda m, q: list(rag(PROMPT, m).batch_as_completed([q, q]))),
+    Shape("astream_log", lambda m, q: asyncio.run(drain(rag_for(m).astream_log(q)))),
+    Shape("batch", lambda m, q: rag_for(m).batch([q, q])),
+    Shape("batch, limited", lambda m, q: rag_for(m).batch([q] * 3, {"max_concurrency": 2})),
+    Shape("batch of exceptions", lambda m, q: rag_for(m).batch([q], return_exceptions=True)),
+    Shape("abatch", lambda m, q: asyncio.run(rag_for(m).abatch([q, q]))),
+    Shape("batch_as_completed", lambda m, q: list(rag_for(m).batch_as_completed([q, q]))),
     Shape("a pool of threads", in_threads),
     Shape("a thread", in_a_thread),
     Shape("gathered tasks", in_tasks),
     Shape("a task group", in_a_task_group),
-    Shape("transform", lambda m, q: list(rag(PROMPT, m).transform(iter([q])))),
+    Shape("transform", lambda m, q: list(rag_for(m).transform(iter([q])))),
 ]
 
 # -- what is put around the model ---------------------------------------------------------------
 
 WRAPPERS = [
-    Shape("bind", lambda m, q: rag(PROMPT, m.bind(stop=["\n"])).invoke(q)),
-    Shape("with_retry", lambda m, q: rag(PROMPT, m.with_retry()).invoke(q)),
-    Shape("with_fallbacks", lambda m, q: rag(PROMPT, m.with_fallbacks([m])).invoke(q)),
-    Shape("with_config", lambda m, q: rag(PROMPT, m.with_config(tags=["a"])).invoke(q)),
+    Shape("bind", lambda m, q: rag_for(m, m.bind(stop=["\n"])).invoke(q)),
+    Shape("with_retry", lambda m, q: rag_for(m, m.with_retry()).invoke(q)),
+    Shape("with_fallbacks", lambda m, q: rag_for(m, m.with_fallbacks([m])).invoke(q)),
+    Shape("with_config", lambda m, q: rag_for(m, m.with_config(tags=["a"])).invoke(q)),
     Shape(
         "with_listeners",
-        lambda m, q: rag(PROMPT, m.with_listeners(on_end=lambda run: None)).invoke(q),
+        lambda m, q: rag_for(m, m.with_listeners(on_end=lambda run: None)).invoke(q),
     ),
-    Shape("configurable", lambda m, q: rag(PROMPT, configurable(m)).invoke(q)),
-    Shape("parallel", lambda m, q: rag(PROMPT, RunnableParallel(a=m, b=m) | str).invoke(q)),
-    Shape("a function", lambda m, q: rag(PROMPT, RunnableLambda(lambda p: m.invoke(p))).invoke(q)),
+    Shape("configurable", lambda m, q: rag_for(m, configurable(m)).invoke(q)),
+    Shape("parallel", lambda m, q: rag_for(m, RunnableParallel(a=m, b=m) | str).invoke(q)),
+    Shape(
+        "a function",
+        lambda m, q: rag_for(m, RunnableLambda(lambda p: m.invoke(p))).invoke(q),
+    ),
     Shape(
         "an async function",
-        lambda m, q: asyncio.run(rag(PROMPT, RunnableLambda(async_calling(m))).ainvoke(q)),
+        lambda m, q: asyncio.run(rag_for(m, RunnableLambda(async_calling(m))).ainvoke(q)),
     ),
     Shape(
         "a branch",
-        lambda m, q: rag(PROMPT, RunnableBranch((lambda p: bool(p), m), m)).invoke(q),
+        lambda m, q: rag_for(m, RunnableBranch((lambda p: bool(p), m), m)).invoke(q),
     ),
     Shape(
         "the prompt as a string",
-        lambda m, q: rag(PROMPT, RunnableLambda(lambda p: p.to_string()) | m).invoke(q),
+        lambda m, q: rag_for(m, RunnableLambda(lambda p: p.to_string()) | m).invoke(q),
     ),
     Shape(
         "the prompt stripped",
@@ -198,6 +212,9 @@ WRAPPERS = [
     Shape("a decorated chain", lambda m, q: decorated(m).invoke(q)),
     Shape("pick and assign", lambda m, q: assigned(m).invoke({"question": q})),
 ]
+
+
+TOLD = [replace(shape, is_told=True) for shape in (*ENTRY_POINTS, *WRAPPERS)]
 
 
 def configurable(model: Any) -> Any:
@@ -218,14 +235,18 @@ def decorated(model: Any) -> Any:
     @chain
     def ask(question: str) -> Any:
         context = join(AnswerRetriever().invoke(question))
-        return model.invoke(PROMPT.invoke({"context": context, "question": question}))
+        return model.invoke(prompt_for(model).invoke({"context": context, "question": question}))
 
     return ask
 
 
 def assigned(model: Any) -> Any:
     retrieve = RunnableLambda(operator.itemgetter("question")) | AnswerRetriever()
-    answer = RunnablePassthrough.assign(context=lambda x: join(x["documents"])) | PROMPT | model
+    answer = (
+        RunnablePassthrough.assign(context=lambda x: join(x["documents"]))
+        | prompt_for(model)
+        | model
+    )
     return RunnablePassthrough.assign(documents=retrieve).assign(answer=answer).pick("answer")
 
 
@@ -675,10 +696,6 @@ def answering(model: Any) -> Any:
     return answer
 
 
-def prompt_for(model: Any) -> Any:
-    return CHAT if isinstance(model, BaseChatModel) else PROMPT
-
-
 def checkpointed(model: Any, question: str) -> Any:
     graph = graph_of(answering(model), InMemorySaver())
     return graph.invoke({"question": question}, {"configurable": {"thread_id": "1"}})
@@ -737,8 +754,7 @@ GRAPHS = [
 ]
 
 COMPLETION_SHAPES = [
-    *ENTRY_POINTS,
-    *WRAPPERS,
+    *TOLD,
     *TEMPLATES,
     *RETRIEVERS,
     *CLASSIC,
@@ -805,16 +821,8 @@ ASKED = (OPENING, "Question:")
 
 
 CHAT_SHAPES = [
-    Shape("invoke", lambda m, q: rag(CHAT, m).invoke(q)),
-    Shape("ainvoke", lambda m, q: asyncio.run(rag(CHAT, m).ainvoke(q))),
-    Shape("stream", lambda m, q: list(rag(CHAT, m).stream(q))),
-    Shape("astream", lambda m, q: asyncio.run(drain(rag(CHAT, m).astream(q)))),
-    Shape("batch", lambda m, q: rag(CHAT, m).batch([q, q])),
-    Shape("abatch", lambda m, q: asyncio.run(rag(CHAT, m).abatch([q, q]))),
-    Shape("bind", lambda m, q: rag(CHAT, m.bind(stop=["."])).invoke(q)),
-    Shape("with_retry", lambda m, q: rag(CHAT, m.with_retry()).invoke(q)),
-    Shape("with_fallbacks", lambda m, q: rag(CHAT, m.with_fallbacks([m])).invoke(q)),
-    Shape("a function", lambda m, q: rag(CHAT, RunnableLambda(lambda p: m.invoke(p))).invoke(q)),
+    # A chat's turns written out are one text.
+    *(shape for shape in TOLD if "the prompt" not in shape.name),
     Shape("messages by hand", by_hand, SYSTEM_ONLY),
     Shape("a template with history", with_history, SYSTEM_ONLY),
     Shape("content blocks", in_blocks, ASKED),

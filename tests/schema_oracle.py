@@ -26,12 +26,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import oracle
 from oracle import Row, Rows
 from pcache_core.pml import (
-    Layout,
     PlacedParam,
     PlacedText,
     Positions,
     Resolution,
-    Run,
+    SchemaLayout,
+    TokenRun,
     parse_prompt,
     parse_schema,
     place,
@@ -67,7 +67,7 @@ class SchemaOracle:
     def bos(self) -> list[int]:
         return list(self.tokenizer("").input_ids)
 
-    def layout(self) -> Layout:
+    def layout(self) -> SchemaLayout:
         schema = parse_schema(self.schema, src_root=self.src_root)
         return place(schema, self._ids, first_position=len(self.bos))
 
@@ -100,7 +100,7 @@ class SchemaOracle:
             self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
         )
 
-    def _unit_rows(self, tokens: list[Token], index: int, run: Run) -> list[Row]:
+    def _unit_rows(self, tokens: list[Token], index: int, run: TokenRun) -> list[Row]:
         """Copies of what the run was encoded after, then the run."""
         first = next(i for i, token in enumerate(tokens) if token.run == index)
         moved = 0 if self.encoded == "in place" else run.start - tokens[first].position
@@ -110,7 +110,9 @@ class SchemaOracle:
         ]
         return [*copies, *_rows(run.token_ids, run.start, "module", index + 1)]
 
-    def _units(self, layout: Layout, runs: Sequence[Run], opening: int) -> list[list[Token]]:
+    def _units(
+        self, layout: SchemaLayout, runs: Sequence[TokenRun], opening: int
+    ) -> list[list[Token]]:
         """The tokens of each unit of the prompt and its preamble, in the order of encoding."""
         before, later = oracle.preamble_ids(self.tokenizer, *self.preamble)
         together = {path: paths for paths in self._scaffolds(layout, runs) for path in paths}
@@ -128,12 +130,18 @@ class SchemaOracle:
                 before = later
         return units
 
-    def _scaffolds(self, layout: Layout, runs: Sequence[Run]) -> list[tuple[tuple[str, ...], ...]]:
+    def _scaffolds(
+        self, layout: SchemaLayout, runs: Sequence[TokenRun]
+    ) -> list[tuple[tuple[str, ...], ...]]:
         used = {run.owner for run in runs if run.kind == "module" and run.is_reusable}
         return [paths for paths in layout.scaffolds if used.issuperset(paths)]
 
     def _encoded(
-        self, layout: Layout, runs: Sequence[Run], members: Sequence[int], before: list[int]
+        self,
+        layout: SchemaLayout,
+        runs: Sequence[TokenRun],
+        members: Sequence[int],
+        before: list[int],
     ) -> list[Token]:
         """Texts and stand-ins by their place in the schema, then moved to after the preamble."""
         tokens = []
@@ -189,7 +197,7 @@ def _rows(
     return [Row(t, start + i, start + i, role, group) for i, t in enumerate(token_ids)]
 
 
-def _opening(layout: Layout, runs: Sequence[Run]) -> int:
+def _opening(layout: SchemaLayout, runs: Sequence[TokenRun]) -> int:
     """Runs that are the schema's text before its first module, parameter or slot."""
     items = layout.root.items
     leading = next((i for i, item in enumerate(items) if not isinstance(item, PlacedText)), None)

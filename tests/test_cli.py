@@ -18,11 +18,10 @@ from typer.testing import CliRunner
 from command import pcache
 from pcache_core import ModelError, PromptCacheError, StoreError
 from pcache_integrations import cli
-from pcache_integrations.cli_errors import explain
+from pcache_integrations.cli.errors import explain
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = [command.name or command.callback.__name__ for command in cli.app.registered_commands]  # type: ignore[union-attr]
-COMMANDS += ["inspect", "clear"]
+COMMANDS = [str(command.name) for command in cli.app.registered_commands]
 
 
 TINY = ("--model", "builtin:tiny-rag")
@@ -108,7 +107,7 @@ def test_inspect_and_clear_say_that_a_server_is_no_folder(tmp_path: Path) -> Non
     for command in ("inspect", "clear"):
         status, text = run(command, "redis://localhost:6379/0")
         assert status == 2
-        assert "is no folder: inspect and clear work on folders" in text
+        assert "is not a folder: inspect and clear work on folders" in text
         assert (
             "no folder of states at"
             in run(command, tmp_path / "none", *["--all"] * (command == "clear"))[1]

@@ -17,7 +17,7 @@ import httpx
 import pytest
 
 from pcache_core import Generation
-from pcache_integrations.remote import Address, RemoteEngine
+from pcache_integrations.vllm.client import Address, RemoteEngine
 from redis_server import Server
 
 ROOT = Path(__file__).parent.parent

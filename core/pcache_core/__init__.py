@@ -24,7 +24,7 @@ from pcache_core.lm import CausalLM
 from pcache_core.params import ReuseMode, SamplingParams
 from pcache_core.precompute import ForgetReport
 from pcache_core.prompt import Prompt, Segment
-from pcache_core.report import EncodeReport, Report, SegmentReport
+from pcache_core.report import DocumentShare, EncodeReport, Report, SegmentReport
 from pcache_core.results import Chunk, Generation, Prefill, TokenLogprob
 from pcache_core.store import DiskStore, MemoryStore, ModuleStore, TieredStore
 
@@ -37,6 +37,7 @@ __all__ = [
     "ContextLengthError",
     "DependencyError",
     "DiskStore",
+    "DocumentShare",
     "EncodeReport",
     "ForgetReport",
     "Generation",

@@ -9,51 +9,39 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import AsyncGenerator, Generator, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Generator, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import partial
+from typing import Any
 
 import torch
 
-from pcache_core.chat.messages import Message, render_chat
-from pcache_core.chat.tool_chat import render_tool_chat
-from pcache_core.chat.tools import Tool, ToolFormat, tool_format
-from pcache_core.errors import BudgetError, ContextLengthError, OptionError
+from pcache_core.base_engine import Engine
+from pcache_core.errors import BudgetError, OptionError
 from pcache_core.generate import AnswerText, TokenScorer, decode_loop
 from pcache_core.kv.sequence import KVSequence
 from pcache_core.library.preamble import Preamble
 from pcache_core.library.states import ModuleLibrary
 from pcache_core.lm import CausalLM
-from pcache_core.params import (
-    DEFAULT_REUSE,
-    REPAIR,
-    ReuseMode,
-    SamplingParams,
-    check_repair,
-    check_reuse,
-)
+from pcache_core.params import DEFAULT_REUSE, ReuseMode, SamplingParams
 from pcache_core.plan import plan_prefill, plan_states
 from pcache_core.pml import Positions, PromptTree, Schema
 from pcache_core.precompute import ForgetReport, forget, precompute, precompute_units
-from pcache_core.prefill import append_token, prefill
+from pcache_core.prefill import append_token, follow, ms_since, prefill
 from pcache_core.prefix_cache import PrefixCache
 from pcache_core.prompt import Prompt
+from pcache_core.rank import ranking_prompts, scores_of
 from pcache_core.report import EncodeReport, Report
-from pcache_core.request import Request, check_request
-from pcache_core.results import Chunk, Generation, Prefill
+from pcache_core.request import Request, check_continuation, check_request
+from pcache_core.results import Chunk, Prefill
 from pcache_core.scheduler import Scheduler
 from pcache_core.schemas import SchemaShelf
-from pcache_core.store import MemoryStore, ModuleStore
-from pcache_core.tokens import TokenisedPrompt, tokenise
-from pcache_core.totals import EngineStats, Reports
-
-_MAX_RUNNING = 16
-_MAX_WAITING = 65_536
-_PREFIX_BUDGET_BYTES = 2**30
+from pcache_core.store import MemoryStore, ModuleStore, TieredStore
+from pcache_core.totals import EngineStats
 
 
-class PromptCacheEngine:
+class PromptCacheEngine(Engine):
     """Runs prompts over precomputed attention states of their parts.
 
     store: where states are kept; a `MemoryStore` of the default budget if not given.
@@ -71,12 +59,13 @@ class PromptCacheEngine:
         prompts that begin alike go on from; the last one's are kept whatever their size.
     max_running, max_waiting: requests that work at the same time, and how many more may wait for
         that; one beyond is refused with an OverloadedError.
-    reports: of the last 256 requests.
 
     Requests of several threads and tasks share forwards, and documents that they have in common.
 
     Raises: OptionError: unknown mode, bad namespace. BudgetError: the store can't hold one token.
     """
+
+    lm: CausalLM
 
     def __init__(  # noqa: PLR0913 (each is an option of the engine)
         self,
@@ -88,9 +77,9 @@ class PromptCacheEngine:
         repair: float | None = None,
         *,
         min_module_tokens: int = 8,
-        prefix_budget_bytes: int = _PREFIX_BUDGET_BYTES,
-        max_running: int = _MAX_RUNNING,
-        max_waiting: int = _MAX_WAITING,
+        prefix_budget_bytes: int = 2**30,
+        max_running: int = 16,
+        max_waiting: int = 65_536,
     ) -> None:
         if not isinstance(lm, CausalLM):
             raise OptionError(
@@ -105,38 +94,52 @@ class PromptCacheEngine:
         ):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise OptionError(f"{name}={value!r} must be an integer, {least} or more")
-        if store is not None and not isinstance(store, ModuleStore):
-            raise OptionError(
-                f"store must be a ModuleStore such as MemoryStore(), got {type(store).__name__}"
-            )
-        if preamble is not None and not isinstance(preamble, Preamble):
-            raise OptionError(
-                f"preamble must be a Preamble, got {type(preamble).__name__}; "
-                "for example Preamble(company=[...]), or Preamble.none()"
-            )
-        self.lm = lm
         self.store: ModuleStore = MemoryStore() if store is None else store
-        self.reuse = check_reuse(reuse)
-        self.repair: float | None = check_repair(repair)
-        self.namespace = namespace
+        if not isinstance(self.store, ModuleStore):
+            kind = type(store).__name__
+            raise OptionError(f"store must be a ModuleStore such as MemoryStore(), got {kind}")
+        super().__init__(lm, reuse, namespace, preamble, repair)
         self.min_module_tokens = min_module_tokens
-        self._check_budget()
+        if self.most_state_tokens == 0:
+            raise BudgetError(
+                f"the store's budget of {self.store.stats().budget_bytes:,} bytes can't hold a "
+                f"state of even one token, which takes {lm.bytes_per_token:,} bytes with "
+                f"{lm.name}; raise budget_bytes"
+            )
         self._library = ModuleLibrary(lm, self.store, namespace, preamble)
         self._prefix_cache = PrefixCache(lm, prefix_budget_bytes)
         self._scheduler = Scheduler(lm, max_running, max_waiting)
         self._schemas = SchemaShelf(lm)
-        self.reports: Reports = Reports()
 
     @property
     def preamble(self) -> Preamble:
         """What modules are encoded after."""
         return self._library.preambles.preamble
 
-    def preamble_for(self, text: str) -> tuple[int, ...]:
-        """Return the ids that a module of this text is encoded after.
+    @property
+    def fingerprint(self) -> str:
+        """Digest of the model's configuration and weights; the first use reads them all."""
+        return self.lm.fingerprint
 
-        The first module of a prompt is encoded after the first of them, which are the opening.
-        """
+    @property
+    def most_state_tokens(self) -> int | None:
+        """Tokens of the largest state that the store's budget holds."""
+        budget = self.store.stats().budget_bytes
+        if budget is None or not self.lm.support.reuses_modules:
+            return None
+        return budget // self.lm.bytes_per_token
+
+    def settings(self) -> dict[str, Any]:
+        """Return what the engine was made of, by the names of a language model's options."""
+        return {
+            **super().settings(),
+            "dtype": str(self.lm.dtype).removeprefix("torch."),
+            "device": str(self.lm.device),
+            "storage_dtype": getattr(self.store, "storage_dtype", "auto"),
+        }
+
+    def preamble_for(self, text: str) -> tuple[int, ...]:
+        """Return the ids that a module of this text is encoded after."""
         return self._library.preambles.ids_for(text)
 
     def encode(
@@ -146,7 +149,7 @@ class PromptCacheEngine:
     ) -> EncodeReport:
         """Precompute the states of documents, many in one forward.
 
-        These are the very states that a prompt of these documents makes by itself: one of each for
+        These are the states that a prompt of these documents makes by itself: one of each for
         prompts that it comes first in, and one for all others.
 
         Raises: PromptError: `texts` is one string or holds something else. ContextLengthError: a
@@ -165,6 +168,11 @@ class PromptCacheEngine:
         """
         return forget(self._library, texts)
 
+    def flush(self) -> None:
+        """Wait until every tier of the store has the states that were made so far."""
+        if isinstance(self.store, TieredStore):
+            self.store.flush()
+
     def clear(self) -> None:
         """Drop every state and every prefix of this engine: of its model in its namespace.
 
@@ -181,39 +189,46 @@ class PromptCacheEngine:
         reuse: ReuseMode | None = None,
         repair: float | None = None,
         continuation: Sequence[int] = (),
+        *,
+        sources: bool = False,
     ) -> Prefill:
         """Read a prompt and return the logits of the token after it.
 
         continuation: token ids to go on with, whatever the model would have chosen; it is asked how
-            likely each of them was.
+            likely each of them was. sources: as in `SamplingParams`.
         Raises: ContextLengthError, OptionError, PromptError: before any work.
         """
         started = time.perf_counter()
-        params = SamplingParams(max_tokens=max(1, len(continuation)))
+        params = SamplingParams(max_tokens=max(1, len(continuation)), sources=sources)
         request = self._check(prompt, params, reuse, repair)
-        self._check_continuation(request, continuation)
+        check_continuation(self.lm, request, continuation)
 
         def read(asked_at: float) -> Generator[Prefill, None, None]:
             planned = self._plan(request)
             with self._prefix_cache.sequence(planned) as sequence:
                 logits, report = self._read(planned, sequence)
-                report.ttft_ms = _ms_since(asked_at)
-                logprobs = tuple(self._follow(sequence, logits, continuation))
+                report.ttft_ms = ms_since(asked_at)
+                logprobs = tuple(follow(self.lm, sequence, logits, continuation))
             yield Prefill(logits, report, logprobs)
 
         (found,) = self._scheduler.run(read, asked_at=started, timeout_s=None)
         self.reports.append(found.report)
         return found
 
-    def generate(
-        self,
-        prompt: Prompt,
-        params: SamplingParams | None = None,
-        reuse: ReuseMode | None = None,
-        repair: float | None = None,
-    ) -> Generation:
-        """The whole answer at once; arguments and errors as for `stream`."""
-        return Generation.of(list(self.stream(prompt, params, reuse, repair)))
+    def rank(self, question: str, documents: Sequence[str]) -> list[float]:
+        """Score documents by the attention that the question pays to them.
+
+        Documents that were encoded before are not read again, and a prompt finds those that are
+        encoded here. More than the model's context holds are ranked in parts.
+        Returns: of each document its share, from 0 to 1, of the attention that the question's last
+            tokens pay to the whole prompt. Parts compare roughly: documents of a smaller or weaker
+            part get a little more.
+        Raises: PromptError: no question, or something else than texts. ModelError: the model's
+            attention can't be observed. ContextLengthError: a document is longer than the context.
+        """
+        prompts = ranking_prompts(self.lm, question, documents)
+        reports = (self.prefill(prompt, "fast", sources=True).report for prompt in prompts)
+        return scores_of(reports, len(documents))
 
     def stream(
         self,
@@ -222,11 +237,10 @@ class PromptCacheEngine:
         reuse: ReuseMode | None = None,
         repair: float | None = None,
     ) -> Generator[Chunk, None, None]:
-        """The answer piece by piece. The last chunk has `finish_reason` and `report`.
+        """Answer piece by piece. The last chunk has `finish_reason` and `report`.
 
         reuse, repair: for this request, instead of the engine's; `repair` alone means `balanced`.
-        The prompt is checked at once and read when the first chunk is asked for; a stream that
-        is given up frees its buffers.
+        The prompt is checked at once and read when the first chunk is asked for.
 
         Raises: ContextLengthError, OptionError, PromptError: before any work. OverloadedError:
             too many requests wait. DeadlineExceededError: `params.timeout_s` has passed.
@@ -235,17 +249,6 @@ class PromptCacheEngine:
         request = self._check(prompt, params or SamplingParams(), reuse, repair)
         return self._in_turn(request, time.perf_counter() - started)
 
-    async def agenerate(
-        self,
-        prompt: Prompt,
-        params: SamplingParams | None = None,
-        reuse: ReuseMode | None = None,
-        repair: float | None = None,
-    ) -> Generation:
-        """`generate` without blocking the event loop."""
-        chunks = self.astream(prompt, params, reuse, repair)
-        return Generation.of([chunk async for chunk in chunks])
-
     async def astream(
         self,
         prompt: Prompt,
@@ -253,7 +256,7 @@ class PromptCacheEngine:
         reuse: ReuseMode | None = None,
         repair: float | None = None,
     ) -> AsyncGenerator[Chunk, None]:
-        """`stream` without blocking the event loop; one that is given up frees its buffers."""
+        """Answer as `stream` does, without blocking the event loop."""
         chunks = self._scheduler.run_in_thread(
             lambda: self.stream(prompt, params, reuse, repair),
             timeout_s=params.timeout_s if isinstance(params, SamplingParams) else None,
@@ -261,24 +264,6 @@ class PromptCacheEngine:
         async with aclosing(chunks):
             async for chunk in chunks:
                 yield chunk
-
-    def prompt_from_chat(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> Prompt:
-        """Render chat messages by the model's own template, markup as `literal` segments.
-
-        tools: that the model may call; `tool_format` says how it does.
-        Raises: ChatTemplateError: the model has no template, or it refuses the messages.
-        """
-        text = self.lm.text
-        if not tools and not any(m.tool_calls or m.role == "tool" for m in messages):
-            return render_chat(messages, text.apply_chat_template, text.holds_special)
-        return render_tool_chat(
-            messages, tools, self.tool_format, text.apply_chat_template, text.holds_special
-        )
-
-    @cached_property
-    def tool_format(self) -> ToolFormat:
-        """How the model is told of tools and how it calls them."""
-        return tool_format(self.lm.text.apply_chat_template, self.lm.text.holds_special)
 
     def add_schema(
         self,
@@ -325,21 +310,21 @@ class PromptCacheEngine:
             progress=progress,
         )
 
-    def tokenise(self, prompt: Prompt) -> TokenisedPrompt:
-        """The prompt's token ids, the same for every reuse mode."""
-        return tokenise(prompt, self.lm.text.ids, self.lm.text.bos_ids)
-
     def kv_bytes(self) -> int:
-        """Keys and values that running requests hold, in bytes; what they share counts once.
-
-        Those of finished requests are kept beside these, see `prefix_budget_bytes`.
-        """
+        """Bytes of running requests' keys and values, shared ones once; beside finished ones'."""
         return self._prefix_cache.nbytes
 
     def stats(self) -> EngineStats:
         """What the store holds, its hits and misses by tier, and tokens saved and computed."""
-        encoded = self._library.encoded
-        return EngineStats.of(self.store.stats(), self.reports, encoded.tokens, encoded.elapsed_ms)
+        encoded, gate = self._library.encoded, self._scheduler.gate
+        return EngineStats.of(
+            self.store.stats(),
+            self.reports,
+            encoded_tokens=encoded.tokens,
+            encode_ms=encoded.elapsed_ms,
+            running=gate.running,
+            waiting=gate.waiting,
+        )
 
     def _check(
         self,
@@ -348,16 +333,10 @@ class PromptCacheEngine:
         reuse: ReuseMode | None,
         repair: float | None,
     ) -> Request:
-        mode = self.reuse if reuse is None else check_reuse(reuse)
-        if check_repair(repair) is not None and mode not in REPAIR:
-            if reuse is not None:
-                raise OptionError(
-                    f"reuse={reuse!r} repairs nothing, but repair= was given; "
-                    "use reuse='balanced', or leave one of them out"
-                )
-            mode = "balanced"
+        mode = self._mode(reuse, repair)
+        tokens = self._checked_tokens(prompt, params)
         budget = self.repair if repair is None else repair
-        return check_request(self.lm, prompt, params, mode, budget)
+        return check_request(self.lm, tokens, prompt.placement, params, mode, budget)
 
     def _plan(self, request: Request) -> Request:
         """Name the states that may fill the request's rows, by the weights as they are now."""
@@ -379,7 +358,7 @@ class PromptCacheEngine:
         request = self._plan(request)
         with self._prefix_cache.sequence(request) as sequence:
             logits, report = self._read(request, sequence)
-            report.ttft_ms = _ms_since(asked_at)
+            report.ttft_ms = ms_since(asked_at)
             yield from self._decode(request, sequence, logits, report)
 
     def _read(self, request: Request, sequence: KVSequence) -> tuple[torch.Tensor, Report]:
@@ -410,34 +389,3 @@ class PromptCacheEngine:
                 self.reports.append(report)
                 chunk = replace(chunk, report=report)
             yield chunk
-
-    def _check_continuation(self, request: Request, continuation: Sequence[int]) -> None:
-        self.lm.check_ids(continuation)
-        if len(continuation) > request.params.max_tokens:  # the context's rest, if that is less
-            raise ContextLengthError(
-                f"the continuation has {len(continuation)} tokens, but after the prompt "
-                f"{self.lm.name} has room for {request.params.max_tokens}; use a shorter one, "
-                "or fewer or shorter documents"
-            )
-
-    def _follow(
-        self, sequence: KVSequence, logits: torch.Tensor, continuation: Sequence[int]
-    ) -> Iterator[float]:
-        """Log probabilities of given tokens, each after the prompt and the tokens before it."""
-        for number, token_id in enumerate(continuation, 1):
-            yield float(logits.log_softmax(-1)[token_id])
-            if number < len(continuation):
-                logits = append_token(self.lm, sequence, token_id)
-
-    def _check_budget(self) -> None:
-        budget = self.store.stats().budget_bytes
-        needed = self.lm.bytes_per_token
-        if budget is not None and self.lm.support.reuses_modules and budget < needed:
-            raise BudgetError(
-                f"the store's budget of {budget:,} bytes can't hold a state of even one token, "
-                f"which takes {needed:,} bytes with {self.lm.name}; raise budget_bytes"
-            )
-
-
-def _ms_since(started: float) -> float:
-    return (time.perf_counter() - started) * 1000

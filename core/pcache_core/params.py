@@ -74,6 +74,8 @@ class SamplingParams:
     logprobs: report each token's log probability, and those of this many likeliest ones; None
         reports none. They are the model's own, before temperature, penalties and filters.
     timeout_s: seconds from the call until the answer has to be done; None for no limit.
+    sources: report how much of the question's attention each document gets, in modes that don't
+        observe it anyway (`balanced` and `high` do).
 
     Raises: OptionError: a value out of range; an empty stop string.
     """
@@ -90,6 +92,7 @@ class SamplingParams:
     grammar: Grammar | None = None
     logprobs: int | None = None
     timeout_s: float | None = None
+    sources: bool = False
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else _as_tuple("stop", self.stop)
@@ -127,6 +130,8 @@ class SamplingParams:
             _check_range("logprobs", self.logprobs, 0, MAX_LOGPROBS, f"from 0 to {MAX_LOGPROBS}")
         if self.timeout_s is not None:
             _check_range("timeout_s", self.timeout_s, 0.001, None, "0.001 seconds or more")
+        if not isinstance(self.sources, bool):
+            raise OptionError(f"sources must be True or False, got {self.sources!r}")
 
 
 def _as_tuple(name: str, value: object) -> tuple[Any, ...]:

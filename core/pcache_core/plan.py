@@ -55,7 +55,7 @@ def plan_prefill(request: Request, sequence: KVSequence) -> PrefillPlan:
             for start, stop in state.runs:
                 labels[start:stop] = [state.key.digest] * (stop - start)
     stale = tuple(row for row, label in enumerate(labels) if label not in (COMPUTED, REPAIRED))
-    if sequence.repaired_for == len(tokens.token_ids) == prefix + 1:
+    if sequence.repaired_for == len(tokens.token_ids) == prefix + request.fresh_rows:
         budget = 0  # the very prompt that these rows were repaired for
     repaired = min(int(budget), len(stale))
     return PrefillPlan(request, prefix, states, missing, tuple(labels), stale, repaired)

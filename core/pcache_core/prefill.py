@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -13,10 +13,8 @@ from pcache_core.library.states import Loaded
 from pcache_core.lm import Batch, CausalLM
 from pcache_core.plan import PrefillPlan
 from pcache_core.report import Report, SegmentReport, Source
+from pcache_core.request import WATCHED_TOKENS
 from pcache_core.tokens import Piece
-
-# The answer begins after the last token; what it is read from, the last few look for.
-_WATCHED_TOKENS = 3
 
 
 def prefill(
@@ -37,21 +35,37 @@ def prefill(
     repaired: list[int] = []
     if plan.repaired and not lm.watches:
         repaired = _first_rows(plan)
-    logits, attention = _compute(lm, sequence, plan.missing, repaired, watch=plan.repaired > 0)
-    report.prefill_ms = _ms_since(started)
+    watch = lm.watches and plan.request.observes
+    logits, attention = _compute(lm, sequence, plan.missing, repaired, watch=watch)
+    report.prefill_ms = ms_since(started)
     if plan.repaired and lm.watches:
         started = time.perf_counter()
         repaired = most_attended(plan.stale, attention, plan.repaired)
         after = [row for row in plan.missing if row > repaired[0]]
         logits, _ = _compute(lm, sequence, after, repaired)
-        report.repair_ms = _ms_since(started)
+        report.repair_ms = ms_since(started)
     if repaired:
         for row in repaired:
             sequence.labels[row] = REPAIRED
         sequence.repair, sequence.repaired_for = plan.request.repair, len(sequence.token_ids)
         _describe_repair(report, plan, repaired)
+    if watch:
+        _describe_attention(report, plan, attention)
     sequence.is_filled = True
     return logits, report
+
+
+def follow(
+    lm: CausalLM, sequence: KVSequence, logits: torch.Tensor, token_ids: Sequence[int]
+) -> Iterator[float]:
+    """Yield log probabilities of given tokens, each after those before it.
+
+    logits: [vocab], of the first.
+    """
+    for number, token_id in enumerate(token_ids, 1):
+        yield float(logits.log_softmax(-1)[token_id])
+        if number < len(token_ids):
+            logits = append_token(lm, sequence, token_id)
 
 
 def append_token(lm: CausalLM, sequence: KVSequence, token_id: int) -> torch.Tensor:
@@ -93,7 +107,7 @@ def _compute(
         [sequence.token_ids[row] for row in rows],
         rows,
         [sequence.positions[row] for row in rows],
-        range(max(0, len(rows) - _WATCHED_TOKENS), len(rows)) if watch else None,
+        range(max(0, len(rows) - WATCHED_TOKENS), len(rows)) if watch else None,
     )
     logits = lm.forward(batch)
     return logits, batch.attention
@@ -169,6 +183,18 @@ def _describe_repair(report: Report, plan: PrefillPlan, rows: Sequence[int]) -> 
     report.segments = tuple(segments)
 
 
+def _describe_attention(report: Report, plan: PrefillPlan, attention: torch.Tensor) -> None:
+    """Write into a report how much of the question's attention each segment gets.
+
+    attention: [rows of the prompt].
+    """
+    shares = (attention / attention.sum()).tolist()
+    report.segments = tuple(
+        replace(segment, attention=sum(shares[piece.start : piece.stop]))
+        for segment, piece in zip(report.segments, plan.request.tokens.pieces, strict=True)
+    )
+
+
 def _segment(piece: Piece, sources: Sequence[Source], preambles: Sequence[int]) -> SegmentReport:
     here = sources[piece.start : piece.stop]
     return SegmentReport(
@@ -181,5 +207,6 @@ def _segment(piece: Piece, sources: Sequence[Source], preambles: Sequence[int]) 
     )
 
 
-def _ms_since(started: float) -> float:
+def ms_since(started: float) -> float:
+    """Return the milliseconds since `started`, by `time.perf_counter`."""
     return (time.perf_counter() - started) * 1000

@@ -50,8 +50,8 @@ class PrefixCache:
     def sequence(self, request: Request) -> Iterator[KVSequence]:
         """Lend a sequence that holds as long a start of the prompt as possible.
 
-        The last token is never taken over: it has to be computed for its logits. When the request
-        ends, its rows may serve others; none does if it failed before they were filled.
+        The last token is never taken over: it has to be computed for its logits. When the
+        request ends, its rows may serve others; none does if it failed before they were filled.
         """
         sequence = self._acquire(request)
         try:
@@ -147,7 +147,7 @@ class PrefixCache:
                 continue  # a request that began before the weights changed
             if sequence.token_ids[rows : rows + 1] != token_ids[rows : rows + 1]:
                 continue  # of many sequences, few can hold more than the best so far
-            alike = min(len(sequence.token_ids), len(token_ids) - 1)
+            alike = min(len(sequence.token_ids), len(token_ids) - request.fresh_rows)
             alike = _common(sequence.token_ids, token_ids, alike)
             alike = _common(sequence.positions, positions, alike)
             if not _continues(sequence, token_ids, positions, request.repair):

@@ -24,6 +24,8 @@ class SegmentReport:
     repaired_tokens: how many of them were reused and then computed again.
     preamble_tokens: how many of its preamble's first ids its state was encoded after; 0 if it has
         no state.
+    attention: its share of the attention that the question's last tokens pay to the whole prompt,
+        in the upper half of the layers; None where that was not observed.
     """
 
     kind: str
@@ -33,6 +35,15 @@ class SegmentReport:
     source: Source
     repaired_tokens: int = 0
     preamble_tokens: int = 0
+    attention: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentShare:
+    """A document, and its share of the attention that the question pays to all documents."""
+
+    name: str | None
+    share: float
 
 
 @dataclass(slots=True)
@@ -76,6 +87,23 @@ class Report:
     def cached_share(self) -> float:
         """Share of the prompt's tokens that were served from a prefix or from states."""
         return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
+
+    @property
+    def documents(self) -> tuple[DocumentShare, ...]:
+        """The prompt's documents, the one with most of the question's attention first.
+
+        The shares add up to 1. Empty where attention was not observed: in modes that don't
+        repair, unless the request asked for `sources`, and with models that don't show it.
+        Attention is evidence of where an answer comes from, not a proof.
+        """
+        found = [
+            (segment.name, segment.attention)
+            for segment in self.segments
+            if segment.kind == "document" and segment.attention is not None
+        ]
+        total = sum(attention for _, attention in found)
+        shares = [DocumentShare(name, attention / total) for name, attention in found if total]
+        return tuple(sorted(shares, key=lambda document: -document.share))
 
     def __str__(self) -> str:
         """The prompt part by part, marked by source, and figures; long texts are cut."""

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from pcache_core.errors import ContextLengthError, OptionError, PromptError
+from pcache_core.errors import ContextLengthError, PromptError
 from pcache_core.kv.planned import PlannedState
 from pcache_core.lm import CausalLM
 from pcache_core.params import REPAIR, ReuseMode, SamplingParams
-from pcache_core.prompt import Prompt
-from pcache_core.tokens import TokenisedPrompt, tokenise
+from pcache_core.prompt import Placement
+from pcache_core.tokens import TokenisedPrompt
+
+WATCHED_TOKENS = 3
+"""The answer begins after the last token; what it is read from, the last few look for."""
 
 _USUAL_ANSWER_TOKENS = 512
 
@@ -34,6 +38,16 @@ class Request:
     weights: int = 0
 
     @property
+    def observes(self) -> bool:
+        """Whether to look how much of the question's attention each part of the prompt gets."""
+        return self.params.sources or self.repair is not None
+
+    @property
+    def fresh_rows(self) -> int:
+        """How many of the last rows are computed in any case: for logits, and to be observed."""
+        return WATCHED_TOKENS if self.params.sources else 1
+
+    @property
     def capacity(self) -> int:
         """Rows to begin with: the prompt's and those of an answer of usual length."""
         return len(self.tokens.token_ids) + min(self.params.max_tokens, _USUAL_ANSWER_TOKENS)
@@ -41,33 +55,25 @@ class Request:
 
 def check_request(
     lm: CausalLM,
-    prompt: Prompt,
+    tokens: TokenisedPrompt,
+    placement: Placement | None,
     params: SamplingParams,
     mode: ReuseMode,
     repair: float | None,
 ) -> Request:
-    """Tokenise a prompt and see that the model can run it.
+    """See that the model can run a prompt of these tokens.
 
-    repair: used instead of the mode's own budget, if the mode repairs at all.
+    placement: of the prompt's. repair: used instead of the mode's own budget, if the mode repairs
+        at all.
 
-    Raises: PromptError: no prompt, or one without tokens. ContextLengthError: too many tokens.
+    Raises: PromptError: it was laid out for another model. ContextLengthError: too many tokens.
         OptionError: too few tokens may be generated for any text of the grammar.
     """
-    if not isinstance(prompt, Prompt):
-        raise PromptError(
-            f"prompt must be a Prompt, got {type(prompt).__name__}; "
-            "for a flat string use Prompt.from_text(...)"
-        )
-    if not isinstance(params, SamplingParams):
-        raise OptionError(f"params must be SamplingParams, got {type(params).__name__}")
-    if prompt.placement is not None and prompt.placement.model != lm.fingerprint:
+    if placement is not None and placement.model != lm.fingerprint:
         raise PromptError(
             f"the prompt was laid out for another model than {lm.name}; make it with "
             "prompt_from_pml of the engine that runs it"
         )
-    tokens = tokenise(prompt, lm.text.ids, lm.text.bos_ids)
-    if not tokens.token_ids:
-        raise PromptError("the prompt has no tokens; give at least one character of text")
     lm.check_ids(tokens.token_ids)
     limit = lm.context_length
     if limit is not None:
@@ -76,12 +82,23 @@ def check_request(
         params = replace(params, max_tokens=min(params.max_tokens, limit - tokens.end + 1))
     lm.check_grammar(params)
     possible, reason = _possible(lm, mode, tokens.end)
-    if reason is None and prompt.placement is not None:
-        reason = prompt.placement.fallback_reason
+    if reason is None and placement is not None:
+        reason = placement.fallback_reason
     budget = REPAIR.get(possible)
     if budget is not None and repair is not None:
         budget = repair
     return Request(tokens, params, possible, reason, budget)
+
+
+def check_continuation(lm: CausalLM, request: Request, token_ids: Sequence[int]) -> None:
+    """Raises: ModelError: an id that the model has not. ContextLengthError: no room for them."""
+    lm.check_ids(token_ids)
+    room = request.params.max_tokens  # the context's rest, if that is less
+    if len(token_ids) > room:
+        raise ContextLengthError(
+            f"the continuation has {len(token_ids)} tokens, but after the prompt {lm.name} has "
+            f"room for {room}; use a shorter one, or fewer or shorter documents"
+        )
 
 
 def _check_fits(lm: CausalLM, tokens: TokenisedPrompt, limit: int) -> None:

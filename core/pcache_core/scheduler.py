@@ -203,8 +203,9 @@ class Deadline:
             raise too_late(self._timeout_s) from None
 
     def _is_passed(self) -> bool:
-        is_running = self._ends is not None and not self.is_over
-        return is_running and time.perf_counter() >= self._ends
+        if self._ends is None or self.is_over:
+            return False
+        return time.perf_counter() >= self._ends
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -219,13 +220,13 @@ class Scheduler:
 
     def __init__(self, lm: CausalLM, max_running: int, max_waiting: int) -> None:
         self._lm = lm
-        self._gate = Gate(max_running, max_waiting)
+        self.gate = Gate(max_running, max_waiting)
         self.renew()
         renew_in_child(self)
 
     def renew(self) -> None:
         """Begin anew: in a forked child, the threads of the pool don't exist."""
-        self._threads = ThreadPoolExecutor(self._gate.max_running, thread_name_prefix="pcache")
+        self._threads = ThreadPoolExecutor(self.gate.max_running, thread_name_prefix="pcache")
 
     def run(
         self,
@@ -240,7 +241,7 @@ class Scheduler:
         asked_at: when it came, by `time.perf_counter`.
         Raises: OverloadedError: too many requests wait. DeadlineExceededError: the time has passed.
         """
-        place = self._gate.queue(asked_at)
+        place = self.gate.queue(asked_at)
         deadline = Deadline(timeout_s, place.asked_at)
         items = answer(place.asked_at)
         try:
@@ -270,7 +271,7 @@ class Scheduler:
         timeout_s: seconds within which the stream has to be begun; once it is, its own matter.
         Raises: OverloadedError: too many requests wait. DeadlineExceededError: it was not begun.
         """
-        place = self._gate.queue(time.perf_counter())
+        place = self.gate.queue(time.perf_counter())
         loop = asyncio.get_running_loop()
         items: asyncio.Queue[T | _End[T]] = asyncio.Queue()
         given_up = Flag()
@@ -283,7 +284,7 @@ class Scheduler:
 
         def make() -> None:
             try:
-                with self._gate.using(place):
+                with self.gate.using(place):
                     self._make(start, deliver, given_up)
             finally:
                 place.leave()

@@ -10,7 +10,6 @@ from pcache_core.chat.marks import marks_of, template_marks
 from pcache_core.errors import PMLError, PromptError
 from pcache_core.lm import CausalLM
 from pcache_core.pml import (
-    Layout,
     Marks,
     ModulePath,
     ModuleUse,
@@ -22,8 +21,9 @@ from pcache_core.pml import (
     PromptTree,
     Resolution,
     RoleName,
-    Run,
     Schema,
+    SchemaLayout,
+    TokenRun,
     no_marks,
     parse_prompt,
     parse_schema,
@@ -48,7 +48,7 @@ class SchemaShelf:
 
     def __init__(self, lm: CausalLM) -> None:
         self._lm = lm
-        self._layouts: dict[str, Layout] = {}
+        self._layouts: dict[str, SchemaLayout] = {}
 
     def add(
         self, schema: str | os.PathLike[str] | Schema, src_root: str | os.PathLike[str] | None
@@ -88,14 +88,14 @@ class SchemaShelf:
         trees = [_tree(layout, paths) for paths in [(), *wanted, *layout.scaffolds]]
         return [prompt for tree in trees if (prompt := self._possible(layout, tree)) is not None]
 
-    def _possible(self, layout: Layout, tree: PromptTree) -> Prompt | None:
+    def _possible(self, layout: SchemaLayout, tree: PromptTree) -> Prompt | None:
         """None for a prompt that holds nothing, or that the chat template can't begin or end so."""
         try:
             return self._prompt(layout, tree, "schema")
         except PMLError:
             return None
 
-    def _prompt(self, layout: Layout, tree: PromptTree, positions: Positions) -> Prompt:
+    def _prompt(self, layout: SchemaLayout, tree: PromptTree, positions: Positions) -> Prompt:
         support = self._lm.support
         reason = None
         if positions == "schema" and not support.takes_positions:
@@ -166,13 +166,13 @@ def _read(given: str | os.PathLike[str]) -> tuple[str | bytes, str | None]:
         raise PMLError(f"can't read {os.fspath(given)!r}: {error}; give PML or a file") from None
 
 
-def _segment(run: Run) -> Segment:
+def _segment(run: TokenRun) -> Segment:
     path = "/".join(run.owner)
     name = run.name if run.kind in ("argument", "document") else path or None
     return Segment(run.text, _KINDS[run.kind], name)
 
 
-def _opening(layout: Layout, resolution: Resolution) -> int:
+def _opening(layout: SchemaLayout, resolution: Resolution) -> int:
     """How many runs open every prompt of the schema, one after the other.
 
     Its own text before everything that a prompt chooses, with the marks before that.
@@ -192,7 +192,7 @@ def _opening(layout: Layout, resolution: Resolution) -> int:
     return count
 
 
-def _leading_texts(layout: Layout) -> int:
+def _leading_texts(layout: SchemaLayout) -> int:
     """Texts with tokens before the schema's first module, parameter or slot."""
     count = 0
     for item in layout.root.items:
@@ -202,7 +202,7 @@ def _leading_texts(layout: Layout) -> int:
     return count
 
 
-def _units(layout: Layout, resolution: Resolution, *, has_gaps: bool) -> Iterator[Unit]:
+def _units(layout: SchemaLayout, resolution: Resolution, *, has_gaps: bool) -> Iterator[Unit]:
     """The modules' own texts, each module by itself, or with those that it is encoded with.
 
     has_gaps: whether parameters and inner modules leave their room; else texts follow each other.
@@ -249,7 +249,7 @@ def _unit(items: Sequence[PlacedItem], places: dict[int | None, int], *, has_gap
     return Unit(segments, Passage(tuple(token_ids), offsets, tuple(stand_ins)), first)
 
 
-def _roles(runs: Sequence[Run]) -> list[RoleName]:
+def _roles(runs: Sequence[TokenRun]) -> list[RoleName]:
     """Of the messages, in order."""
     roles: list[RoleName] = []
     for run in runs:
@@ -259,7 +259,7 @@ def _roles(runs: Sequence[Run]) -> list[RoleName]:
     return roles
 
 
-def _tree(layout: Layout, paths: Sequence[ModulePath]) -> PromptTree:
+def _tree(layout: SchemaLayout, paths: Sequence[ModulePath]) -> PromptTree:
     """A prompt that uses these modules and those around them, every argument empty."""
 
     def uses(scope: PlacedModule, wanted: Sequence[ModulePath]) -> tuple[ModuleUse, ...]:

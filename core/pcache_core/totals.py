@@ -26,6 +26,7 @@ class EngineStats(StoreStats):
     generated_tokens: of answers.
     encoded_tokens, encode_ms: encoding of states, for requests and ahead of them.
     prefill_ms, repair_ms: forwards of the requests before their first token.
+    running, waiting: requests that are at work, and those that wait for their turn, right now.
     """
 
     requests: int = 0
@@ -38,15 +39,14 @@ class EngineStats(StoreStats):
     encode_ms: float = 0.0
     prefill_ms: float = 0.0
     repair_ms: float = 0.0
+    running: int = 0
+    waiting: int = 0
 
     @staticmethod
-    def of(
-        store: StoreStats, reports: Reports, encoded_tokens: int, encode_ms: float
-    ) -> EngineStats:
-        """From what each part counted."""
+    def of(store: StoreStats, reports: Reports, **counts: float) -> EngineStats:
+        """Make it from what each part counted."""
         own: dict[str, Any] = {name: getattr(store, name) for name in StoreStats.__slots__}
-        own |= reports.totals()
-        return EngineStats(**own, encoded_tokens=encoded_tokens, encode_ms=encode_ms)
+        return EngineStats(**own | reports.totals() | counts)
 
 
 _SUMMED = (

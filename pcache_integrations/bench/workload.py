@@ -31,7 +31,7 @@ class Words:
             )
 
     def text(self, tokens: int) -> str:
-        """That many words, each behind a space."""
+        """Draw that many words, each after a space."""
         return "".join(f" {word}" for word in self._rng.choices(self._words, k=tokens))
 
 
@@ -49,55 +49,38 @@ class Round:
 
 
 class Workload:
-    """Documents of one size, and prompts over them.
+    """Documents of `document_tokens` each, and prompts over them.
 
-    cached_tokens: of all documents together, in equal parts. The documents take turns at the first
-    place of a round's orders, so that recent prompts have no more than the opening in common.
+    The documents take turns at the first place, so that recent prompts have no more than the
+    opening in common.
     """
 
     def __init__(
-        self,
-        words: Words,
-        rng: random.Random,
-        *,
-        cached_tokens: int,
-        documents: int,
-        question_tokens: int,
+        self, lm: CausalLM, seed: int, *, documents: int, document_tokens: int, question_tokens: int
     ) -> None:
-        self._words = words
-        self._rng = rng
+        self._rng = random.Random(seed)
+        self._words = Words(lm, self._rng)
+        self._document_tokens = document_tokens
         self._question_tokens = question_tokens
         self._orders = 0
-        self.document_tokens = cached_tokens // documents
         self.documents = self.fresh_documents(documents)
 
     def fresh_documents(self, count: int) -> list[str]:
-        """Documents of the same length that no prompt had."""
-        return [self._words.text(self.document_tokens) for _ in range(count)]
+        """Draw documents of the same length that no prompt has."""
+        return [self._words.text(self._document_tokens) for _ in range(count)]
 
     def round(self) -> Round:
-        """Prompts for the next round."""
+        """Draw the next round."""
         order = self._order()
         return Round(self._prompt(order), self._prompt(order), self._prompt(self._order()))
-
-    def prompts(self, count: int) -> list[Prompt]:
-        """Each with the documents in an order of its own."""
-        drawn = (self._rng.sample(self.documents, len(self.documents)) for _ in range(count))
-        return [self._prompt(order) for order in drawn]
 
     def _order(self) -> list[str]:
         first = self._orders % len(self.documents)
         self._orders += 1
         others = self.documents[:first] + self.documents[first + 1 :]
-        self._rng.shuffle(others)
-        return [self.documents[first], *others]
+        return [self.documents[first], *self._rng.sample(others, len(others))]
 
     def _prompt(self, order: Sequence[str]) -> Prompt:
-        question = self._words.text(self._question_tokens)
-        return Prompt(
-            [
-                Segment(OPENING, "literal"),
-                *(Segment(text, "document") for text in order),
-                Segment(f"\n\nQuestion:{question}\nAnswer:", "argument"),
-            ]
-        )
+        question = f"\n\nQuestion:{self._words.text(self._question_tokens)}\nAnswer:"
+        documents = (Segment(text, "document") for text in order)
+        return Prompt([Segment(OPENING, "literal"), *documents, Segment(question, "argument")])

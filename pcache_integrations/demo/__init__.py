@@ -1,1 +1,1 @@
-"""The demonstration behind `pcache demo`: the same questions through both frameworks."""
+"""What `pcache demo` shows: the same questions through both frameworks."""

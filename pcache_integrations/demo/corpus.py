@@ -118,7 +118,7 @@ class Corpus:
 
 
 def shipped(name: Shipped) -> Path:
-    """The folder of a corpus that comes with the project, installed or in a checkout."""
+    """Return the folder of a corpus that comes with the project, installed or in a checkout."""
     here = Path(__file__).parent.parent
     installed = here / name
     return installed if installed.is_dir() else here.parent / "examples" / name

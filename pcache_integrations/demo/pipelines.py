@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from langchain_core.callbacks import CallbackManagerForRetrieverRun
 from langchain_core.documents import Document
 from langchain_core.prompts import PromptTemplate
-from langchain_core.retrievers import BaseRetriever as LangChainRetriever
+from langchain_core.retrievers import BaseRetriever as LangChainBase
 from langchain_core.runnables import RunnablePassthrough
 from llama_index.core import PromptTemplate as LlamaIndexTemplate
 from llama_index.core.query_engine import RetrieverQueryEngine
-from llama_index.core.retrievers import BaseRetriever as LlamaIndexRetriever
+from llama_index.core.retrievers import BaseRetriever as LlamaIndexBase
 from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode
 
 from pcache_core import EncodeReport, PromptCacheEngine, Report
@@ -42,21 +42,21 @@ class Pipeline:
     answer: Callable[[str, ReuseMode], str]
 
     def ask(self, question: str, mode: ReuseMode) -> tuple[str, Report]:
-        """The answer, and the report of its request."""
+        """Return the answer, and the report of its request."""
         return self.answer(question, mode).strip(), self.engines[mode].reports[-1]
 
 
 def langchain_pipeline(engines: Engines, corpus: Corpus, top_k: int) -> Pipeline:
-    """`retriever | template | llm`, as in LangChain's own tutorials."""
+    """Build `retriever | template | llm`, as in LangChain's own tutorials."""
 
-    class Retriever(LangChainRetriever):
+    class DocumentRetriever(LangChainBase):
         def _get_relevant_documents(
             self, query: str, *, run_manager: CallbackManagerForRetrieverRun
         ) -> list[Document]:
             return [Document(d.text, id=d.name) for d in corpus.search(query, top_k)]
 
     template = PromptTemplate.from_template(OPENING + "{context}\n\nQuestion: {question}\nAnswer:")
-    context = Retriever() | (lambda found: "\n\n".join(d.page_content for d in found))
+    context = DocumentRetriever() | (lambda found: "\n\n".join(d.page_content for d in found))
     llms = {
         mode: LangChainLLM(engine=engine, reuse=mode, max_tokens=MAX_TOKENS, stop=STOP)
         for mode, engine in engines.items()
@@ -72,10 +72,10 @@ def langchain_pipeline(engines: Engines, corpus: Corpus, top_k: int) -> Pipeline
 
 
 def llama_index_pipeline(engines: Engines, corpus: Corpus, top_k: int) -> Pipeline:
-    """A query engine over a retriever, as `index.as_query_engine()` builds one."""
+    """Build a query engine over a retriever, as `index.as_query_engine()` builds one."""
     nodes = {d.name: TextNode(text=d.text, id_=d.name) for d in corpus.documents}
 
-    class Retriever(LlamaIndexRetriever):
+    class NodeRetriever(LlamaIndexBase):
         def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
             found = corpus.search(query_bundle.query_str, top_k)
             return [NodeWithScore(node=nodes[document.name], score=1.0) for document in found]
@@ -88,7 +88,7 @@ def llama_index_pipeline(engines: Engines, corpus: Corpus, top_k: int) -> Pipeli
 
     def answer(question: str, mode: ReuseMode) -> str:
         query_engine = RetrieverQueryEngine.from_args(
-            Retriever(), llm=llms[mode], text_qa_template=template
+            NodeRetriever(), llm=llms[mode], text_qa_template=template
         )
         return str(query_engine.query(question))
 

@@ -123,7 +123,7 @@ def _reply(question: Question, answer: str, report: Report) -> Reply:
 
 
 def _replies(asked: Asked) -> Table:
-    """A line for each mode: its name, right or not, the answer, time to the first token."""
+    """Draw a line for each mode: its name, right or not, the answer, time to the first token."""
     grid = Table.grid(padding=(0, 1), expand=True)
     grid.add_column(width=2 + _NAME_COLUMNS)
     grid.add_column(width=1)
@@ -142,7 +142,7 @@ def _mark(reply: Reply) -> Text:
 
 
 def _print_ending(demo: Demo, console: Console) -> None:
-    """The last prompt by source, the figures as a table, and in words."""
+    """Print the last prompt by source, the figures as a table, and in words."""
     last = demo.asked[-1].replies[DEFAULT_REUSE].report
     console.print()
     console.rule("one of the prompts, by where it came from")
@@ -169,7 +169,7 @@ def _table(asked: Sequence[Asked]) -> Table:
             table.add_row(
                 "" if number else framework,
                 mode,
-                _share(sum(bool(reply.is_right) for reply in replies), len(replies)),
+                f"{sum(bool(reply.is_right) for reply in replies)} of {len(replies)}",
                 str(sum(not reply.answer for reply in replies)),
                 _time(median(reply.report.ttft_ms for reply in replies)),
                 "" if mode == "off" else f"{sooner:.1f} ×",
@@ -178,7 +178,7 @@ def _table(asked: Sequence[Asked]) -> Table:
 
 
 def sentences(demo: Demo) -> list[str]:
-    """What the table says, in words."""
+    """Say what the table says, in words."""
     asked = demo.asked
     known = [each for each in asked if each.question.answers]
     tokens = [each.replies["off"].report.prompt_tokens for each in asked]
@@ -209,13 +209,9 @@ def sentences(demo: Demo) -> list[str]:
 
 
 def _speedup(asked: Sequence[Asked], mode: ReuseMode) -> float:
-    """Time to the first token without reuse, over that in a mode; of medians."""
+    """Divide the time to the first token without reuse by that in a mode; both are medians."""
     off, own = (median(e.replies[m].report.ttft_ms for e in asked) for m in ("off", mode))
     return off / own
-
-
-def _share(count: int, total: int) -> str:
-    return f"{count} of {total}"
 
 
 def _time(time_ms: float) -> str:

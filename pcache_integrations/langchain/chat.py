@@ -1,11 +1,29 @@
-"""The chat model."""
+"""The chat model.
+
+**Input flow (LangChain → engine)**
+
+`ChatPromptCache._call()`, for every way to ask:
+
+- `make_call()` checks what the call asks for: sampling, tools (`as_openai()`), a format of the
+  answer (`as_format()`), log probabilities. `Call.on()` makes a grammar of it.
+- `chat_prompt()` turns messages into the engine's: roles, tool calls, and contents as segments.
+  `Watcher.segments()` knows which text is a template's, which a document's, which data.
+- `prompt_from_turns()` renders them with the model's own chat template.
+
+**Output flow (engine → LangChain)**
+
+`ChatAnswer.whole()` or, for each chunk of a stream, `ChatAnswer.piece()`:
+
+- `Call.read()` or `AnswerReader.parts()` tell text and tool calls apart.
+- `usage_metadata()`, `generation_info()` and `chat_logprobs()` say what the answer took.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, closing
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models import LanguageModelInput
@@ -15,12 +33,18 @@ from langchain_core.outputs import ChatGenerationChunk, ChatResult
 from langchain_core.runnables import Runnable
 from langchain_core.tools import BaseTool
 
-from pcache_integrations._engines import Engine
-from pcache_integrations._options import check_names
-from pcache_integrations.langchain._model import CachedModel
-from pcache_integrations.langchain._structured import Method, structured
-from pcache_integrations.langchain._tools import as_choice, as_core, as_openai
-from pcache_integrations.langchain._turn import Turn, TurnOptions, make_turn
+from pcache_core import Prompt
+from pcache_core.base_engine import Engine
+from pcache_core.errors import ChatTemplateError
+from pcache_core.lm import context_length_on_disk
+from pcache_integrations.calls import Call, as_choice, check_names, core_tool, make_call
+from pcache_integrations.langchain.messages import as_openai, chat_prompt
+from pcache_integrations.langchain.model import CachedModel, as_sampling, standard_errors
+from pcache_integrations.langchain.results import ChatAnswer
+from pcache_integrations.langchain.structured import Method, as_format, structured
+
+if TYPE_CHECKING:
+    from langchain_core.language_models.model_profile import ModelProfile
 
 
 class ChatPromptCache(CachedModel, BaseChatModel):
@@ -94,12 +118,30 @@ class ChatPromptCache(CachedModel, BaseChatModel):
     streaming: bool = False
 
     def __init__(self, *, engine: Engine | None = None, **options: Any) -> None:
-        """Take the options; for type checkers, which would leave `engine` out."""
+        """Take the options. The profile is the model's own unless one is given."""
         super().__init__(engine=engine, **options)
+        # Older versions of langchain-core have no profiles.
+        if "profile" in type(self).model_fields and options.get("profile") is None:
+            self.profile = self._own_profile(engine)
 
     @property
     def _llm_type(self) -> str:
         return "chat-prompt-cache"
+
+    def _own_profile(self, engine: Engine | None) -> ModelProfile:
+        """Say what agents and middleware ask of a model, without loading it for that."""
+        profile: ModelProfile = {
+            "text_inputs": True,
+            "image_inputs": False,
+            "text_outputs": True,
+            "tool_calling": True,
+            "tool_choice": True,
+            "structured_output": True,
+        }
+        length = engine.lm.context_length if engine else None
+        if engine is None and self.base_url is None:
+            length = context_length_on_disk(self.model)
+        return profile if length is None else {**profile, "max_input_tokens": length}
 
     def bind_tools(
         self,
@@ -109,7 +151,7 @@ class ChatPromptCache(CachedModel, BaseChatModel):
         parallel_tool_calls: bool | None = None,
         **kwargs: Any,
     ) -> Runnable[LanguageModelInput, AIMessage]:
-        """The model with tools that it may call.
+        """Return the model with tools that it may call.
 
         tools: functions, classes, LangChain tools, or mappings of OpenAI's or Anthropic's shape.
         tool_choice: `auto`, `any` (or True), `none`, a tool's name, or a mapping that names one.
@@ -119,7 +161,7 @@ class ChatPromptCache(CachedModel, BaseChatModel):
         Raises: OptionError: a tool that can't be described, a choice that names none.
         """
         described = as_openai(tools)
-        as_choice(tool_choice, as_core(described))
+        as_choice(tool_choice, [core_tool(tool) for tool in described])
         named = {"tool_choice": tool_choice, "parallel_tool_calls": parallel_tool_calls}
         given = {name: value for name, value in named.items() if value is not None}
         return self.bind(tools=described, **given, **kwargs)
@@ -133,7 +175,7 @@ class ChatPromptCache(CachedModel, BaseChatModel):
         strict: bool | None = None,
         **kwargs: Any,
     ) -> Runnable[LanguageModelInput, Any]:
-        """The model with answers of a schema; always valid ones, if `max_tokens` allows for any.
+        """Return the model with answers of a schema, always valid if `max_tokens` allows for any.
 
         schema: a pydantic class, a TypedDict, a JSON schema or a tool's description.
         method: `json_schema` and `json_mode` write the answer itself, and `json_mode` does without
@@ -145,6 +187,23 @@ class ChatPromptCache(CachedModel, BaseChatModel):
         check_names(kwargs, (), f"with_structured_output of {type(self).__name__}")
         return structured(self, schema, method, include_raw=include_raw, strict=strict)
 
+    def get_num_tokens_from_messages(
+        self, messages: list[BaseMessage], tools: Sequence[Any] | None = None
+    ) -> int:
+        """Count the tokens of the prompt that a call with these messages and tools has.
+
+        Messages that the model's chat template refuses are counted as text.
+
+        Raises: PromptError: a message holds something other than text.
+        """
+        if not messages or self.custom_get_token_ids is not None:
+            return super().get_num_tokens_from_messages(messages, tools)
+        told = [core_tool(tool) for tool in as_openai(tools or ())]
+        try:
+            return self._count(chat_prompt(self.engine, messages, told))
+        except ChatTemplateError:
+            return super().get_num_tokens_from_messages(messages)
+
     def _generate(
         self,
         messages: list[BaseMessage],
@@ -152,8 +211,10 @@ class ChatPromptCache(CachedModel, BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        turn = self._turn(messages, stop, kwargs)
-        return turn.result(self.engine.generate(turn.prompt, turn.params, reuse=turn.reuse))
+        with standard_errors():
+            prompt, call = self._call(messages, stop, kwargs)
+            generation = self.engine.generate(prompt, call.params, reuse=call.reuse)
+        return ChatAnswer(call, self.model).whole(generation)
 
     async def _agenerate(
         self,
@@ -162,9 +223,10 @@ class ChatPromptCache(CachedModel, BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        turn = await asyncio.to_thread(self._turn, messages, stop, kwargs)
-        answer = await self.engine.agenerate(turn.prompt, turn.params, reuse=turn.reuse)
-        return turn.result(answer)
+        with standard_errors():
+            prompt, call = await asyncio.to_thread(self._call, messages, stop, kwargs)
+            generation = await self.engine.agenerate(prompt, call.params, reuse=call.reuse)
+        return ChatAnswer(call, self.model).whole(generation)
 
     def _stream(
         self,
@@ -173,14 +235,15 @@ class ChatPromptCache(CachedModel, BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
-        turn = self._turn(messages, stop, kwargs)
-        pieces = turn.pieces()
-        with closing(self.engine.stream(turn.prompt, turn.params, reuse=turn.reuse)) as stream:
-            for piece in stream:
-                chunk = pieces.next(piece)
-                if run_manager:
-                    run_manager.on_llm_new_token(chunk.text, chunk=chunk)
-                yield chunk
+        with standard_errors():
+            prompt, call = self._call(messages, stop, kwargs)
+            answer = ChatAnswer(call, self.model)
+            with closing(self.engine.stream(prompt, call.params, reuse=call.reuse)) as stream:
+                for piece in stream:
+                    chunk = answer.piece(piece)
+                    if run_manager:
+                        run_manager.on_llm_new_token(chunk.text, chunk=chunk)
+                    yield chunk
 
     async def _astream(
         self,
@@ -189,29 +252,25 @@ class ChatPromptCache(CachedModel, BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
-        turn = await asyncio.to_thread(self._turn, messages, stop, kwargs)
-        pieces = turn.pieces()
-        stream = self.engine.astream(turn.prompt, turn.params, reuse=turn.reuse)
-        async with aclosing(stream):
-            async for piece in stream:
-                chunk = pieces.next(piece)
-                if run_manager:
-                    await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
-                yield chunk
+        with standard_errors():
+            prompt, call = await asyncio.to_thread(self._call, messages, stop, kwargs)
+            answer = ChatAnswer(call, self.model)
+            pieces = self.engine.astream(prompt, call.params, reuse=call.reuse)
+            async with aclosing(pieces) as stream:
+                async for piece in stream:
+                    chunk = answer.piece(piece)
+                    if run_manager:
+                        await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
+                    yield chunk
 
-    def _turn(
+    def _call(
         self, messages: Sequence[BaseMessage], stop: list[str] | None, given: Mapping[str, Any]
-    ) -> Turn:
-        """One call, checked and rendered; loads the model if that has not happened."""
-        options, others = TurnOptions.taken_from(given)
-        if stop is None and options.needs_whole_answer:
-            stop = []  # the model's own are meant for text
-        params, reuse = self._call_options(stop, others)
-        return make_turn(
-            self.engine,
-            messages,
-            options,
-            params,
-            reuse,
-            model_name=self.model,
-        )
+    ) -> tuple[Prompt, Call]:
+        """Check one call and render its prompt; loads the model if that has not happened."""
+        # `stream` LangChain passes on after acting upon it; schemas are always kept to.
+        asked = {name: v for name, v in given.items() if name not in ("stream", "strict")}
+        asked = as_sampling(asked, stop)
+        asked["tools"] = as_openai(asked.get("tools") or ())
+        asked["response_format"] = as_format(asked.get("response_format"))
+        call = make_call(self._own_options, asked, self._place, takes_tools=True).on(self.engine)
+        return chat_prompt(self.engine, messages, call.tools), call

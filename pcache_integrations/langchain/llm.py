@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
+from langchain_core.callbacks import (
+    AsyncCallbackManagerForLLMRun,
+    CallbackManagerForLLMRun,
+    Callbacks,
+)
 from langchain_core.language_models.base import LanguageModelInput
 from langchain_core.language_models.llms import BaseLLM
-from langchain_core.outputs import Generation, GenerationChunk, LLMResult
+from langchain_core.messages import BaseMessage, get_buffer_string
+from langchain_core.outputs import GenerationChunk, LLMResult
 from langchain_core.runnables import Runnable, RunnableConfig
+from pydantic import PrivateAttr
 
-from pcache_core import Chunk, Message, Prompt
-from pcache_core import Generation as Answer
-from pcache_integrations._engines import Engine
-from pcache_integrations._mapping import as_data, holds_markup
-from pcache_integrations.langchain._model import CachedModel
-from pcache_integrations.langchain._results import (
-    completion_logprobs,
-    generation_info,
-    token_usage,
-)
-from pcache_integrations.langchain._watch import WATCHER
+from pcache_core import Generation, Message, Prompt
+from pcache_core.base_engine import Engine
+from pcache_integrations.calls import usage
+from pcache_integrations.documents import as_data, holds_markup
+from pcache_integrations.langchain.model import CachedModel, standard_errors
+from pcache_integrations.langchain.results import CompletionAnswer
+from pcache_integrations.langchain.watch import WATCHER
 
+_OF_A_RUN = ("tags", "metadata", "run_name", "run_id")
 # Of one call; the engine decides how many of them run in one forward.
 _MAX_PROMPTS_AT_ONCE = 64
 
@@ -94,6 +97,8 @@ class PromptCacheLLM(CachedModel, BaseLLM):
 
     chat_template: bool = True
 
+    _call_asks: dict[str, Any] = PrivateAttr(default_factory=dict)
+
     def __init__(self, *, engine: Engine | None = None, **options: Any) -> None:
         """Take the options; for type checkers, which would leave `engine` out."""
         super().__init__(engine=engine, **options)
@@ -101,6 +106,38 @@ class PromptCacheLLM(CachedModel, BaseLLM):
     @property
     def _llm_type(self) -> str:
         return "prompt-cache"
+
+    def generate(
+        self,
+        prompts: list[str],
+        stop: list[str] | None = None,
+        callbacks: Callbacks | list[Callbacks] | None = None,
+        **kwargs: Any,
+    ) -> LLMResult:
+        """Generate as any LLM does; response caches tell calls of different options apart."""
+        return super(PromptCacheLLM, self._asked(kwargs)).generate(
+            prompts, stop, callbacks, **kwargs
+        )
+
+    async def agenerate(
+        self,
+        prompts: list[str],
+        stop: list[str] | None = None,
+        callbacks: Callbacks | list[Callbacks] | None = None,
+        **kwargs: Any,
+    ) -> LLMResult:
+        """Generate as `generate` does."""
+        return await super(PromptCacheLLM, self._asked(kwargs)).agenerate(
+            prompts, stop, callbacks, **kwargs
+        )
+
+    def get_num_tokens_from_messages(
+        self, messages: list[BaseMessage], tools: Sequence[Any] | None = None
+    ) -> int:
+        """Count the tokens of the prompt that these messages are as text; there are no tools."""
+        if not messages or self.custom_get_token_ids is not None or tools:
+            return super().get_num_tokens_from_messages(messages, tools)
+        return self._count(self._prompt(get_buffer_string(messages)))
 
     def batch(
         self,
@@ -110,7 +147,7 @@ class PromptCacheLLM(CachedModel, BaseLLM):
         return_exceptions: bool = False,
         **kwargs: Any,
     ) -> list[str]:
-        """As in any LLM; with `return_exceptions`, a bad prompt costs the others nothing."""
+        """Answer as any LLM does; with `return_exceptions`, bad prompts cost others nothing."""
         if return_exceptions:
             return Runnable.batch(self, inputs, config, return_exceptions=True, **kwargs)
         return super().batch(inputs, config, **kwargs)
@@ -123,7 +160,7 @@ class PromptCacheLLM(CachedModel, BaseLLM):
         return_exceptions: bool = False,
         **kwargs: Any,
     ) -> list[str]:
-        """As `batch`."""
+        """Answer as `batch` does."""
         if return_exceptions:
             return await Runnable.abatch(self, inputs, config, return_exceptions=True, **kwargs)
         return await super().abatch(inputs, config, **kwargs)
@@ -135,17 +172,19 @@ class PromptCacheLLM(CachedModel, BaseLLM):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> LLMResult:
-        params, reuse = self._call_options(stop, kwargs)
-        engine = self.engine
-        mapped = self._map(prompts)
-        if len(mapped) < 2:
-            return self._result([engine.generate(prompt, params, reuse) for prompt in mapped])
-        pool = ThreadPoolExecutor(min(len(mapped), _MAX_PROMPTS_AT_ONCE), "pcache-batch")
-        try:
-            jobs = [pool.submit(engine.generate, prompt, params, reuse) for prompt in mapped]
-            return self._result([job.result() for job in jobs])
-        finally:
-            pool.shutdown(cancel_futures=True)
+        with standard_errors():
+            params, reuse = self._call_options(stop, kwargs)
+            mapped = self._map(prompts)
+            if len(mapped) < 2:
+                answers = [self.engine.generate(prompt, params, reuse) for prompt in mapped]
+                return self._result(answers)
+            generate = self.engine.generate
+            pool = ThreadPoolExecutor(min(len(mapped), _MAX_PROMPTS_AT_ONCE), "pcache-batch")
+            try:
+                jobs = [pool.submit(generate, prompt, params, reuse) for prompt in mapped]
+                return self._result([job.result() for job in jobs])
+            finally:
+                pool.shutdown(cancel_futures=True)
 
     async def _agenerate(
         self,
@@ -154,15 +193,16 @@ class PromptCacheLLM(CachedModel, BaseLLM):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> LLMResult:
-        params, reuse = self._call_options(stop, kwargs)
-        engine = await self._aengine()
-        mapped = await asyncio.to_thread(self._map, prompts)
-        jobs = [asyncio.ensure_future(engine.agenerate(prompt, params, reuse)) for prompt in mapped]
-        try:
-            return self._result(await asyncio.gather(*jobs))
-        finally:
-            for job in jobs:
-                job.cancel()
+        with standard_errors():
+            params, reuse = self._call_options(stop, kwargs)
+            mapped = await asyncio.to_thread(self._map, prompts)
+            answers = (self.engine.agenerate(prompt, params, reuse) for prompt in mapped)
+            jobs = [asyncio.ensure_future(answer) for answer in answers]
+            try:
+                return self._result(await asyncio.gather(*jobs))
+            finally:
+                for job in jobs:
+                    job.cancel()
 
     def _stream(
         self,
@@ -171,14 +211,14 @@ class PromptCacheLLM(CachedModel, BaseLLM):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[GenerationChunk]:
-        params, reuse = self._call_options(stop, kwargs)
-        (mapped,) = self._map([prompt])
-        pieces = _Pieces()
-        for piece in self.engine.stream(mapped, params, reuse):
-            chunk = pieces.chunk(piece)
-            if run_manager:
-                run_manager.on_llm_new_token(chunk.text, chunk=chunk)
-            yield chunk
+        with standard_errors():
+            params, reuse = self._call_options(stop, kwargs)
+            answer = CompletionAnswer()
+            for piece in self.engine.stream(self._prompt(prompt), params, reuse):
+                chunk = answer.piece(piece)
+                if run_manager:
+                    run_manager.on_llm_new_token(chunk.text, chunk=chunk)
+                yield chunk
 
     async def _astream(
         self,
@@ -187,21 +227,28 @@ class PromptCacheLLM(CachedModel, BaseLLM):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[GenerationChunk]:
-        params, reuse = self._call_options(stop, kwargs)
-        engine = await self._aengine()
-        (mapped,) = await asyncio.to_thread(self._map, [prompt])
-        pieces = _Pieces()
-        async for piece in engine.astream(mapped, params, reuse):
-            chunk = pieces.chunk(piece)
-            if run_manager:
-                await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
-            yield chunk
+        with standard_errors():
+            params, reuse = self._call_options(stop, kwargs)
+            mapped = await asyncio.to_thread(self._prompt, prompt)
+            answer = CompletionAnswer()
+            async for piece in self.engine.astream(mapped, params, reuse):
+                chunk = answer.piece(piece)
+                if run_manager:
+                    await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
+                yield chunk
+
+    def _asked(self, given: Mapping[str, Any]) -> PromptCacheLLM:
+        """Return a copy that knows what a call asks for: LangChain's cache keys leave it out."""
+        asked = {name: value for name, value in given.items() if name not in _OF_A_RUN}
+        copy = self.model_copy()
+        copy._call_asks = {name: value for name, value in asked.items() if value is not None}
+        return copy
 
     def _map(self, texts: Sequence[str]) -> list[Prompt]:
         return [self._prompt(text) for text in texts]
 
     def _prompt(self, text: str) -> Prompt:
-        """The prompt in parts; in a user's turn of the chat template, if that is to be used."""
+        """Return the prompt in parts, in a user's turn of the chat template if that is wanted."""
         segments = WATCHER.segments(text, "text")
         text_of_model = self.engine.lm.text
         wanted = self.chat_template and segments and text_of_model.marks_roles()
@@ -212,36 +259,14 @@ class PromptCacheLLM(CachedModel, BaseLLM):
 
     @property
     def _identifying_params(self) -> dict[str, Any]:
-        return {**super()._identifying_params, "chat_template": self.chat_template}
+        own = {**super()._identifying_params, "chat_template": self.chat_template}
+        return {**own, **self._call_asks}
 
-    def _result(self, answers: Sequence[Answer]) -> LLMResult:
+    def _result(self, answers: Sequence[Generation]) -> LLMResult:
         return LLMResult(
-            generations=[[_generation(answer)] for answer in answers],
+            generations=[[CompletionAnswer().whole(answer)] for answer in answers],
             llm_output={
-                "token_usage": token_usage([answer.report for answer in answers]),
+                "token_usage": usage([answer.report for answer in answers]),
                 "model_name": self.model,
             },
         )
-
-
-def _generation(answer: Answer) -> Generation:
-    info = generation_info(answer.finish_reason, answer.report)
-    if answer.logprobs:
-        info["logprobs"] = completion_logprobs(answer.logprobs)
-    return Generation(text=answer.text, generation_info=info)
-
-
-class _Pieces:
-    """The pieces of one answer, as LangChain's chunks."""
-
-    def __init__(self) -> None:
-        self._chars = 0
-
-    def chunk(self, piece: Chunk) -> GenerationChunk:
-        info: dict[str, Any] = {}
-        if piece.logprobs:
-            info["logprobs"] = completion_logprobs(piece.logprobs, self._chars)
-            self._chars += sum(len(record.token) for record in piece.logprobs)
-        if piece.finish_reason is not None and piece.report is not None:
-            info |= generation_info(piece.finish_reason, piece.report)
-        return GenerationChunk(text=piece.text, generation_info=info or None)

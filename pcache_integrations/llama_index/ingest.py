@@ -7,20 +7,21 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from llama_index.core.bridge.pydantic import Field, PrivateAttr, ValidationError
 from llama_index.core.schema import BaseNode, TransformComponent
 from llama_index.core.settings import Settings
 
-from pcache_core import PromptCacheEngine, Segment, TieredStore
+from pcache_core import Segment
+from pcache_core.base_engine import Engine
 from pcache_core.errors import BudgetError, ContextLengthError, OptionError
-from pcache_integrations._engines import ENGINE_OPTIONS, Engine, EngineHandle, EngineOptions
-from pcache_integrations._options import check_names
-from pcache_integrations.llama_index._documents import encode_documents, given_to
-from pcache_integrations.llama_index._handlers import install_handler, node_text
+from pcache_integrations._engines import ENGINE_OPTIONS, EngineHandle, EngineOptions
+from pcache_integrations.calls import check_names
 from pcache_integrations.llama_index.llm import PromptCacheLLM
-from pcache_integrations.remote import RemoteEngine
+from pcache_integrations.llama_index.nodes import encode_documents, given_to
+from pcache_integrations.llama_index.watch import install_handler, node_text
 
 _logger = logging.getLogger(__name__)
 # A forked worker has another: torch's threads do not survive a fork, so it must not run a model.
@@ -97,10 +98,8 @@ class PromptCachePrecompute(TransformComponent):
                 "memory is not shared" if self.store == "memory" else "it was forked",
             )
         else:
-            engine = self._encode(nodes)
-            if isinstance(engine, PromptCacheEngine) and isinstance(engine.store, TieredStore):
-                # Worker processes are killed when they have handed in their nodes.
-                engine.store.flush()
+            # Worker processes are killed when they have handed in their nodes.
+            self._encode(nodes).flush()
         return nodes
 
     async def acall(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
@@ -111,7 +110,7 @@ class PromptCachePrecompute(TransformComponent):
         """Encode those nodes that never came through here, in this process."""
         if not nodes:
             return
-        known = given_to(self._handle.get())
+        known = given_to(self._settled().get())
         missed = [node for node in nodes if node_text(node) and node_text(node) not in known]
         if missed:
             self._encode(missed)
@@ -122,18 +121,21 @@ class PromptCachePrecompute(TransformComponent):
         Loads the model for its fingerprint.
         """
         if self.fingerprint is None:
-            engine = self._handle.get()
-            self.fingerprint = (
-                engine.fingerprint if isinstance(engine, RemoteEngine) else engine.lm.fingerprint
-            )
+            self.fingerprint = self._settled().get().fingerprint
         return super().to_dict(**kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A pickle holds how to build the engine, not its weights and states."""
-        return _unpickled, (self._handle, self.progress, self.to_dict()["fingerprint"])
+        return _unpickled, (self._settled(), self.progress, self.to_dict()["fingerprint"])
+
+    def _settled(self) -> EngineHandle:
+        """Hold the engine that the fields describe, however they came to their values."""
+        own = {name: getattr(self, name) for name in _OPTIONS}
+        self._handle = self._handle.for_options(replace(self._handle.options, **own))
+        return self._handle
 
     def _encode(self, nodes: Sequence[BaseNode]) -> Engine:
-        engine = self._handle.get()
+        engine = self._settled().get()
         try:
             encode_documents(engine, nodes, progress=self.progress)
         except (ContextLengthError, BudgetError):
@@ -196,7 +198,6 @@ def _most_tokens(engine: Engine, nodes: Sequence[BaseNode]) -> int:
     if limit is not None:
         preambles = (engine.preamble_for(node_text(node)) for node in nodes)
         limits.append(limit - max(map(len, preambles)))
-    budget = engine.stats().budget_bytes
-    if isinstance(engine, PromptCacheEngine) and budget is not None:
-        limits.append(budget // engine.lm.bytes_per_token)
+    if engine.most_state_tokens is not None:
+        limits.append(engine.most_state_tokens)
     return min(limits)

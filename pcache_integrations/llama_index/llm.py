@@ -18,27 +18,33 @@ from llama_index.core.base.llms.types import (
     CompletionResponseGen,
     MessageRole,
 )
+from llama_index.core.bridge.pydantic import BaseModel
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.llms.llm import ToolSelection, default_completion_to_prompt
 from llama_index.core.tools import BaseTool
 
-from pcache_core import Chunk, Prompt, Tool
+from pcache_core import Chunk, Generation, Prompt, Tool
+from pcache_core.base_engine import Engine
 from pcache_core.errors import AnswerError
-from pcache_integrations._engines import Engine
-from pcache_integrations._mapping import holds_markup
-from pcache_integrations.llama_index._calls import Call, CallOptions
-from pcache_integrations.llama_index._documents import note_documents
-from pcache_integrations.llama_index._mapping import segments_of
-from pcache_integrations.llama_index._model import CachedLLM
-from pcache_integrations.llama_index._predict import Predicts
-from pcache_integrations.llama_index._prompts import (
+from pcache_integrations.calls import Call, make_call
+from pcache_integrations.documents import holds_markup
+from pcache_integrations.llama_index.messages import (
     ChatTemplate,
+    as_openai,
+    calls_of,
     chat_prompt,
     text_prompt,
     wrapped_prompt,
 )
-from pcache_integrations.llama_index._tools import as_openai, selections
+from pcache_integrations.llama_index.model import CachedLLM
+from pcache_integrations.llama_index.nodes import note_documents
+from pcache_integrations.llama_index.predict import Predicts, response_format
+from pcache_integrations.llama_index.responses import ChatAnswer, CompletionAnswer, loud_refusals
+from pcache_integrations.llama_index.templates import segments_of
 
+_PLACE = "a call of PromptCacheLLM"
+# Code written for any LLM passes these; a call changes nothing about the server, if there is one.
+_OF_HOSTED_MODELS = ("extra_headers", "extra_query", "timeout", "max_retries", "user")
 _R = TypeVar("_R")
 
 
@@ -85,7 +91,7 @@ class PromptCacheLLM(Predicts, CachedLLM):
     the model, started by `pcache serve`.
 
     Raises: OptionError: an unknown option, a value out of range, or both `engine` and an option
-        that it has settled.
+        that it has settled. Calls raise CallRefusedError: what they ask can't be done.
     """
 
     def __init__(
@@ -106,9 +112,8 @@ class PromptCacheLLM(Predicts, CachedLLM):
         **kwargs: Any,
     ) -> CompletionResponse:
         """Answer a prompt. `formatted` says that nothing is to be put around it."""
-        call = self._completion_call(prompt, kwargs, formatted=formatted)
-        generation = self.engine.generate(call.prompt, call.params, reuse=call.reuse)
-        return call.completion().whole(generation)
+        mapped, call = self._completion_call(prompt, kwargs, formatted=formatted)
+        return CompletionAnswer().whole(self._generate(mapped, call))
 
     @llm_completion_callback()
     def stream_complete(
@@ -118,8 +123,8 @@ class PromptCacheLLM(Predicts, CachedLLM):
         **kwargs: Any,
     ) -> CompletionResponseGen:
         """`complete` piece by piece. The prompt is mapped now, the model runs when asked."""
-        call = self._completion_call(prompt, kwargs, formatted=formatted)
-        return self._pieces(call, call.completion().piece)
+        mapped, call = self._completion_call(prompt, kwargs, formatted=formatted)
+        return self._pieces(mapped, call, CompletionAnswer().piece)
 
     @llm_completion_callback()
     async def acomplete(
@@ -129,9 +134,10 @@ class PromptCacheLLM(Predicts, CachedLLM):
         **kwargs: Any,
     ) -> CompletionResponse:
         """`complete` without blocking the event loop."""
-        call = await asyncio.to_thread(self._completion_call, prompt, kwargs, formatted=formatted)
-        generation = await self.engine.agenerate(call.prompt, call.params, reuse=call.reuse)
-        return call.completion().whole(generation)
+        mapped, call = await asyncio.to_thread(
+            self._completion_call, prompt, kwargs, formatted=formatted
+        )
+        return CompletionAnswer().whole(await self._agenerate(mapped, call))
 
     @llm_completion_callback()
     async def astream_complete(
@@ -141,8 +147,10 @@ class PromptCacheLLM(Predicts, CachedLLM):
         **kwargs: Any,
     ) -> CompletionResponseAsyncGen:
         """`stream_complete` without blocking the event loop."""
-        call = await asyncio.to_thread(self._completion_call, prompt, kwargs, formatted=formatted)
-        return self._apieces(call, call.completion().piece)
+        mapped, call = await asyncio.to_thread(
+            self._completion_call, prompt, kwargs, formatted=formatted
+        )
+        return self._apieces(mapped, call, CompletionAnswer().piece)
 
     @llm_chat_callback()
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
@@ -151,30 +159,28 @@ class PromptCacheLLM(Predicts, CachedLLM):
         The calls are in the message's blocks, and in OpenAI's shape in its
         `additional_kwargs["tool_calls"]`.
         """
-        call = self._chat_call(messages, kwargs)
-        generation = self.engine.generate(call.prompt, call.params, reuse=call.reuse)
-        return call.chat().whole(generation)
+        prompt, call = self._chat_call(messages, kwargs)
+        return ChatAnswer(call).whole(self._generate(prompt, call))
 
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
         """`chat` piece by piece. The prompt is mapped now, the model runs when asked."""
-        call = self._chat_call(messages, kwargs)
-        return self._pieces(call, call.chat().piece)
+        prompt, call = self._chat_call(messages, kwargs)
+        return self._pieces(prompt, call, ChatAnswer(call).piece)
 
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """`chat` without blocking the event loop."""
-        call = await asyncio.to_thread(self._chat_call, messages, kwargs)
-        generation = await self.engine.agenerate(call.prompt, call.params, reuse=call.reuse)
-        return call.chat().whole(generation)
+        prompt, call = await asyncio.to_thread(self._chat_call, messages, kwargs)
+        return ChatAnswer(call).whole(await self._agenerate(prompt, call))
 
     @llm_chat_callback()
     async def astream_chat(
         self, messages: Sequence[ChatMessage], **kwargs: Any
     ) -> ChatResponseAsyncGen:
         """`stream_chat` without blocking the event loop."""
-        call = await asyncio.to_thread(self._chat_call, messages, kwargs)
-        return self._apieces(call, call.chat().piece)
+        prompt, call = await asyncio.to_thread(self._chat_call, messages, kwargs)
+        return self._apieces(prompt, call, ChatAnswer(call).piece)
 
     def get_tool_calls_from_response(
         self,
@@ -182,8 +188,14 @@ class PromptCacheLLM(Predicts, CachedLLM):
         error_on_no_tool_call: bool = True,  # noqa: FBT001, FBT002 - the base class's signature
         **kwargs: Any,
     ) -> list[ToolSelection]:
-        """The calls that an answer makes. Raises: AnswerError: none, unless that is no error."""
-        found = selections(response.message)
+        """Return the calls that an answer makes.
+
+        Raises: AnswerError: it makes none, and `error_on_no_tool_call` is true.
+        """
+        found = [
+            ToolSelection(tool_id=call.id, tool_name=call.name, tool_kwargs=dict(call.arguments))
+            for call in calls_of(response.message)
+        ]
         if not found and error_on_no_tool_call:
             raise AnswerError(
                 f"the answer calls no tool, it says {str(response.message.content)[:80]!r}; "
@@ -206,26 +218,42 @@ class PromptCacheLLM(Predicts, CachedLLM):
             messages.append(ChatMessage(user_msg) if isinstance(user_msg, str) else user_msg)
         return {
             "messages": messages,
-            "tools": as_openai(tools),
+            "tools": [as_openai(tool) for tool in tools],
             "tool_required": tool_required,
             "parallel_tool_calls": allow_parallel_tool_calls,
             **kwargs,
         }
 
-    def _completion_call(self, text: str, given: Mapping[str, Any], *, formatted: bool) -> Call:
-        """A call, checked and mapped; loads the model if that has not happened."""
-        options = CallOptions.of_completion(self._own_options, given)
-        return options.plain_call(self._text_prompt(text, formatted=formatted))
+    def _completion_call(
+        self, text: str, given: Mapping[str, Any], *, formatted: bool
+    ) -> tuple[Prompt, Call]:
+        """Check a call and map its prompt; loads the model if that has not happened."""
+        with loud_refusals():
+            call = self._call(given, takes_tools=False)
+            prompt = self._text_prompt(text, formatted=formatted)
+            return note_documents(self.engine, prompt), call.on(self.engine)
 
-    def _chat_call(self, messages: Sequence[ChatMessage], given: Mapping[str, Any]) -> Call:
-        """As `_completion_call`."""
-        options = CallOptions.of_chat(self._own_options, given)
-        prompt = self._chat_prompt(messages, options.core_tools())
-        return options.call_with_tools(prompt, self.engine)
+    def _chat_call(
+        self, messages: Sequence[ChatMessage], given: Mapping[str, Any]
+    ) -> tuple[Prompt, Call]:
+        """Check and map as `_completion_call` does."""
+        with loud_refusals():
+            call = self._call(given, takes_tools=True)
+            prompt = self._chat_prompt(messages, call.tools)
+            return note_documents(self.engine, prompt), call.on(self.engine)
+
+    def _call(self, given: Mapping[str, Any], *, takes_tools: bool) -> Call:
+        asked = {name: v for name, v in given.items() if name not in _OF_HOSTED_MODELS}
+        wanted = asked.get("response_format")
+        if isinstance(wanted, type) and issubclass(wanted, BaseModel):
+            asked["response_format"] = response_format(wanted)
+        if takes_tools:
+            asked["tools"] = [as_openai(tool) for tool in asked.get("tools") or ()]
+        return make_call(self._own_options, asked, _PLACE, takes_tools=takes_tools)
 
     def _text_prompt(self, text: str, *, formatted: bool) -> Prompt:
         if formatted:
-            return self._noted(text_prompt(text))
+            return text_prompt(text)
         wrap = self.completion_to_prompt or default_completion_to_prompt
         if (
             self.chat_template
@@ -235,30 +263,41 @@ class PromptCacheLLM(Predicts, CachedLLM):
         ):
             # To a chat model, a bare text is what the user says.
             return self._chat_prompt([ChatMessage(role=MessageRole.USER, content=text)])
-        return self._noted(wrapped_prompt(text, lambda bare: self._extend_prompt(wrap(bare))))
+        return wrapped_prompt(text, lambda bare: self._extend_prompt(wrap(bare)))
 
     def _chat_prompt(self, messages: Sequence[ChatMessage], tools: Sequence[Tool] = ()) -> Prompt:
         system = (MessageRole.SYSTEM, self.system_prompt)
         if all((message.role, message.content) != system for message in messages):
             messages = self._extend_messages(list(messages))
-        to_prompt = self.messages_to_prompt or ChatTemplate(self._lazy)
-        return self._noted(chat_prompt(self._lazy, messages, to_prompt, tools))
+        to_prompt = self.messages_to_prompt or ChatTemplate(self.engine_handle)
+        return chat_prompt(self.engine, messages, to_prompt, tools)
 
-    def _noted(self, prompt: Prompt) -> Prompt:
-        return note_documents(self.engine, prompt)
+    def _generate(self, prompt: Prompt, call: Call) -> Generation:
+        with loud_refusals():
+            return self.engine.generate(prompt, call.params, reuse=call.reuse)
 
-    def _pieces(self, call: Call, piece: Callable[[Chunk], _R]) -> Generator[_R, None, None]:
-        chunks = self.engine.stream(call.prompt, call.params, reuse=call.reuse)
+    async def _agenerate(self, prompt: Prompt, call: Call) -> Generation:
+        with loud_refusals():
+            return await self.engine.agenerate(prompt, call.params, reuse=call.reuse)
+
+    def _pieces(
+        self, prompt: Prompt, call: Call, piece: Callable[[Chunk], _R]
+    ) -> Generator[_R, None, None]:
+        with loud_refusals():
+            chunks = self.engine.stream(prompt, call.params, reuse=call.reuse)
 
         def run() -> Generator[_R, None, None]:
-            with closing(chunks):
+            with loud_refusals(), closing(chunks):
                 for chunk in chunks:
                     yield piece(chunk)
 
         return run()
 
-    async def _apieces(self, call: Call, piece: Callable[[Chunk], _R]) -> AsyncGenerator[_R, None]:
-        chunks = self.engine.astream(call.prompt, call.params, reuse=call.reuse)
-        async with aclosing(chunks):
-            async for chunk in chunks:
-                yield piece(chunk)
+    async def _apieces(
+        self, prompt: Prompt, call: Call, piece: Callable[[Chunk], _R]
+    ) -> AsyncGenerator[_R, None]:
+        with loud_refusals():
+            chunks = self.engine.astream(prompt, call.params, reuse=call.reuse)
+            async with aclosing(chunks):
+                async for chunk in chunks:
+                    yield piece(chunk)

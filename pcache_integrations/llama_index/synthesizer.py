@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from llama_index.core.base.llms.generic_utils import messages_to_prompt as joined_with_roles
 from llama_index.core.base.response.schema import RESPONSE_TYPE
 from llama_index.core.bridge.pydantic import BaseModel
 from llama_index.core.callbacks.base import CallbackManager
 from llama_index.core.llms.llm import LLM
+from llama_index.core.llms.structured_llm import StructuredLLM
 from llama_index.core.prompts import BasePromptTemplate
 from llama_index.core.prompts.default_prompt_selectors import DEFAULT_TEXT_QA_PROMPT_SEL
 from llama_index.core.prompts.mixin import PromptDictType
@@ -26,9 +29,10 @@ from llama_index.core.schema import (
     TextNode,
 )
 from llama_index.core.types import RESPONSE_TEXT_TYPE
+from llama_index.core.utils import get_tokenizer
 
-from pcache_core.errors import OptionError
-from pcache_integrations.llama_index._room import room_for_context
+from pcache_core.errors import ContextLengthError, OptionError
+from pcache_integrations.llama_index.llm import PromptCacheLLM
 
 _logger = logging.getLogger(__name__)
 
@@ -37,6 +41,10 @@ NodeOrder = Literal["retrieved", "stable"]
 # What LlamaIndex's own synthesizers put between nodes, and say for an answer without text.
 _SEPARATOR = "\n\n"
 _EMPTY = "Empty Response"
+
+# Parts of a prompt are tokenised apart, which takes a token more here and there.
+_SPARE_TOKENS = 8
+_BETWEEN_NODES = 3
 
 
 class PromptCacheSynthesizer(BaseSynthesizer):
@@ -121,7 +129,7 @@ class PromptCacheSynthesizer(BaseSynthesizer):
         additional_source_nodes: Sequence[NodeWithScore] | None = None,
         **response_kwargs: Any,
     ) -> RESPONSE_TYPE:
-        """As `synthesize`, without blocking the event loop."""
+        """Answer as `synthesize` does, without blocking the event loop."""
         if not nodes:
             given = additional_source_nodes
             return await super().asynthesize(query, nodes, given, **response_kwargs)
@@ -148,7 +156,7 @@ class PromptCacheSynthesizer(BaseSynthesizer):
     async def aget_response(
         self, query_str: str, text_chunks: Sequence[str], **response_kwargs: Any
     ) -> RESPONSE_TEXT_TYPE:
-        """As `get_response`, without blocking the event loop."""
+        """Answer as `get_response` does, without blocking the event loop."""
         args = {"context_str": _joined(text_chunks), "query_str": query_str, **response_kwargs}
         template = self._text_qa_template
         answer: RESPONSE_TEXT_TYPE
@@ -162,24 +170,32 @@ class PromptCacheSynthesizer(BaseSynthesizer):
         return answer
 
     def _choose(self, query: QueryType, nodes: Sequence[NodeWithScore]) -> _Chosen:
-        """The nodes that fit, and how the prompt holds them."""
+        """Choose the best nodes that fit, and how the prompt holds them."""
         query_str = query.query_str if isinstance(query, QueryBundle) else query
-        room = room_for_context(self._llm, self._text_qa_template, query_str, self._output_cls)
+        count = _counter(self._llm)
+        template = self._text_qa_template
+        room = _room_for_context(self._llm, template, query_str, self._output_cls, count)
         texts = [n.node.get_content(metadata_mode=self._metadata_mode).strip() for n in nodes]
-        fit = room.fit(nodes, texts)
-        if fit.left_out:
-            _logger.warning(
-                "%d of %d nodes are left out of the prompt, the context is full",
-                len(fit.left_out),
-                len(nodes),
+        ranked = _ranked(nodes)
+        num_kept = _num_fitting(texts, ranked, room, count)
+        if not num_kept:
+            raise ContextLengthError(
+                f"node {nodes[ranked[0]].node.node_id!r} takes {count(texts[ranked[0]])} tokens, "
+                f"the prompt has room for {room - _BETWEEN_NODES} beside its template, the "
+                "question and an answer; cut documents into smaller nodes, lower max_tokens, or "
+                "use the response mode 'compact', which splits nodes"
             )
-        written = list(fit.kept)
+        kept, left_out = sorted(ranked[:num_kept]), sorted(ranked[num_kept:])
+        if left_out:
+            text = "%d of %d nodes are left out of the prompt, the context is full"
+            _logger.warning(text, len(left_out), len(nodes))
+        written = list(kept)
         if self._order == "stable":
             written.sort(key=lambda index: _place_in_corpus(nodes[index]))
         return _Chosen(
             blocks=tuple(_block(nodes[index], texts[index]) for index in written),
-            sources=tuple(nodes[index] for index in fit.kept),
-            left_out=tuple(nodes[index].node.node_id for index in fit.left_out),
+            sources=tuple(nodes[index] for index in kept),
+            left_out=tuple(nodes[index].node.node_id for index in left_out),
         )
 
 
@@ -193,7 +209,7 @@ class _Chosen:
 
 
 def _block(scored: NodeWithScore, text: str) -> NodeWithScore:
-    """A node that every metadata mode writes as `text`."""
+    """Return a node that every metadata mode writes as `text`."""
     source = scored.node.source_node
     relationships = {} if source is None else {NodeRelationship.SOURCE: source}
     node = TextNode(id_=scored.node.node_id, text=text, relationships=relationships)
@@ -213,7 +229,7 @@ def _joined(texts: Sequence[str]) -> str:
 def _with_sources(
     response: RESPONSE_TYPE, chosen: _Chosen, additional: Sequence[NodeWithScore]
 ) -> RESPONSE_TYPE:
-    """The response with the nodes as they were retrieved, and a note on what was left out."""
+    """Give a response the nodes as they were retrieved, and a note on what was left out."""
     response.source_nodes = [*chosen.sources, *additional]
     metadata: dict[str, Any] = {n.node.node_id: n.node.metadata for n in response.source_nodes}
     if chosen.left_out:
@@ -223,3 +239,61 @@ def _with_sources(
         }
     response.metadata = metadata
     return response
+
+
+def _num_fitting(
+    texts: Sequence[str], ranked: Sequence[int], room: int, count: Callable[[str], int]
+) -> int:
+    """Return how many of the ranked texts fit into so many tokens; none is cut."""
+    for place, index in enumerate(ranked):
+        room -= count(texts[index]) + _BETWEEN_NODES
+        if room < 0:
+            return place
+    return len(ranked)
+
+
+def _room_for_context(
+    llm: LLM,
+    template: BasePromptTemplate,
+    query_str: str,
+    output_cls: type[BaseModel] | None,
+    count: Callable[[str], int],
+) -> int:
+    """Count the tokens that are left of the model's context."""
+    used = count(_without_context(llm, template, query_str)) + count(llm.system_prompt or "")
+    if output_cls is not None:
+        used += count(json.dumps(output_cls.model_json_schema()))
+    metadata = llm.metadata
+    return metadata.context_window - max(metadata.num_output, 0) - used - _SPARE_TOKENS
+
+
+def _counter(llm: LLM) -> Callable[[str], int]:
+    """Count by the model's own tokenizer if it is ours, else by LlamaIndex's."""
+    inner = llm.llm if isinstance(llm, StructuredLLM) else llm
+    if isinstance(inner, PromptCacheLLM):
+        return inner.engine.lm.count_tokens
+    tokenizer = get_tokenizer()
+    return lambda text: len(tokenizer(text))
+
+
+def _without_context(llm: LLM, template: BasePromptTemplate, query_str: str) -> str:
+    """Write the prompt as LlamaIndex does, with an empty context."""
+    args = {"context_str": "", "query_str": query_str}
+    if llm.metadata.is_chat_model:
+        to_prompt = llm.messages_to_prompt or joined_with_roles
+        return to_prompt(template.format_messages(llm=llm, **args))
+    return template.format(
+        llm=llm,
+        messages_to_prompt=llm.messages_to_prompt,
+        completion_to_prompt=llm.completion_to_prompt,
+        **args,
+    )
+
+
+def _ranked(nodes: Sequence[NodeWithScore]) -> list[int]:
+    """Return the indices of the nodes, the best first, or as they come if one has no score."""
+    scores = [node.score for node in nodes]
+    known = [score for score in scores if score is not None]
+    if len(known) < len(scores):
+        return list(range(len(nodes)))
+    return sorted(range(len(nodes)), key=lambda index: -known[index])

@@ -24,25 +24,24 @@ from pcache_core.kv.key import KeySpace
 from pcache_core.library.preamble import Preamble, PreambleIds
 from pcache_core.lm.loading import load_tokenizer
 from pcache_core.lm.tokenizer import SegmentTokenizer
-from pcache_core.store import ModuleStore
-from pcache_integrations._engines import check_store, lasting_store
+from pcache_integrations._stores import lasting_store
+from pcache_integrations.vllm.connector_plan import Load, Planner, Save
+from pcache_integrations.vllm.connector_worker import PagedLayer, StateWorker
 from pcache_integrations.vllm.model_card import ModelCard
-from pcache_integrations.vllm.paged import PagedLayer
-from pcache_integrations.vllm.planner import Planner, Step
 from pcache_integrations.vllm.protocol import (
     Description,
     Preambles,
     named_preambles,
     preambles_digest,
 )
-from pcache_integrations.vllm.worker import Share, StateWorker
 
 
 @dataclass
 class StepMetadata(KVConnectorMetadata):  # type: ignore[misc]
-    """What a step's workers are told."""
+    """What workers do beside one forward: loads before it, saves after it."""
 
-    step: Step = field(default_factory=Step)
+    loads: list[Load] = field(default_factory=list)
+    saves: list[Save] = field(default_factory=list)
 
 
 class PromptCacheConnector(KVConnectorBase_V1):  # type: ignore[misc]
@@ -57,7 +56,11 @@ class PromptCacheConnector(KVConnectorBase_V1):  # type: ignore[misc]
         self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: Any
     ) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
-        _check_config(vllm_config)
+        if vllm_config.kv_transfer_config.kv_load_failure_policy != "recompute":
+            raise OptionError(
+                "kv_load_failure_policy must be 'recompute', so that a state that is gone is "
+                "computed, and the answer not wrong"
+            )
         extra = self._kv_transfer_config.kv_connector_extra_config
         self._card = ModelCard.from_dict(extra.get("model_card") or {})
         self._space = KeySpace(
@@ -66,9 +69,8 @@ class PromptCacheConnector(KVConnectorBase_V1):  # type: ignore[misc]
             extra.get("namespace", "default"),
             model_name=self._card.name,
         )
-        self._store = _store(extra.get("store"))
+        self._store = lasting_store(extra.get("store"))
         self._block_tokens = vllm_config.cache_config.block_size
-        self._computed: dict[str, int] = {}
         self._failed_blocks: set[int] = set()
         if role == KVConnectorRole.SCHEDULER:
             preambles = _preambles(vllm_config, self._card, extra.get("preamble"))
@@ -86,24 +88,22 @@ class PromptCacheConnector(KVConnectorBase_V1):  # type: ignore[misc]
     # The scheduler's side.
 
     def on_new_request(self, request: Any) -> None:
-        """A request comes in."""
+        """Take note of a request that comes in."""
         self._planner.add(request)
 
     def get_num_new_matched_tokens(
         self, request: Any, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
-        """How much of the prompt states cover; they are loaded within the step."""
-        self._computed[request.request_id] = num_computed_tokens
+        """Say how much of the prompt states cover; they are loaded within the step."""
         return self._planner.matched(request, num_computed_tokens), False
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
-        """A request has its blocks and runs in the step that is being made."""
-        computed = self._computed.pop(request.request_id, 0)
+        """Load what a request's blocks are to hold, in the step that is being made."""
         (block_ids,) = blocks.get_block_ids()
-        self._planner.allocated(request, block_ids, computed, num_external_tokens)
+        self._planner.allocated(request, block_ids, num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: Any) -> StepMetadata:
-        """What the workers do in this step."""
+        """Tell the workers what they do in this step."""
         scheduled = scheduler_output.num_scheduled_tokens
         cached = scheduler_output.scheduled_cached_reqs
         before = {
@@ -115,13 +115,12 @@ class PromptCacheConnector(KVConnectorBase_V1):  # type: ignore[misc]
             (block_ids,) = self._kv_cache_manager.get_block_ids(request_id)
             tokens = before[request_id] + scheduled[request_id]
             self._planner.computed(request_id, tokens, block_ids)
-        return StepMetadata(self._planner.take_step())
+        return StepMetadata(*self._planner.take_step())
 
     def request_finished(
         self, request: Any, block_ids: list[int]
     ) -> tuple[bool, dict[str, Any] | None]:
-        """The answer's parameters."""
-        self._computed.pop(request.request_id, None)
+        """Return the answer's parameters."""
         return False, self._planner.finished(request)
 
     # The worker's side.
@@ -133,56 +132,43 @@ class PromptCacheConnector(KVConnectorBase_V1):  # type: ignore[misc]
             extract_layer_index(name): PagedLayer(name, modules[name], self._block_tokens)
             for name in kv_caches
         }
-        size = self._vllm_config.parallel_config.tensor_parallel_size
-        share = Share(layers, get_tensor_model_parallel_rank(), size)
-        share.check(self._card)
-        self._worker = StateWorker(self._store, self._card, self._space, share, self._block_tokens)
+        self._worker = StateWorker(
+            self._store,
+            self._card,
+            self._space,
+            layers,
+            self._block_tokens,
+            rank=get_tensor_model_parallel_rank(),
+            size=self._vllm_config.parallel_config.tensor_parallel_size,
+        )
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Fill blocks, before the forward that reads them."""
-        for load in self._get_connector_metadata().step.loads:
+        for load in self._get_connector_metadata().loads:
             self._failed_blocks |= self._worker.load(load)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Nothing: `start_load_kv` returns when all is there."""
+        """Do nothing: `start_load_kv` returns when all is there."""
 
     def save_kv_layer(
         self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any
     ) -> None:
-        """Nothing: blocks are read when the forward is done."""
+        """Do nothing: blocks are read when the forward is done."""
 
     def wait_for_save(self) -> None:
         """Keep what the forward has computed, where that was asked for."""
-        for save in self._get_connector_metadata().step.saves:
+        for save in self._get_connector_metadata().saves:
             self._worker.save(save)
 
     def get_block_ids_with_load_errors(self) -> set[int]:
-        """Blocks that vLLM has to compute after all."""
+        """Name the blocks that vLLM has to compute after all."""
         failed, self._failed_blocks = self._failed_blocks, set()
         return failed
 
 
-def _check_config(vllm_config: VllmConfig) -> None:
-    """Raises: OptionError: vLLM would answer wrongly, or not at all, where a state is damaged."""
-    if vllm_config.kv_transfer_config.kv_load_failure_policy != "recompute":
-        raise OptionError(
-            "kv_load_failure_policy must be 'recompute', so that a state that is gone is computed"
-        )
-
-
 def _preambles(vllm_config: VllmConfig, card: ModelCard, chosen: Any) -> Preambles:
-    """The very ones that the engine makes, from the same tokenizer. Raises: OptionError."""
+    """Make the very ones that the engine makes, from the same tokenizer. Raises: OptionError."""
     source = vllm_config.model_config.tokenizer
     text = SegmentTokenizer(load_tokenizer(card.name, source))
     preamble = None if chosen is None else Preamble(**chosen)
     return named_preambles(PreambleIds(text, card.context_length, preamble))
-
-
-def _store(spec: object) -> ModuleStore:
-    if not isinstance(spec, str) or spec == "memory":
-        raise OptionError(
-            f"kv_connector_extra_config: store={spec!r} must name a folder or a server that "
-            "whoever encodes documents writes to"
-        )
-    check_store(spec)
-    return lasting_store(spec)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -78,18 +79,12 @@ class ModelCard:
             if rotation is not None:
                 entry = turning.setdefault(rotation.identity, {"layers": [], **_entry(rotation)})
                 entry["layers"].append(index)
-        shapes: list[list[int]] = [[getattr(s, name) for name in _SHAPE] for s in self.layers]
-        same = [[1, *shapes[0]]]
-        for shape in shapes[1:]:
-            if shape == same[-1][1:]:
-                same[-1][0] += 1
-            else:
-                same.append([1, *shape])
+        shapes = groupby([getattr(layer, name) for name in _SHAPE] for layer in self.layers)
         return {
             "name": self.name,
             "model": self.model,
             "dtype": self.dtype,
-            "layers": same,
+            "layers": [[len(list(same)), *shape] for shape, same in shapes],
             "rotations": list(turning.values()),
             "context_length": self.context_length,
         }

@@ -1,5 +1,6 @@
 """Templates that describe families of prompts, their schemas, and prompts that fit these."""
 
+from pcache_core.pml.nodes import Module, Param, Role, Schema, Slot, Text, Union
 from pcache_templates.base import PromptTemplate
 from pcache_templates.chat import ChatTemplate, GivenTurns, TurnTemplate
 from pcache_templates.chat_tag import ChatTag
@@ -8,7 +9,6 @@ from pcache_templates.jinja import ChatTurn, JinjaTemplate, sandbox
 from pcache_templates.mustache import MustacheTemplate
 from pcache_templates.pml import to_pml
 from pcache_templates.program import PromptProgram, prompt_program
-from pcache_templates.schema import Module, Param, Role, Schema, Slot, Text, Union
 
 __all__ = [
     "BraceTemplate",

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from pcache_templates.schema import Path
 from pcache_templates.trace import Span, SpanKind
+from pcache_templates.tree import Path
 
 
 class Part(NamedTuple):

@@ -7,19 +7,20 @@ from collections.abc import Iterable, Mapping
 from functools import cached_property
 
 from pcache_core.errors import TemplateError
+from pcache_core.pml.nodes import Schema
 from pcache_core.prompt import Prompt, Segment
-from pcache_templates.pml import to_pml
-from pcache_templates.prompt_pml import to_prompt_pml
-from pcache_templates.schema import Node, Path, Place, Schema
-from pcache_templates.settle import settle
+from pcache_templates.pml import to_pml, to_prompt_pml
+from pcache_templates.schema import Settled, settle
 from pcache_templates.trace import Traced, segments_of
+from pcache_templates.tree import Node, Path, Place
 
 
 class Schematic(ABC):
     """A family of prompts.
 
     name: of the schema; made of the content when not given.
-    lengths: the most tokens that a parameter may have, by name; 64 if not given.
+    lengths: the most tokens that a parameter or a slot may have, by name. Not given, a parameter
+        has 64, a slot no limit.
     """
 
     def __init__(self, name: str | None, lengths: Mapping[str, int] | None) -> None:
@@ -28,15 +29,19 @@ class Schematic(ABC):
 
     @abstractmethod
     def raw_nodes(self) -> Iterable[Node]:
-        """The template as a raw tree. Raises: TemplateError: it can't be expressed."""
+        """Return the template's tree. Raises: TemplateError: it can't be expressed."""
 
-    @cached_property
+    @property
     def schema(self) -> Schema:
-        """The tree of modules, unions, parameters and slots.
+        """The tree of modules, unions, parameters and slots; `engine.add_schema` takes it.
 
         Raises: TemplateError: the template does what a schema can't express.
-        Raises: OptionError: a length is for no parameter.
+        Raises: OptionError: a length is for no parameter and no slot.
         """
+        return self._settled.schema
+
+    @cached_property
+    def _settled(self) -> Settled:
         try:
             return settle(self._name, self.raw_nodes(), self._lengths)
         except RecursionError:
@@ -51,7 +56,7 @@ class Schematic(ABC):
     def _places(self) -> Mapping[Path, Place]:
         """Names for rendered parts; none if there is no schema, which stops no rendering."""
         try:
-            return self.schema.places
+            return self._settled.places
         except TemplateError:
             return {}
 
@@ -59,7 +64,7 @@ class Schematic(ABC):
         return segments_of(traced, self._places)
 
     def _prompt_pml(self, traced: Traced) -> str:
-        return to_prompt_pml(self.schema, traced)
+        return to_prompt_pml(*self._settled, traced)
 
 
 class PromptTemplate(Schematic):

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from pcache_core.prompt import Segment
 from pcache_templates import trace
 from pcache_templates.base import PromptTemplate, Schematic
-from pcache_templates.names import xml_name
-from pcache_templates.schema import Module, Node, Param, Path, Role, Slot, Text, Union
+from pcache_templates.tree import Node, xml_name
 
 
 class TurnTemplate(NamedTuple):
@@ -49,33 +47,15 @@ class ChatTemplate(Schematic):
         traced = template.texts[text].trace(values)
         return self._segments(trace.value((turn, text), traced))
 
-    def raw_nodes(self) -> Iterable[Node]:
+    def raw_nodes(self) -> Iterator[Node]:
         """As the base class."""
         for number, turn in enumerate(self._turns):
             if isinstance(turn, GivenTurns):
-                yield Slot(xml_name(["messages", turn.name]), origin=(number,))
+                yield Node("slot", xml_name(["messages", turn.name]), origin=(number,))
                 continue
-            children = [
-                _moved(node, (number, position))
+            parts = [
+                part.moved((number, position))
                 for position, template in enumerate(turn.texts)
-                for node in template.raw_nodes()
+                for part in template.raw_nodes()
             ]
-            yield Role(turn.role, tuple(children))
-
-
-def _moved(node: Node, path: Path) -> Node:
-    """The same tree, its places inside of `path`."""
-    match node:
-        case Text() | Param():
-            return replace(node, origin=path + node.origin)
-        case Slot():
-            body = tuple(_moved(child, path) for child in node.body)
-            return replace(node, body=body, origin=path + node.origin)
-        case Module() | Role():
-            return replace(node, children=tuple(_moved(child, path) for child in node.children))
-        case Union():
-            members = [
-                replace(m, children=tuple(_moved(c, path) for c in m.children))
-                for m in node.members
-            ]
-            return Union(tuple(members))
+            yield Node("role", turn.role, tuple(parts))

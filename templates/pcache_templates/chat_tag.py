@@ -10,10 +10,10 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.runtime import Context
 
+from pcache_core.pml.nodes import ROLES
 from pcache_templates import trace
 from pcache_templates.trace import Traced
 
-ROLES = ("system", "user", "assistant")
 # The variable that turns are collected in; no template can spell its name.
 TURNS = "turns of the chat"
 
@@ -55,7 +55,7 @@ class ChatTag(Extension):
 
 
 def role_of(node: nodes.CallBlock) -> str | None:
-    """The role, if the node is a chat tag; None for a call block."""
+    """Return the role, if the node is a chat tag; None for a call block."""
     callee = node.call.node
     if isinstance(callee, nodes.ExtensionAttribute) and callee.identifier == ChatTag.identifier:
         role = node.call.args[1]

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import re
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from string import Formatter
 from typing import NamedTuple
 
 from pcache_core.errors import TemplateError
 from pcache_templates import trace
 from pcache_templates.base import PromptTemplate
-from pcache_templates.names import xml_name
-from pcache_templates.schema import Node, Param, Text
 from pcache_templates.trace import Traced
+from pcache_templates.tree import Node, Path, xml_name
 
 
 class _Field(NamedTuple):
@@ -21,6 +20,7 @@ class _Field(NamedTuple):
 
     name: str
     source: str
+    spec: str = ""
 
 
 class _FlatTemplate(PromptTemplate):
@@ -40,11 +40,8 @@ class _FlatTemplate(PromptTemplate):
     def _parse(self, source: str) -> Iterator[str | _Field]: ...
 
     @abstractmethod
-    def _is_filled(self, field: _Field, values: Mapping[str, object]) -> bool:
-        """Whether the field is replaced, or stays as it is written."""
-
-    @abstractmethod
-    def _fill(self, field: _Field, values: Mapping[str, object]) -> str: ...
+    def _fill(self, field: _Field, values: Mapping[str, object]) -> str | None:
+        """Return what the field is replaced by; None if it stays as it is written."""
 
     def trace(self, values: Mapping[str, object]) -> Traced:
         """Render. Raises: TemplateError: a value is missing or can't be written."""
@@ -54,18 +51,21 @@ class _FlatTemplate(PromptTemplate):
         for number, part in enumerate(self._parts):
             if isinstance(part, str):
                 yield trace.literal((number,), part)
-            elif self._is_filled(part, values):
-                yield trace.value((number,), self._fill(part, values))
-            else:
+            elif (text := self._fill(part, values)) is None:
                 yield trace.literal((number,), part.source)
+            else:
+                yield trace.value((number,), text)
 
-    def raw_nodes(self) -> Iterable[Node]:
+    def raw_nodes(self) -> Iterator[Node]:
         """As the base class."""
         for number, part in enumerate(self._parts):
             if isinstance(part, str):
-                yield Text(part, (number,))
+                yield Node("text", part, origin=(number,))
             else:
-                yield Param(xml_name(part.name), origin=(number,))
+                yield self._field(part, (number,))
+
+    def _field(self, field: _Field, origin: Path) -> Node:
+        return Node("param", xml_name(field.name), origin=origin)
 
 
 class FormatTemplate(_FlatTemplate):
@@ -75,8 +75,14 @@ class FormatTemplate(_FlatTemplate):
     FormatTemplate("From:\n{context}\n\nQ: {question}").render(context="…", question="Who?")
     ```
 
-    Raises: TemplateError: a brace is left open, or a field has no name.
+    Raises: TemplateError: a brace is left open, or what stands in braces can't be a field's name.
     """
+
+    _NAME = re.compile(r"(?!\d+$)\w(?:[\w -]*\w)?(?:\.\w+|\[[^\[\]]+\])*")
+    # Of Python's own types; of dates, `%` and letters.
+    _SPEC = re.compile(
+        r"(?:.?[<>=^])?[-+ ]?z?#?0?\d*[,_]?(?:\.\d+)?[,_]?[bcdeEfFgGnosxX%]?|.*[%{].*", re.DOTALL
+    )
 
     def _parse(self, source: str) -> Iterator[str | _Field]:
         try:
@@ -96,17 +102,29 @@ class FormatTemplate(_FlatTemplate):
                     f"the format string {source[:40]!r} has a field without a name; name it"
                 )
             converted = f"!{conversion}" if conversion else ""
-            yield _Field(name, f"{{{name}{converted}{':' if spec else ''}{spec}}}")
+            field = _Field(name, f"{{{name}{converted}{':' if spec else ''}{spec}}}", spec or "")
+            if not self._NAME.fullmatch(name):
+                raise self._no_field(field)
+            yield field
 
-    def _is_filled(self, field: _Field, values: Mapping[str, object]) -> bool:
-        return True
+    def _no_field(self, field: _Field) -> TemplateError:
+        return TemplateError(
+            f"{field.source[:40]!r} in the format string is not a field; "
+            "write {{ and }} for braces that are text"
+        )
+
+    def _field(self, field: _Field, origin: Path) -> Node:
+        if not self._SPEC.fullmatch(field.spec):
+            raise self._no_field(field)  # a type of one's own may know it, so it is rendered
+        return super()._field(field, origin)
 
     def _fill(self, field: _Field, values: Mapping[str, object]) -> str:
         try:
             return Formatter().vformat(field.source, (), values)
         except (LookupError, AttributeError, TypeError, ValueError) as error:
             raise TemplateError(
-                f"the field {field.source} can't be filled: {type(error).__name__}: {error}"
+                f"the field {field.source} can't be filled: {type(error).__name__}: {error}; "
+                "write {{ and }} for braces that are text"
             ) from error
 
 
@@ -130,18 +148,10 @@ class BraceTemplate(_FlatTemplate):
         if position < len(source):
             yield source[position:]
 
-    def _is_filled(self, field: _Field, values: Mapping[str, object]) -> bool:
-        return field.name in values
+    def _fill(self, field: _Field, values: Mapping[str, object]) -> str | None:
+        return str(values[field.name]) if field.name in values else None
 
-    def _fill(self, field: _Field, values: Mapping[str, object]) -> str:
-        return str(values[field.name])
-
-    def raw_nodes(self) -> Iterable[Node]:
-        """As the base class."""
-        for number, part in enumerate(self._parts):
-            if isinstance(part, str):
-                yield Text(part, (number,))
-            elif self._NAME.fullmatch(part.name):
-                yield Param(xml_name(part.name), origin=(number,))
-            else:
-                yield Text(part.source, (number,))
+    def _field(self, field: _Field, origin: Path) -> Node:
+        if self._NAME.fullmatch(field.name):
+            return super()._field(field, origin)
+        return Node("text", field.source, origin=origin)

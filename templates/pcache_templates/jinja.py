@@ -24,9 +24,9 @@ from pcache_templates.base import PromptTemplate
 from pcache_templates.chat_tag import TURNS, ChatTag, Turn
 from pcache_templates.jinja_source import Source
 from pcache_templates.jinja_trace import traced_environment
-from pcache_templates.jinja_tree import template_nodes
-from pcache_templates.schema import Node
+from pcache_templates.jinja_tree import template_tree
 from pcache_templates.trace import Traced, concat
+from pcache_templates.tree import Node
 
 
 class ChatTurn(NamedTuple):
@@ -37,7 +37,7 @@ class ChatTurn(NamedTuple):
 
 
 def sandbox(folder: Path | None = None) -> Environment:
-    """The environment that templates run in when none is given.
+    """Make the environment that templates run in when none is given.
 
     Sandboxed, values can't be changed, a variable without a value is an error, and `{% chat %}`
     marks turns. folder: where `include`, `import` and `extends` find templates, and nowhere else;
@@ -54,7 +54,7 @@ class _ConfinedLoader(FileSystemLoader):
     """Loads from one folder; a link that leads out of it leads nowhere."""
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
+        super().__init__(folder, encoding="utf-8-sig")
         self._folder = folder.resolve()
 
     def get_source(self, environment: Environment, template: str) -> tuple[str, str, object]:  # type: ignore[override]
@@ -124,18 +124,13 @@ class JinjaTemplate(PromptTemplate):
             what = str(error) or type(error).__name__
             raise TemplateError(f"{self._label}:{_line_of(error)}: {what}") from error
 
-    def turns(self, values: Mapping[str, object]) -> list[Turn]:
-        """Render; what the chat tags collect, as traced texts. Raises: as `trace` does."""
-        turns: list[Turn] = []
-        self.trace({**values, TURNS: turns})
-        return turns
-
     def render_chat(self, /, **values: object) -> list[ChatTurn]:
         """Render the turns that the tag `{% chat role="…" %}` marks.
 
         Raises: TemplateError: a value is missing, the template fails, or it marks no turn.
         """
-        turns = self.turns(values)
+        turns: list[Turn] = []
+        self.trace({**values, TURNS: turns})
         if not turns:
             raise TemplateError(
                 f'{self._label}: no turn was written; mark turns with {{% chat role="user" %}}'
@@ -154,20 +149,20 @@ class JinjaTemplate(PromptTemplate):
 
     def raw_nodes(self) -> Iterable[Node]:
         """As the base class."""
-        return template_nodes(self._source)
+        return template_tree(self._source)
 
 
 def _line_of(error: Exception) -> int:
-    """The line of the main template that was being rendered; Jinja puts it into the traceback."""
+    """Return the line of the main template that was rendered; Jinja puts it into tracebacks."""
     frames = extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if frame.filename == "<template>"]
     return next((line for line in lines if line is not None), 1)
 
 
 def read_template(path: Path) -> str:
-    """The text of a template file. Raises: TemplateError: it can't be read, or is not UTF-8."""
+    """Read a template file. Raises: TemplateError: it can't be read, or is not UTF-8."""
     try:
-        return path.read_bytes().decode()
+        return path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise TemplateError(f"{path}: {error.strerror}; give a template file") from None
     except UnicodeDecodeError as error:

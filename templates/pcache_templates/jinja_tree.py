@@ -1,4 +1,4 @@
-"""A Jinja2 template's tree made a raw schema tree.
+"""A Jinja2 template's syntax tree made a template tree.
 
 What is conditional becomes a module, what excludes each other a union, a loop a slot, an expression
 a parameter. Macros, blocks and other templates are followed wherever the template says by name
@@ -7,62 +7,54 @@ which one it means.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import Any
 
 from jinja2 import nodes
 
 from pcache_core.errors import TemplateError
 from pcache_templates.chat_tag import role_of
-from pcache_templates.jinja_names import expression_name, names_in
-from pcache_templates.jinja_scope import Scope
-from pcache_templates.jinja_source import (
-    BlockChain,
-    BlockDefinition,
-    Source,
-    macros_of,
-)
-from pcache_templates.names import xml_name
-from pcache_templates.schema import (
+from pcache_templates.jinja_source import BlockChain, Definition, Scope, Source
+from pcache_templates.tree import (
     MAX_NODES,
-    Module,
     Node,
-    Param,
     Path,
-    Role,
-    Slot,
-    Text,
-    Union,
     ValueKind,
     are_too_many,
+    stripped,
+    turns_only,
     walk,
+    xml_name,
 )
-from pcache_templates.turns import stripped, turns_only
+
+_WRITES_NOTHING = (
+    *(nodes.Assign, nodes.AssignBlock, nodes.Macro, nodes.Import, nodes.FromImport),
+    *(nodes.ExprStmt, nodes.Break, nodes.Continue, nodes.EvalContextModifier),
+)
 
 
-def template_nodes(source: Source) -> list[Node]:
-    """The raw tree of a template.
+def template_tree(source: Source) -> list[Node]:
+    """Make the tree of a template.
 
     Raises: TemplateError: it has a tag, or uses one, in a way that no schema can express.
     """
     tree = _root(source, Scope(source))
-    if any(isinstance(node, Role) for node in walk(tree)):
+    if any(node.kind == "role" for node in walk(tree)):
         return turns_only(tree)  # what is written around turns is in none of them
     return tree
 
 
 def _root(source: Source, scope: Scope) -> list[Node]:
-    """A whole template, with the one that it extends."""
+    """Make the tree of a whole template, with the one that it extends."""
     if (source.name,) in scope.stack:
         raise source.error(source.tree, "the template includes or extends itself")
     blocks = dict(scope.blocks)
     for block in source.tree.find_all(nodes.Block):
-        blocks[block.name] = (*blocks.get(block.name, ()), BlockDefinition(block, source))
+        blocks[block.name] = (*blocks.get(block.name, ()), Definition(block, source))
     scope = replace(
         scope,
         source=source,
-        macros={**scope.macros, **macros_of(source)},
+        macros={**scope.macros, **source.macros},
         blocks=blocks,
         stack=scope.stack | {(source.name,)},
     )
@@ -81,12 +73,35 @@ def _visit_all(body: Iterable[nodes.Node], scope: Scope) -> list[Node]:
     return [made for node in body for made in _visit(node, scope)]
 
 
-def _visit(node: nodes.Node, scope: Scope) -> list[Node]:
-    for kind, make in _MAKERS.items():
-        if isinstance(node, kind):
-            return make(node, scope)
+def _visit(node: nodes.Node, scope: Scope) -> Iterable[Node]:  # noqa: C901 (one case a statement)
+    match node:
+        case nodes.Output():
+            return (made for child in node.nodes for made in _expression(child, scope))
+        case nodes.If():
+            return [_if(node, scope)]
+        case nodes.For():
+            return _for(node, scope)
+        case nodes.CallBlock():
+            return _call_block(node, scope)
+        case nodes.FilterBlock():
+            return [Node("param", f"filter-{node.filter.name}", origin=scope.path_of(node))]
+        case nodes.Include():
+            return _include(node, scope)
+        case nodes.Block():
+            body = _block_body(scope.blocks[node.name], scope)
+            return [Node("module", f"block-{node.name}", tuple(body))]
+        case nodes.ScopedEvalContextModifier():
+            return _visit_all(node.body, replace(scope, in_autoescape=True))
+        case nodes.With() | nodes.Scope():
+            return _visit_all(node.body, scope)
+    if isinstance(node, _WRITES_NOTHING):
+        return []
     tag = type(node).__name__
     raise scope.source.error(node, f"the tag {tag!r} of an extension has no counterpart in PML")
+
+
+def _module(name: str, body: Iterable[nodes.Node], scope: Scope) -> Node:
+    return Node("module", name, tuple(_visit_all(body, scope)))
 
 
 def _constant_name(template: nodes.Expr, tag: nodes.Node, scope: Scope) -> str:
@@ -96,22 +111,18 @@ def _constant_name(template: nodes.Expr, tag: nodes.Node, scope: Scope) -> str:
     raise scope.source.error(tag, f"{word} computes the template's name; write the name out")
 
 
-def _output(node: nodes.Output, scope: Scope) -> list[Node]:
-    return [made for child in node.nodes for made in _expression(child, scope)]
-
-
 def _expression(node: nodes.Expr, scope: Scope) -> list[Node]:
     path = scope.path_of(node)
     if (text := _constant(node, scope)) is not None:
-        return [Text(text, path)]
+        return [Node("text", text, origin=path)]
     if isinstance(node, nodes.Call) and (called := _call(node, path, scope)) is not None:
-        return called
-    kind: ValueKind = "document" if names_in(node) & scope.items else "argument"
-    return [Param(expression_name(node), kind=kind, origin=path)]
+        return [called]
+    kind: ValueKind = "document" if _names_in(node) & scope.items else "argument"
+    return [Node("param", _name_of(node), (), path, kind)]
 
 
 def _constant(node: nodes.Expr, scope: Scope) -> str | None:
-    """What the node always writes; None if that is known only at run time."""
+    """Return what the node always writes; None if that is known only at run time."""
     if isinstance(node, nodes.TemplateData):
         return node.data
     environment = scope.source.environment
@@ -123,94 +134,84 @@ def _constant(node: nodes.Expr, scope: Scope) -> str | None:
         return None
 
 
-def _call(node: nodes.Call, path: Path, scope: Scope) -> list[Node] | None:
-    """What a call of a macro, of `caller` or of `super` writes; None for any other call."""
+def _call(
+    node: nodes.Call, path: Path, scope: Scope, block: nodes.CallBlock | None = None
+) -> Node | None:
+    """Make what a call of a macro, of `caller` or of `super` writes; None for any other call.
+
+    block: the tag that makes the call, if one does.
+    """
     if scope.escapes:
         return None
-    name = expression_name(node.node)
+    name = _name_of(node.node)
     if name == "caller" and scope.caller is not None:
-        block, outer = scope.caller
+        body, outer = scope.caller
         inner = replace(outer, path=path, stack=scope.stack)
-        return [_expanded("caller", node, _visit_all(block.body, inner), scope)]
+        return _expanded("caller", node, _visit_all(body.body, inner), scope)
     if name == "super" and scope.parents:
-        body = _block_body(scope.parents, replace(scope, path=path))
-        return [_expanded(f"super-{scope.parents[0].node.name}", node, body, scope)]
-    return _macro(node, path, scope, None)
-
-
-def _macro(
-    call: nodes.Call, path: Path, scope: Scope, caller: nodes.CallBlock | None
-) -> list[Node] | None:
-    definition = scope.macros.get(expression_name(call.node))
+        written = _block_body(scope.parents, replace(scope, path=path))
+        return _expanded(f"super-{scope.parents[0].node.name}", node, written, scope)
+    definition = scope.macros.get(name)
     if definition is None:
         return None
-    macro = definition.node
-    key = (definition.source.name, macro.name)
+    macro, source = definition.node, definition.source
+    key = (source.name, macro.name)
     if key in scope.stack:
         return None
-    same_template = definition.source is scope.source
     inner = Scope(
-        definition.source,
+        source,
         path,
-        macros=scope.macros if same_template else macros_of(definition.source),
+        macros=scope.macros if source is scope.source else source.macros,
         blocks=scope.blocks,
-        caller=(caller, scope) if caller is not None else None,
-        items=_passed_items(call, macro, scope.items),
+        caller=(block, scope) if block is not None else None,
+        items=_passed_items(node, macro, scope.items),
         stack=scope.stack | {key},
     )
-    return [_expanded(f"call-{macro.name}", call, _visit_all(macro.body, inner), scope)]
+    return _expanded(f"call-{macro.name}", node, _visit_all(macro.body, inner), scope)
 
 
-def _expanded(name: str, node: nodes.Node, body: list[Node], scope: Scope) -> Module:
-    """A module of what `node` calls or includes."""
+def _expanded(name: str, node: nodes.Node, body: list[Node], scope: Scope) -> Node:
+    """Make a module of what `node` calls or includes."""
     if are_too_many(body):
         raise scope.source.error(node, f"{name!r} has over {MAX_NODES:,} parts; call less in it")
-    return Module(name, tuple(body))
+    return Node("module", name, tuple(body))
 
 
 def _passed_items(call: nodes.Call, macro: nodes.Macro, items: frozenset[str]) -> frozenset[str]:
-    """The macro's parameters that get one of the caller's items."""
+    """Return the macro's parameters that get one of the caller's items."""
     given = dict(zip((parameter.name for parameter in macro.args), call.args, strict=False))
     given |= {keyword.key: keyword.value for keyword in call.kwargs}
-    return frozenset(name for name, argument in given.items() if names_in(argument) & items)
+    return frozenset(name for name, argument in given.items() if _names_in(argument) & items)
 
 
 def _call_block(node: nodes.CallBlock, scope: Scope) -> list[Node]:
     if (role := role_of(node)) is not None:
-        return [Role(role, tuple(stripped(_visit_all(node.body, scope))))]
+        return [Node("role", role, stripped(_visit_all(node.body, scope)))]
     callee = node.call.node
     if isinstance(callee, nodes.ExtensionAttribute):
         tag = callee.identifier.rsplit(".", 1)[-1]
         raise scope.source.error(node, f"the tag of {tag} has no counterpart in PML")
     path = scope.path_of(node)
-    called = None if scope.escapes else _macro(node.call, path, scope, node)
-    return called or [Param(xml_name(["call", expression_name(callee)]), origin=path)]
+    called = _call(node.call, path, scope, node)
+    return [called or Node("param", xml_name(["call", _name_of(callee)]), origin=path)]
 
 
-def _filter_block(node: nodes.FilterBlock, scope: Scope) -> list[Node]:
-    return [Param(f"filter-{node.filter.name}", origin=scope.path_of(node))]
-
-
-def _if(node: nodes.If, scope: Scope) -> list[Node]:
+def _if(node: nodes.If, scope: Scope) -> Node:
     branches = [
-        Module(f"if-{expression_name(branch.test)}", tuple(_visit_all(branch.body, scope)))
-        for branch in (node, *node.elif_)
+        _module(f"if-{_name_of(branch.test)}", branch.body, scope) for branch in (node, *node.elif_)
     ]
     if node.else_:
-        branches.append(Module("else", tuple(_visit_all(node.else_, scope))))
-    return [Union(tuple(branches))]
+        branches.append(_module("else", node.else_, scope))
+    return Node("union", parts=tuple(branches))
 
 
-def _for(node: nodes.For, scope: Scope) -> list[Node]:
-    targets = [node.target, *node.target.find_all(nodes.Name)]
-    items = frozenset(target.name for target in targets if isinstance(target, nodes.Name))
-    body = _visit_all(node.body, replace(scope, items=scope.items | items))
-    made: list[Node] = []
+def _for(node: nodes.For, scope: Scope) -> Iterator[Node]:
+    items = scope.items | _names_in(node.target)
+    body = tuple(_visit_all(node.body, replace(scope, items=items)))
     if body:
-        made.append(Slot(f"for-{expression_name(node.target)}", tuple(body), scope.path_of(node)))
+        yield Node("slot", f"for-{_name_of(node.target)}", body, scope.path_of(node))
     if node.else_:
-        made.append(Module("else", tuple(_visit_all(node.else_, scope))))
-    return made
+        yield _module("else", node.else_, scope)
 
 
 def _include(node: nodes.Include, scope: Scope) -> list[Node]:
@@ -228,7 +229,7 @@ def _include(node: nodes.Include, scope: Scope) -> list[Node]:
 
 
 def _included(node: nodes.Include, scope: Scope) -> Source | None:
-    """The included template, the first that exists of several; None where it may be missing."""
+    """Load the included template, the first there is of several; None where it may be missing."""
     template = node.template
     choices = template.items if isinstance(template, nodes.List | nodes.Tuple) else [template]
     for choice in choices:
@@ -241,41 +242,58 @@ def _included(node: nodes.Include, scope: Scope) -> Source | None:
     return None
 
 
-def _block(node: nodes.Block, scope: Scope) -> list[Node]:
-    return [Module(f"block-{node.name}", tuple(_block_body(scope.blocks[node.name], scope)))]
-
-
 def _block_body(chain: BlockChain, scope: Scope) -> list[Node]:
     definition, *parents = chain
     inner = replace(scope, source=definition.source, parents=tuple(parents))
     return _visit_all(definition.node.body, inner)
 
 
-def _body(node: Any, scope: Scope) -> list[Node]:
-    return _visit_all(node.body, scope)
+def _name_of(node: nodes.Node) -> str:
+    """Name an expression: `user.name`, `date-strftime` for `date | strftime`, `not-premium`."""
+    return xml_name(_words(node))
 
 
-def _autoescape(node: nodes.ScopedEvalContextModifier, scope: Scope) -> list[Node]:
-    return _visit_all(node.body, replace(scope, in_autoescape=True))
+def _words(node: nodes.Node) -> Iterator[str]:
+    match node:
+        case nodes.Name():
+            yield node.name
+        case nodes.Getattr() | nodes.Getitem() if (dotted := _dotted(node)) is not None:
+            yield dotted
+        case nodes.Const():
+            yield str(node.value)
+        case nodes.Not():
+            yield "not"
+            yield from _words(node.node)
+        case nodes.And() | nodes.Or():
+            yield from _words(node.left)
+            yield type(node).__name__.lower()
+            yield from _words(node.right)
+        case nodes.Operand():
+            yield node.op
+            yield from _words(node.expr)
+        case _:
+            for child in node.iter_child_nodes():
+                yield from _words(child)
+            if isinstance(node, nodes.Filter | nodes.Test):
+                yield node.name
 
 
-def _nothing(node: nodes.Node, scope: Scope) -> list[Node]:
-    return []
+def _dotted(node: nodes.Node) -> str | None:
+    """Write `a.b.c` out; None for anything but names and constant keys."""
+    match node:
+        case nodes.Name():
+            return node.name
+        case nodes.Getattr():
+            inner, key = node.node, node.attr
+        case nodes.Getitem(arg=nodes.Const(value=value)):
+            inner, key = node.node, str(value)
+        case _:
+            return None
+    before = _dotted(inner)
+    return None if before is None else f"{before}.{key}"
 
 
-# What is made of each kind of statement.
-_MAKERS: dict[Any, Callable[[Any, Scope], list[Node]]] = {
-    nodes.Output: _output,
-    nodes.If: _if,
-    nodes.For: _for,
-    nodes.CallBlock: _call_block,
-    nodes.FilterBlock: _filter_block,
-    nodes.Include: _include,
-    nodes.Block: _block,
-    nodes.With: _body,
-    nodes.Scope: _body,
-    nodes.ScopedEvalContextModifier: _autoescape,
-    # These write nothing.
-    (nodes.Assign, nodes.AssignBlock, nodes.Macro, nodes.Import, nodes.FromImport): _nothing,
-    (nodes.ExprStmt, nodes.Break, nodes.Continue, nodes.EvalContextModifier): _nothing,
-}
+def _names_in(node: nodes.Node) -> frozenset[str]:
+    """Return the variables that an expression names."""
+    found = [node] if isinstance(node, nodes.Name) else node.find_all(nodes.Name)
+    return frozenset(name.name for name in found)

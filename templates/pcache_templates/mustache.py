@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 from pcache_core.errors import TemplateError
 from pcache_templates import trace
 from pcache_templates.base import PromptTemplate
-from pcache_templates.names import xml_name
-from pcache_templates.schema import Module, Node, Param, Path, Slot, Text
 from pcache_templates.trace import Traced
+from pcache_templates.tree import Node, Path, xml_name
 
 Token = tuple[str, str]  # type and key, as `langchain_core.utils.mustache.tokenize` gives them
 
@@ -24,7 +23,7 @@ class _Tag(NamedTuple):
     body: tuple[_Tag, ...] = ()
 
 
-class _Scope(NamedTuple):
+class _Context(NamedTuple):
     """What names are looked up in. is_item: one of the things that a section goes through."""
 
     value: Any
@@ -59,11 +58,11 @@ class MustacheTemplate(PromptTemplate):
 
     def trace(self, values: Mapping[str, object]) -> Traced:
         """Render. Raises: TemplateError: a section's value is a function."""
-        return trace.concat(_write(self._tags, [_Scope(values, is_item=False)]))
+        return trace.concat(_write(self._tags, [_Context(values, is_item=False)]))
 
-    def raw_nodes(self) -> Iterable[Node]:
+    def raw_nodes(self) -> Iterator[Node]:
         """As the base class."""
-        return _nodes(self._tags)
+        return map(_part, self._tags)
 
 
 def _nest(tokens: Iterator[tuple[int, Token]]) -> tuple[_Tag, ...]:
@@ -77,45 +76,42 @@ def _nest(tokens: Iterator[tuple[int, Token]]) -> tuple[_Tag, ...]:
     return tuple(tags)
 
 
-def _nodes(tags: Iterable[_Tag]) -> list[Node]:
-    made: list[Node] = []
-    for tag in tags:
-        match tag.type:
-            case "literal":
-                made.append(Text(tag.key, tag.path))
-            case "variable" | "no escape":
-                name = "item" if tag.key == "." else xml_name(tag.key)
-                made.append(Param(name, origin=tag.path))
-            case "section":
-                made.append(Slot(xml_name(["for", tag.key]), tuple(_nodes(tag.body)), tag.path))
-            case "inverted section":
-                name = xml_name(["if-not", tag.key])
-                made.append(Module(name, tuple(_nodes(tag.body))))
-    return made
+def _part(tag: _Tag) -> Node:
+    body = tuple(map(_part, tag.body))
+    match tag.type:
+        case "variable" | "no escape":
+            name = "item" if tag.key == "." else xml_name(tag.key)
+            return Node("param", name, origin=tag.path)
+        case "section":
+            return Node("slot", xml_name(["for", tag.key]), body, tag.path)
+        case "inverted section":
+            return Node("module", xml_name(["if-not", tag.key]), body)
+        case _:
+            return Node("text", tag.key if tag.type == "literal" else "", origin=tag.path)
 
 
-def _write(tags: Iterable[_Tag], scopes: Sequence[_Scope]) -> Iterator[Traced]:
-    """scopes: the innermost first."""
-    if not scopes[0].value and len(scopes) > 1:
+def _write(tags: Iterable[_Tag], contexts: Sequence[_Context]) -> Iterator[Traced]:
+    """contexts: the innermost first."""
+    if not contexts[0].value and len(contexts) > 1:
         return
     for tag in tags:
         match tag.type:
             case "literal":
                 yield trace.literal(tag.path, tag.key)
             case "variable" | "no escape":
-                found = _look_up(tag.key, scopes)
+                found = _look_up(tag.key, contexts)
                 kind: trace.SpanKind = "document" if found.is_item else "argument"
-                text = _text_of(found.value, tag, scopes)
+                text = _text_of(found.value, tag, contexts)
                 yield trace.value(tag.path, text, kind)
             case "section":
-                for scope in _section_scopes(_look_up(tag.key, scopes), tag.key):
-                    yield from _write(tag.body, [scope, *scopes])
+                for context in _section_contexts(_look_up(tag.key, contexts), tag.key):
+                    yield from _write(tag.body, [context, *contexts])
             case "inverted section":
-                is_missing = not _look_up(tag.key, scopes).value
-                yield from _write(tag.body, [_Scope(is_missing, is_item=False), *scopes])
+                is_missing = not _look_up(tag.key, contexts).value
+                yield from _write(tag.body, [_Context(is_missing, is_item=False), *contexts])
 
 
-def _section_scopes(found: _Scope, key: str) -> Iterator[_Scope]:
+def _section_contexts(found: _Context, key: str) -> Iterator[_Context]:
     """What the names in a section are looked up in, once for each time it is written."""
     value = found.value
     if callable(value):
@@ -124,33 +120,33 @@ def _section_scopes(found: _Scope, key: str) -> Iterator[_Scope]:
         )
     if isinstance(value, Sequence | Iterator) and not isinstance(value, str):
         for item in value:
-            yield _Scope(item, is_item=True)
+            yield _Context(item, is_item=True)
     else:
         yield found
 
 
-def _text_of(value: Any, tag: _Tag, scopes: Sequence[_Scope]) -> str:
+def _text_of(value: Any, tag: _Tag, contexts: Sequence[_Context]) -> str:
     if tag.type == "no escape":
         return str(value)
     if value is True and tag.key == ".":
-        value = scopes[1].value  # the one that an inverted section made a truth value of
+        value = contexts[1].value  # the one that an inverted section made a truth value of
     text = str(value).replace("&", "&amp;")
     return text.replace('"', "&quot;").replace("<", "&lt;").replace(">", "&gt;")
 
 
-def _look_up(key: str, scopes: Sequence[_Scope]) -> _Scope:
-    """The value of a dotted key in the innermost scope that has it; empty if none has."""
+def _look_up(key: str, contexts: Sequence[_Context]) -> _Context:
+    """The value of a dotted key in the innermost context that has it; empty if none has."""
     if key == ".":
-        return scopes[0]
-    for scope in scopes:
+        return contexts[0]
+    for context in contexts:
         try:
-            value = _follow(key, scope.value)
+            value = _follow(key, context.value)
         except (LookupError, ValueError, TypeError):
             continue
         if value in (0, False):
-            return _Scope(value, scope.is_item)
-        return _Scope(value or "", scope.is_item)
-    return _Scope("", is_item=False)
+            return _Context(value, context.is_item)
+        return _Context(value or "", context.is_item)
+    return _Context("", is_item=False)
 
 
 def _follow(key: str, value: Any) -> Any:

@@ -6,7 +6,7 @@ import ast
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial, update_wrapper
-from types import FrameType, GeneratorType
+from types import GeneratorType
 from typing import Any, Generic, ParamSpec, overload
 
 from pcache_core.errors import TemplateError
@@ -14,11 +14,10 @@ from pcache_core.prompt import Prompt, Segment
 from pcache_templates import trace
 from pcache_templates.align import Part, align
 from pcache_templates.base import Schematic
-from pcache_templates.names import xml_name
-from pcache_templates.program_source import FunctionSource
-from pcache_templates.program_tree import Called, Piece, pieces_of, program_nodes
-from pcache_templates.schema import Node, Path
+from pcache_templates.program_source import FunctionSource, Piece, pieces_of
+from pcache_templates.program_tree import program_tree
 from pcache_templates.trace import Traced
+from pcache_templates.tree import Node, Path, xml_name
 
 P = ParamSpec("P")
 
@@ -46,11 +45,11 @@ class PromptProgram(Schematic, Generic[P]):
         self._source = FunctionSource(function, self.label)
         update_wrapper(self, function)
 
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> ProgramRun:
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Iterator[str]:
         """Run: the prompt's text piece by piece."""
         generator = self._function(*args, **kwargs)
         assert isinstance(generator, GeneratorType)
-        return ProgramRun(self, generator)
+        return (self._trace(text, generator) for text in generator)
 
     def segments(self, *args: P.args, **kwargs: P.kwargs) -> list[Segment]:
         """Run, cut where the schema is; none if nothing was yielded."""
@@ -64,11 +63,13 @@ class PromptProgram(Schematic, Generic[P]):
         """Run: a prompt as PML. Raises: TemplateError: there is no schema or it does not fit."""
         return self._prompt_pml(trace.concat(self(*args, **kwargs)))
 
-    def trace(self, text: object, frame: FrameType) -> Traced:
-        """The traced text of what a frame of the function has just yielded.
+    def _trace(self, text: object, generator: GeneratorType[Any, Any, Any]) -> Traced:
+        """Trace what the function has just yielded.
 
-        Raises: TemplateError: that is no text.
+        Raises: TemplateError: that is not text.
         """
+        frame = generator.gi_frame
+        assert frame is not None, "it has just yielded"
         if not isinstance(text, str):
             raise TemplateError(
                 f"{self.label}, line {frame.f_lineno}: yields {type(text).__name__}; yield str"
@@ -76,8 +77,7 @@ class PromptProgram(Schematic, Generic[P]):
         node = self._source.yield_at(frame)
         if node is None:
             return Traced(text, [trace.Span(len(text), "text")])
-        number = self._source.code.number[node.lineno, node.col_offset]
-        path: Path = ((self.label, number),)
+        path = self._source.place_of(node)
         if isinstance(text, Traced):
             return trace.value(path, text)
         if isinstance(node, ast.YieldFrom):
@@ -86,36 +86,23 @@ class PromptProgram(Schematic, Generic[P]):
         parts = [_part(piece, known) for piece in pieces_of(node.value)]
         return Traced(text, align(parts, text, path))
 
-    def nodes(self, path: Path, stack: tuple[PromptProgram[Any], ...] = ()) -> list[Node]:
-        """The raw tree, its places inside of `path`. stack: the programs that call this one."""
-        return program_nodes(self._source.code, partial(self._find, (*stack, self)), path)
-
     def raw_nodes(self) -> list[Node]:
         """As the base class."""
-        return self.nodes(())
+        return self._nodes(())
 
-    def _find(self, stack: tuple[PromptProgram[Any], ...], expression: ast.expr) -> Called | None:
-        """The program that an expression means; None for one that is being read already."""
+    def _nodes(self, path: Path, stack: tuple[PromptProgram[Any], ...] = ()) -> list[Node]:
+        """Make the tree, its places inside of `path`. stack: the programs that call this one."""
+        return program_tree(self._source, partial(self._find, (*stack, self)), path)
+
+    def _find(
+        self, stack: tuple[PromptProgram[Any], ...], expression: ast.expr, path: Path
+    ) -> Node | None:
+        """Make a module of the program that is called; None of one that is being read already."""
         found = self._source.look_up(expression)
         if not isinstance(found, PromptProgram) or found in stack:
             return None
-        return Called(found._function.__name__, partial(found.nodes, stack=stack))
-
-
-class ProgramRun(Iterator[str]):
-    """A running program. Its items join to the prompt's text."""
-
-    def __init__(
-        self, program: PromptProgram[Any], generator: GeneratorType[Any, Any, Any]
-    ) -> None:
-        self._program = program
-        self._generator = generator
-
-    def __next__(self) -> str:
-        text = next(self._generator)
-        frame = self._generator.gi_frame
-        assert frame is not None, "it has just yielded"
-        return self._program.trace(text, frame)
+        name = xml_name(["call", found._function.__name__])
+        return Node("module", name, tuple(found._nodes(path, stack)))
 
 
 @overload
@@ -162,7 +149,7 @@ def prompt_program(
 
 
 def _known_values(node: ast.Yield, variables: Mapping[str, object]) -> dict[str, str]:
-    """The texts of the variables a `yield` has written, if nothing can have changed them since."""
+    """Return the texts of variables that a `yield` has written, if nothing changed them since."""
     for below in ast.walk(node):
         if isinstance(below, ast.Call | ast.NamedExpr | ast.Await):
             return {}
@@ -170,9 +157,9 @@ def _known_values(node: ast.Yield, variables: Mapping[str, object]) -> dict[str,
 
 
 def _part(piece: Piece, known: Mapping[str, str]) -> Part:
-    if piece.text is not None:
-        return Part("literal", piece.text)
-    match piece.expression:
+    match piece:
+        case str():
+            return Part("literal", piece)
         case (
             ast.Name(id=name)
             | ast.FormattedValue(value=ast.Name(id=name), conversion=-1, format_spec=None)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import ast
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from types import CellType, FrameType, FunctionType, ModuleType
 
 from pcache_core.errors import TemplateError
-from pcache_templates.program_tree import Code, Yield, yields_in
+from pcache_templates.tree import Path
+
+Yield = ast.Yield | ast.YieldFrom
+# Of what one `yield` yields: text that is always the same, or an expression.
+Piece = str | ast.expr
 
 
 class FunctionSource:
@@ -22,15 +26,23 @@ class FunctionSource:
         unwrapped = inspect.unwrap(function)
         assert isinstance(unwrapped, FunctionType)
         self._function = unwrapped
-        self._label = label
+        self.label = label
 
     @cached_property
-    def code(self) -> Code:
+    def tree(self) -> ast.FunctionDef:
         """The syntax tree. Raises: TemplateError: the source is not to be had."""
-        return Code.of(_syntax_tree(self._function, self._label), self._label)
+        return _syntax_tree(self._function, self.label)
+
+    def error(self, node: ast.AST, message: str) -> TemplateError:
+        """Make an error that says where in the program it is."""
+        return TemplateError(f"{self.label}, line {getattr(node, 'lineno', '?')}: {message}")
+
+    def place_of(self, node: Yield) -> Path:
+        """Return the place of a `yield` in this program."""
+        return ((self.label, node.lineno, node.col_offset),)
 
     def yield_at(self, frame: FrameType) -> Yield | None:
-        """The `yield` that a suspended frame stands at; None if the source is not to be had."""
+        """Return the `yield` that a suspended frame stands at; None without a source."""
         try:
             yields = self._yields
         except TemplateError:
@@ -38,7 +50,7 @@ class FunctionSource:
         return yields.get(self._positions[frame.f_lasti // 2])  # two bytes an instruction
 
     def look_up(self, expression: ast.expr) -> object:
-        """What a name means, or an attribute of a module; None for anything else."""
+        """Return what a name means, or an attribute of a module; None for anything else."""
         if isinstance(expression, ast.Attribute):
             module = self.look_up(expression.value)
             return vars(module).get(expression.attr) if isinstance(module, ModuleType) else None
@@ -60,7 +72,7 @@ class FunctionSource:
 
     @cached_property
     def _yields(self) -> dict[tuple[int | None, int | None], Yield]:
-        return {(y.lineno, y.col_offset): y for y in yields_in(self.code.function.body)}
+        return {(y.lineno, y.col_offset): y for y in yields_in(self.tree.body)}
 
 
 def _contents(cell: CellType) -> object:
@@ -86,3 +98,26 @@ def _syntax_tree(function: FunctionType, label: str) -> ast.FunctionDef:
     if not found:
         raise TemplateError(f"{label}: its source holds no function definition")
     return found[0]
+
+
+def yields_in(body: Iterable[ast.AST]) -> Iterator[Yield]:
+    """Yield the yields in statements, those of functions defined there left out."""
+    for node in body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda | ast.ClassDef):
+            continue
+        if isinstance(node, ast.Yield | ast.YieldFrom):
+            yield node
+        yield from yields_in(ast.iter_child_nodes(node))
+
+
+def pieces_of(node: ast.expr | None) -> list[Piece]:
+    """Cut a yielded expression where f-strings and `+` join text and values."""
+    match node:
+        case ast.Constant(value=str() as text):
+            return [text]
+        case ast.JoinedStr():
+            return [piece for part in node.values for piece in pieces_of(part)]
+        case ast.BinOp(op=ast.Add()):
+            return [*pieces_of(node.left), *pieces_of(node.right)]
+        case _:
+            return [] if node is None else [node]

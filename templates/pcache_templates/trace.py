@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal, NamedTuple
 
 from pcache_core.prompt import Segment, SegmentKind
-from pcache_templates.schema import Path, Place
+from pcache_templates.tree import Path, Place
 
 SpanKind = Literal["literal", "argument", "document", "text"]
 
@@ -33,17 +33,24 @@ class Traced(str):
         traced.spans = tuple(spans)
         return traced
 
+    def cut(self) -> Iterator[tuple[Span, str]]:
+        """Yield the spans, each with its text."""
+        text = str(self)
+        position = 0
+        for span in self.spans:
+            yield span, text[position : position + span.chars]
+            position += span.chars
+
 
 def literal(path: Path, text: str) -> Traced:
-    """Template text."""
+    """Trace template text."""
     return Traced(text, [Span(len(text), "literal", path)])
 
 
 def value(path: Path, text: str, kind: SpanKind = "argument") -> Traced:
-    """The text of a value; if it is traced itself, its places lie inside of `path`."""
+    """Trace the text of a value; if it is traced itself, its places lie inside of `path`."""
     if isinstance(text, Traced):
-        spans = [span._replace(path=path + span.path) for span in text.spans]
-        return Traced(str(text), spans)
+        return Traced(str(text), [span._replace(path=path + span.path) for span in text.spans])
     return Traced(text, [Span(len(text), kind, path)])
 
 
@@ -60,7 +67,7 @@ def concat(parts: Iterable[str]) -> Traced:
 
 
 def strip(traced: Traced) -> Traced:
-    """The text without the white space around it."""
+    """Return the text without the white space around it."""
     text = str(traced)
     start = len(text) - len(text.lstrip())
     end = start + len(text.strip())
@@ -79,20 +86,14 @@ def segments_of(traced: Traced, places: Mapping[Path, Place]) -> list[Segment]:
     A literal has its module's name, a value its parameter's. Neighbours that are alike become one,
     documents apart. The texts join to the traced one.
     """
-    text = str(traced)
-    found: list[tuple[SegmentKind, str | None, int]] = []
-    for span in traced.spans:
+    found: list[tuple[SegmentKind, str | None, list[str]]] = []
+    for span, text in traced.cut():
         kind, name = _named(span, places)
         if found and kind != "document" and found[-1][:2] == (kind, name):
-            found[-1] = (kind, name, found[-1][2] + span.chars)
-        elif span.chars:
-            found.append((kind, name, span.chars))
-    segments: list[Segment] = []
-    position = 0
-    for kind, name, chars in found:
-        segments.append(Segment(text[position : position + chars], kind, name))
-        position += chars
-    return segments
+            found[-1][2].append(text)
+        elif text:
+            found.append((kind, name, [text]))
+    return [Segment("".join(texts), kind, name) for kind, name, texts in found]
 
 
 def _named(span: Span, places: Mapping[Path, Place]) -> tuple[SegmentKind, str | None]:
@@ -104,7 +105,7 @@ def _named(span: Span, places: Mapping[Path, Place]) -> tuple[SegmentKind, str |
 
 
 def place_of(path: Path, places: Mapping[Path, Place]) -> Place | None:
-    """The innermost place that the schema knows of."""
+    """Return the innermost place that the schema knows of."""
     for end in range(len(path), 0, -1):
         if path[:end] in places:
             return places[path[:end]]

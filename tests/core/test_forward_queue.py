@@ -196,7 +196,7 @@ def test_what_waits_is_computed_together(lm: CausalLM) -> None:
     threads = Threads()
     for token_ids in texts:
         threads.start(partial(queue.run, whole(lm, token_ids)))
-    wait_until(lambda: len(queue._waiting) == len(texts))
+    wait_until(lambda: len(queue) == len(texts))
     compute.may_go.set()
     for logits, token_ids in zip(threads.join(), texts, strict=True):
         assert (logits - plain("llama", token_ids)).abs().max() < TOLERANCE
@@ -216,10 +216,10 @@ def test_steps_go_on_while_a_long_prompt_is_read(lm: CausalLM) -> None:
     compute.sizes.clear()
     threads = Threads()
     threads.start(lambda: _steps(queue, running.buffers, 4))
-    wait_until(lambda: len(queue._waiting) == 1)
+    wait_until(lambda: len(queue) == 1)
     long = Batch.of_rows(lm.new_buffers(len(long_ids)), long_ids, rows, rows)
     threads.start(lambda: queue.run(long))
-    wait_until(lambda: len(queue._waiting) == 2)
+    wait_until(lambda: len(queue) == 2)
     compute.may_go.set()
     threads.join()
     steps = [index for index, sizes in enumerate(compute.sizes) if 1 in sizes]
@@ -243,7 +243,7 @@ def test_what_fails_fails_alone(lm: CausalLM) -> None:
     threads = Threads()
     for token_ids in texts:
         threads.start(partial(queue.run, whole(lm, token_ids)))
-    wait_until(lambda: len(queue._waiting) == len(texts))
+    wait_until(lambda: len(queue) == len(texts))
     compute.may_go.set()
     first, second, third = threads.join()
     assert isinstance(third, MemoryError)
@@ -275,13 +275,13 @@ def test_an_interrupt_while_waiting_leaves_the_queue_to_the_others(lm: CausalLM)
     compute.may_go.clear()
     threads = Threads()
     threads.start(partial(queue.run, whole(lm, ids(1, 9))))
-    wait_until(lambda: len(queue._waiting) == 1)
+    wait_until(lambda: len(queue) == 1)
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
     def interrupt_when_waiting() -> None:
-        wait_until(lambda: len(queue._waiting) == 2)
+        wait_until(lambda: len(queue) == 2)
         signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)  # type: ignore[arg-type]
 
     before = signal.signal(signal.SIGUSR1, interrupt)
@@ -317,7 +317,7 @@ def test_a_request_that_is_interrupted_leaves_only_when_no_forward_writes_to_its
     released_at: list[bool] = []
 
     def interrupt_in_the_second_forward() -> None:
-        wait_until(lambda: len(queue._waiting) == 2)
+        wait_until(lambda: len(queue) == 2)
         may_end[0].set()
         assert begun[1].wait(20)
         signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)  # type: ignore[arg-type]
@@ -373,7 +373,7 @@ def test_long_prompts_take_turns_and_a_short_one_waits_for_one_turn_of_each(
     threads = Threads()
     for tokens in (1100, 1101, 100, 1102, 101):
         threads.start(partial(queue.run, whole(lm, [7] * tokens)))
-        wait_until(lambda: len(queue._waiting) == len(threads))
+        wait_until(lambda: len(queue) == len(threads))
     compute.may_go.set()
     threads.join()
     # The first was on its way before the others came. Both short ones fit one forward.
@@ -387,8 +387,8 @@ def test_what_may_not_join_runs_whole_and_alone(lm: CausalLM) -> None:
     threads = Threads()
     for count in (13, 11, 13, 17):
         threads.start(partial(queue.run, whole(lm, ids(count, count))))
-        wait_until(lambda: bool(queue._waiting))
-    wait_until(lambda: len(queue._waiting) == 4)
+        wait_until(lambda: len(queue) > 0)
+    wait_until(lambda: len(queue) == 4)
     compute.may_go.set()
     threads.join()
     assert compute.sizes.count([13]) == 2

@@ -31,17 +31,19 @@ def llama(tiny_lm: Callable[..., CausalLM]) -> CausalLM:
 def held(llama: CausalLM) -> Iterator[threading.Event]:
     """No forward begins before this is set."""
     may_go = threading.Event()
-    compute = llama._forwards._compute
 
-    def wait_and_compute(batches: object) -> object:
+    def wait(*_: object) -> None:
         assert may_go.wait(20)
-        return compute(batches)  # type: ignore[arg-type]
 
-    patch = pytest.MonkeyPatch()
-    with patch.context() as context:
-        context.setattr(llama._forwards, "_compute", wait_and_compute)
+    with llama.model.register_forward_pre_hook(wait):
         yield may_go
         may_go.set()
+
+
+def at_hand(engine: PromptCacheEngine) -> tuple[int, int]:
+    """Requests that are at work, and those that wait."""
+    stats = engine.stats()
+    return stats.running, stats.waiting
 
 
 def wait_until(is_true: Callable[[], bool]) -> None:
@@ -57,8 +59,7 @@ def test_one_request_too_many_is_refused_at_once_and_the_others_are_answered(
     engine = PromptCacheEngine(llama, reuse="off", max_running=2, max_waiting=3)
     with ThreadPoolExecutor(5) as threads:
         answers = [threads.submit(engine.generate, PROMPT, SHORT) for _ in range(5)]
-        wait_until(lambda: engine._scheduler._gate.running + engine._scheduler._gate.waiting == 5)
-        assert engine._scheduler._gate.running == 2
+        wait_until(lambda: at_hand(engine) == (2, 3))
         with pytest.raises(OverloadedError, match="2 requests are at work and 3 wait.*max_waiting"):
             engine.generate(PROMPT, SHORT)
         with pytest.raises(OverloadedError):
@@ -68,7 +69,7 @@ def test_one_request_too_many_is_refused_at_once_and_the_others_are_answered(
         held.set()
         texts = {answer.result(20).token_ids for answer in answers}
     assert len(texts) == 1
-    assert (engine._scheduler._gate.running, engine._scheduler._gate.waiting) == (0, 0)
+    assert at_hand(engine) == (0, 0)
     assert engine.generate(PROMPT, SHORT).token_ids in texts
 
 
@@ -86,7 +87,7 @@ async def test_tasks_that_wait_count_and_leave_when_they_are_cancelled(
     await asyncio.sleep(0.05)
     held.set()
     assert (await tasks[0]).token_ids == (await tasks[2]).token_ids == (await fourth).token_ids
-    assert (engine._scheduler._gate.running, engine._scheduler._gate.waiting) == (0, 0)
+    assert at_hand(engine) == (0, 0)
 
 
 def test_requests_begin_in_the_order_they_came(llama: CausalLM) -> None:
@@ -95,17 +96,18 @@ def test_requests_begin_in_the_order_they_came(llama: CausalLM) -> None:
     first.start(lambda: None)
     begun: list[int] = []
 
-    def work(number: int) -> None:
+    def work(number: int, is_in_line: threading.Event) -> None:
         place = gate.queue(0.0)
-        place.start(lambda: None)
+        place.start(is_in_line.set)
         begun.append(number)
         place.leave()
 
     threads = []
     for number in range(8):
-        threads.append(threading.Thread(target=work, args=(number,)))
+        is_in_line = threading.Event()
+        threads.append(threading.Thread(target=work, args=(number, is_in_line)))
         threads[-1].start()
-        wait_until(lambda: len(gate._line) == len(threads))
+        assert is_in_line.wait(20)
     first.leave()
     for thread in threads:
         thread.join(20)
@@ -122,7 +124,7 @@ def test_streams_that_nobody_reads_on_hold_up_nobody(llama: CausalLM) -> None:
     assert all(pieces)
     for stream in open_streams:
         stream.close()
-    assert (engine._scheduler._gate.running, engine._scheduler._gate.waiting) == (0, 0)
+    assert at_hand(engine) == (0, 0)
 
 
 def test_an_answer_that_takes_too_long_ends_with_what_was_allowed(llama: CausalLM) -> None:
@@ -148,14 +150,14 @@ def test_a_request_that_waits_too_long_for_its_turn_is_given_up(
     engine = PromptCacheEngine(llama, reuse="off", max_running=1)
     with ThreadPoolExecutor(1) as threads:
         first = threads.submit(engine.generate, PROMPT, SHORT)
-        wait_until(lambda: engine._scheduler._gate.running == 1)
+        wait_until(lambda: at_hand(engine) == (1, 0))
         with pytest.raises(DeadlineExceededError):
             engine.generate(PROMPT, SamplingParams(max_tokens=4, timeout_s=0.1))
         with pytest.raises(DeadlineExceededError):
             asyncio.run(engine.agenerate(PROMPT, SamplingParams(max_tokens=4, timeout_s=0.1)))
         held.set()
         assert first.result(20).token_ids
-    assert (engine._scheduler._gate.running, engine._scheduler._gate.waiting) == (0, 0)
+    assert at_hand(engine) == (0, 0)
 
 
 @pytest.mark.parametrize("options", [{"max_running": 0}, {"max_waiting": -1}, {"max_running": 1.5}])

@@ -74,7 +74,7 @@ def test_a_child_that_is_forked_while_others_generate_can_generate(
     def ask_in_child() -> None:
         for mode in ("off", "fast"):
             assert engine.generate(PROMPT, PARAMS, mode).token_ids == expected[mode]
-        assert (engine._scheduler._gate.running, engine.kv_bytes()) == (0, 0)
+        assert (engine.stats().running, engine.kv_bytes()) == (0, 0)
 
     threads = [threading.Thread(target=ask_on) for _ in range(4)]
     for thread in threads:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from tokenizers import AddedToken
 
 import tiny_models
 from pcache_core import Prompt, PromptError, Segment
@@ -53,6 +54,16 @@ def test_special_tokens_written_in_data_are_plain_text(kind: str) -> None:
     assert tiny_models.EOS not in forged
     assert tiny_models.EOS in text.ids(Segment("a<eos>b", "literal"))
     assert tiny_models.EOS in text.ids(Segment("a<eos>b", "text"))
+
+
+def test_a_token_that_is_only_marked_as_special_is_one() -> None:
+    tokenizer = tiny_models.tiny_tokenizer()
+    text = SegmentTokenizer(tokenizer)
+    assert not text.holds_special("a<turn>b")
+    tokenizer.add_tokens([AddedToken("<turn>", special=True), AddedToken("<list>", special=False)])
+    assert "<turn>" not in tokenizer.all_special_tokens
+    assert text.holds_special("a<turn>b")
+    assert not text.holds_special("a<list>b")
 
 
 def test_data_and_markup_of_the_same_text_are_remembered_apart() -> None:

@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 
 from pcache_core import OptionError
 from pcache_core.params import REUSE_MODES
-from pcache_integrations.cli import TOY, app
+from pcache_integrations.cli import app
+from pcache_integrations.cli.options import TOY
 
 
 def run(*arguments: str) -> str:

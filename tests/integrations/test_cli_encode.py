@@ -24,7 +24,7 @@ from corpus import DOCUMENTS, TEMPLATE
 from pcache_core import CausalLM, DiskStore, Prompt, PromptCacheEngine, Segment
 from pcache_core.kv.key import ModuleKey
 from pcache_core.store.inspect import StoredState, stored_states
-from pcache_integrations._engines import build_store
+from pcache_integrations._stores import build_store
 from pcache_integrations.cli import app
 from redis_server import Server
 

@@ -12,12 +12,13 @@ from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.messages import AIMessageChunk
 
 from pcache_core import Grammar, PromptCacheEngine
+from pcache_core.errors import ContextLengthError
 from pcache_integrations._engines import load_lm
 from pcache_integrations.langchain import ChatPromptCache, PromptCacheLLM
 
 LONG = {"max_tokens": 400, "temperature": 2.0, "seed": 0, "repetition_penalty": 1.5}
 
-ENDLESS = Grammar.lark("start: /[a-z ]{150,}/")
+ENDLESS, LONGER = (Grammar.lark(f"start: /[a-z ]{{{least},}}/") for least in (150, 1500))
 
 
 class Watched(PromptCacheEngine):
@@ -91,6 +92,23 @@ async def test_a_timeout_frees_the_slot(model: Any, engine: Watched) -> None:
     assert model.bind(max_tokens=2).invoke("Hello")
 
 
+async def test_a_cancelled_batch_frees_its_slots(model: Any, engine: Watched) -> None:
+    task = asyncio.create_task(model.abatch(["Hello", "Hi"], grammar=ENDLESS))
+    await eventually(lambda: engine.open_streams == 2)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await eventually(lambda: engine.open_streams == 0)
+    assert not engine.reports
+
+
+async def test_one_bad_prompt_of_a_batch_ends_the_others(model: Any, engine: Watched) -> None:
+    with pytest.raises(ContextLengthError):
+        await model.abatch(["Hello", "x y " * engine.lm.context_length], grammar=LONGER)
+    await eventually(lambda: engine.open_streams == 0)
+    assert not engine.reports
+
+
 async def test_the_loop_ticks_while_many_calls_run(model: Any) -> None:
     ticks = 0
 
@@ -101,9 +119,14 @@ async def test_the_loop_ticks_while_many_calls_run(model: Any) -> None:
             ticks += 1
 
     clock = asyncio.create_task(tick())
-    await asyncio.gather(*(model.bind(max_tokens=20).ainvoke(f"Hello {n}") for n in range(4)))
+    brief = model.bind(max_tokens=20)
+    await asyncio.gather(*(brief.ainvoke(f"Hello {n}") for n in range(4)))
+    during_calls, ticks = ticks, 0
+    async for _ in brief.astream("Hello"):
+        pass
     clock.cancel()
-    assert ticks > 80
+    assert during_calls > 80  # a blocked loop ticks once or twice in all
+    assert ticks > 20
 
 
 class Seen(BaseCallbackHandler):

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import copy
-import gc
 import json
 import pickle
 import threading
-import time
 import weakref
 from typing import Any
 
 import pytest
-from langchain_core.caches import InMemoryCache
-from langchain_core.callbacks import AsyncCallbackHandler, BaseCallbackHandler
 from langchain_core.documents import Document
+from langchain_core.load import dumpd
 from langchain_core.messages import HumanMessage, SystemMessage
 from langchain_core.prompts import PromptTemplate
 from langchain_core.runnables import ConfigurableField
@@ -65,12 +61,6 @@ class TestOptions:
     def test_options_of_hosted_models_have_nothing_to_apply_to(self) -> None:
         PromptCacheLLM(api_key="x", timeout=3, max_retries=2, base_url=None)
 
-    def test_construction_does_not_load_the_model(self) -> None:
-        started = time.perf_counter()
-        for _ in range(10):
-            PromptCacheLLM(model="no/such/model")
-        assert time.perf_counter() - started < 1.0
-
     def test_a_shared_engine_brings_its_own_options(self, engine: PromptCacheEngine) -> None:
         llm = PromptCacheLLM(engine=engine)
         assert llm.engine is engine
@@ -89,12 +79,10 @@ class TestOptions:
         assert other.engine is not one.engine
         assert other.engine.lm is one.engine.lm
 
-    def test_an_engine_that_nobody_uses_is_freed(self) -> None:
-        llm = PromptCacheLLM(model="builtin:tiny-rag", namespace="short-lived", max_tokens=2)
-        llm.invoke("Hello")
-        engine = weakref.ref(llm.engine)
-        del llm
-        gc.collect()
+    def test_an_engine_that_is_closed_is_freed(self) -> None:
+        with PromptCacheLLM(model="builtin:tiny-rag", namespace="short-lived", max_tokens=2) as llm:
+            llm.invoke("Hello")
+            engine = weakref.ref(llm.engine)
         assert engine() is None
 
     def test_copies_share_the_engine(self) -> None:
@@ -111,7 +99,7 @@ class TestOptions:
     def test_a_pickle_holds_the_options_and_not_the_engine(self, engine: PromptCacheEngine) -> None:
         llm = PromptCacheLLM(engine=engine, temperature=0.5)
         saved = pickle.dumps(llm)
-        assert len(saved) < 10_000
+        assert len(saved) < 10_000 > len(str(dumpd(llm)))
         loaded = pickle.loads(saved)
         assert loaded.asdict() == llm.asdict()
         assert loaded.invoke("Note:", max_tokens=1, temperature=0) == llm.invoke(
@@ -171,15 +159,6 @@ class TestGeneration:
         expected = engine.generate(Prompt.from_text("Note:"), SamplingParams(**options)).text
         assert PromptCacheLLM(engine=engine, **options).invoke("Note:") == expected
 
-    def test_max_tokens_bounds_the_answer(self, llm: PromptCacheLLM) -> None:
-        llm.invoke(TEXT, max_tokens=1)
-        report = llm.engine.reports[-1]
-        assert report.generated_tokens == 1
-
-    def test_a_stop_string_ends_the_answer(self, llm: PromptCacheLLM) -> None:
-        assert "." in llm.invoke(TEXT)
-        assert llm.invoke(TEXT, stop=["."]) == llm.invoke(TEXT).partition(".")[0]
-
     def test_the_calls_stop_strings_replace_the_models(self, engine: PromptCacheEngine) -> None:
         llm = PromptCacheLLM(engine=engine, max_tokens=8, stop=["mouth"])
         assert llm.invoke(TEXT) == " Gluv"
@@ -187,61 +166,9 @@ class TestGeneration:
         assert llm.invoke(TEXT, stop=[]) == " Gluvmouth."
         assert "".join(llm.bind(stop=["v"]).stream(TEXT)) == " Glu"
 
-    def test_an_unknown_option_of_a_call_is_refused_by_name(self, llm: PromptCacheLLM) -> None:
-        with pytest.raises(OptionError, match="'temprature'; did you mean 'temperature'"):
-            llm.invoke(TEXT, temprature=1)
-        with pytest.raises(OptionError, match="logit_bias"):
-            list(llm.stream(TEXT, logit_bias={}))
-
-    def test_hints_of_other_providers_about_caching_are_ignored(self, llm: PromptCacheLLM) -> None:
-        plain = llm.invoke(TEXT)
-        assert llm.invoke(TEXT, cache_control={"type": "ephemeral"}, prompt_cache_key="x") == plain
-
-    def test_every_prompt_of_a_batch_has_its_answer_and_figures(self, llm: PromptCacheLLM) -> None:
-        texts = [
-            TEMPLATE.format(context=DOCUMENTS[numbers[0]], question=question)
-            for question, (_, numbers) in QUESTIONS.items()
-        ]
-        result = llm.generate(texts)
-        answers = [generations[0].text.strip() for generations in result.generations]
-        assert answers == [answer for answer, _ in QUESTIONS.values()]
-        figures = [
-            generations[0].generation_info["prompt_cache"] for generations in result.generations
-        ]
-        counts = [llm.engine.prefill(Prompt.from_text(text)).report.prompt_tokens for text in texts]
-        assert result.llm_output["token_usage"]["prompt_tokens"] == sum(counts)
-        for figure in figures:
-            assert figure["reuse"] == "balanced"
-            assert figure["prompt_tokens"] == (
-                figure["cached_tokens"] + figure["encoded_tokens"] + figure["computed_tokens"]
-            )
-        assert {g[0].generation_info["finish_reason"] for g in result.generations} == {"stop"}
-
     def test_messages_given_to_a_completion_model_are_its_prompt(self, llm: PromptCacheLLM) -> None:
         llm.invoke([SystemMessage("Be brief."), HumanMessage("Hello")])
         assert text_of(llm.engine.reports[-1]) == "System: Be brief.\nHuman: Hello"
-
-    def test_a_response_cache_tells_reuse_modes_apart(self, engine: PromptCacheEngine) -> None:
-        cache = InMemoryCache()
-        options: dict[str, Any] = {"engine": engine, "cache": cache, "max_tokens": 4}
-        for reuse, stop in (("off", None), ("fast", None), ("fast", ["v"]), ("fast", ["v"])):
-            PromptCacheLLM(reuse=reuse, stop=stop, **options).invoke(TEXT)
-        assert len(cache._cache) == 3
-
-    def test_tokens_are_counted_by_the_models_own_tokenizer(self, llm: PromptCacheLLM) -> None:
-        ids = llm.engine.lm.tokenizer(TEXT, add_special_tokens=False).input_ids
-        assert llm.get_token_ids(TEXT) == ids
-        assert llm.get_num_tokens(TEXT) == len(ids)
-
-    def test_traces_name_model_and_limits(self, llm: PromptCacheLLM) -> None:
-        assert llm._get_ls_params(stop=["x"], temperature=0.3) == {
-            "ls_provider": "pcache",
-            "ls_model_type": "llm",
-            "ls_model_name": "builtin:tiny-rag",
-            "ls_temperature": 0.3,
-            "ls_max_tokens": 8,
-            "ls_stop": ["x"],
-        }
 
 
 class TestCacheDocuments:
@@ -274,62 +201,3 @@ class TestCacheDocuments:
     def test_something_else_than_documents_is_refused(self, llm: PromptCacheLLM) -> None:
         with pytest.raises(OptionError, match="got int"):
             llm.cache_documents([3])
-
-
-class _Tokens(BaseCallbackHandler):
-    def __init__(self) -> None:
-        self.tokens: list[str] = []
-
-    def on_llm_new_token(self, token: str, **_: Any) -> None:
-        self.tokens.append(token)
-
-
-class _AsyncTokens(AsyncCallbackHandler):
-    def __init__(self) -> None:
-        self.tokens: list[str] = []
-
-    async def on_llm_new_token(self, token: str, **_: Any) -> None:
-        self.tokens.append(token)
-
-
-class TestStreaming:
-    def test_pieces_join_to_the_invoked_answer(self, llm: PromptCacheLLM) -> None:
-        handler = _Tokens()
-        pieces = list(llm.stream(TEXT, {"callbacks": [handler]}))
-        assert "".join(pieces) == llm.invoke(TEXT)
-        assert len(pieces) > 2
-        assert handler.tokens == pieces
-
-    def test_only_the_last_piece_has_figures(self, llm: PromptCacheLLM) -> None:
-        infos = [chunk.generation_info for chunk in llm._stream(TEXT)]
-        assert infos[:-1] == [None] * (len(infos) - 1)
-        assert infos[-1]["finish_reason"] == "stop"
-        assert infos[-1]["prompt_cache"]["prompt_tokens"] == llm.engine.reports[-1].prompt_tokens
-
-    async def test_async_calls_give_the_same_answers(self, llm: PromptCacheLLM) -> None:
-        expected = llm.invoke(TEXT)
-        handler = _AsyncTokens()
-        assert await llm.ainvoke(TEXT) == expected
-        assert await llm.abatch([TEXT, TEXT]) == [expected, expected]
-        pieces = [piece async for piece in llm.astream(TEXT, {"callbacks": [handler]})]
-        assert "".join(pieces) == expected
-        assert handler.tokens == pieces
-
-    async def test_the_event_loop_runs_while_the_model_does(self, llm: PromptCacheLLM) -> None:
-        ticks = 0
-
-        async def tick() -> None:
-            nonlocal ticks
-            while True:
-                await asyncio.sleep(0)
-                ticks += 1
-
-        clock = asyncio.create_task(tick())
-        await llm.ainvoke("Note:", max_tokens=40, temperature=2.0, seed=0)
-        during_invoke, ticks = ticks, 0
-        async for _ in llm.astream("Note:", max_tokens=40, temperature=2.0, seed=0):
-            pass
-        clock.cancel()
-        # A blocked loop ticks once or twice in all.
-        assert during_invoke > 40
-        assert ticks > 40

@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from langchain_classic.chains import create_retrieval_chain
 from langchain_classic.chains.combine_documents import create_stuff_documents_chain
 from langchain_core.documents import Document
 from langchain_core.messages import HumanMessage, SystemMessage, ToolMessage
 from langchain_core.prompt_values import ChatPromptValue
 from langchain_core.prompts import (
     ChatPromptTemplate,
-    FewShotPromptTemplate,
     MessagesPlaceholder,
     PromptTemplate,
 )
-from langchain_core.runnables import Runnable, RunnableLambda, RunnableParallel
+from langchain_core.runnables import RunnableLambda
 from langchain_core.tools import tool
 from langgraph.types import Command
 from pydantic import BaseModel
@@ -30,18 +27,16 @@ from pydantic import BaseModel
 from corpus import DOCUMENTS, OPENING, QUESTIONS, TEMPLATE
 from langchain_chains import (
     AnswerRetriever,
-    RecordingChat,
     RecordingLLM,
     documents_of,
     found,
     join,
-    kinds_of,
     marked,
     numbers_for,
     rag_chain,
     text_of,
 )
-from pcache_core import PromptCacheEngine, Report
+from pcache_core import PromptCacheEngine
 from pcache_integrations._engines import load_lm
 from pcache_integrations.langchain import ChatPromptCache, PromptCacheLLM
 
@@ -51,15 +46,6 @@ PROMPT = PromptTemplate.from_template(TEMPLATE)
 CHAT_PROMPT = ChatPromptTemplate.from_messages(
     [("system", OPENING + "{context}\n\n"), ("human", "Question: {question}\n")]
 )
-PARTS = [
-    ("literal", None),
-    ("document", "d1"),
-    ("argument", "context"),
-    ("document", "d4"),
-    ("literal", None),
-    ("argument", "question"),
-    ("literal", None),
-]
 
 
 @pytest.fixture(scope="module")
@@ -85,88 +71,7 @@ def chat(engine: PromptCacheEngine) -> ChatPromptCache:
     return ChatPromptCache(engine=engine, max_tokens=4)
 
 
-async def _collect(events: Any) -> None:
-    async for _ in events:
-        pass
-
-
-def _in_threads(chain: Runnable[str, Any], question: str) -> None:
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(chain.invoke, [question, question]))
-
-
-def _in_a_bare_thread(chain: Runnable[str, Any], question: str) -> None:
-    thread = threading.Thread(target=chain.invoke, args=(question,))
-    thread.start()
-    thread.join()
-
-
-ENTRY_POINTS: dict[str, Callable[[Runnable[str, Any], str], Any]] = {
-    "invoke": lambda chain, question: chain.invoke(question),
-    "ainvoke": lambda chain, question: asyncio.run(chain.ainvoke(question)),
-    "stream": lambda chain, question: list(chain.stream(question)),
-    "astream": lambda chain, question: asyncio.run(_collect(chain.astream(question))),
-    "astream_events": lambda chain, question: asyncio.run(
-        _collect(chain.astream_events(question, version="v2"))
-    ),
-    "batch": lambda chain, question: chain.batch([question, question]),
-    "batch, one at a time": lambda chain, question: chain.batch(
-        [question] * 2, {"max_concurrency": 1}
-    ),
-    "batch_as_completed": lambda chain, question: list(
-        chain.batch_as_completed([question, question])
-    ),
-    "abatch": lambda chain, question: asyncio.run(chain.abatch([question, question])),
-    "threads of the user's own": _in_threads,
-    "a bare thread": _in_a_bare_thread,
-}
-
-WRAPPERS: dict[str, Callable[[Any], Runnable[Any, Any]]] = {
-    "bind": lambda model: model.bind(stop=["\n"]),
-    "with_config": lambda model: model.with_config(tags=["x"]),
-    "with_retry": lambda model: model.with_retry(),
-    "with_fallbacks": lambda model: model.with_fallbacks([model]),
-    "with_listeners": lambda model: model.with_listeners(on_start=lambda run: None),
-    "parallel": lambda model: RunnableParallel(a=model, b=model),
-    "a function that calls the model": lambda model: RunnableLambda(lambda x: model.invoke(x)),
-    "a flattening function": lambda model: RunnableLambda(lambda x: x.to_string()) | model,
-}
-
-
 class TestCompletionModel:
-    @pytest.mark.parametrize("call", ENTRY_POINTS.values(), ids=ENTRY_POINTS)
-    def test_every_entry_point_finds_template_documents_and_question(
-        self, llm: PromptCacheLLM, question: str, call: Callable[[Runnable[str, Any], str], Any]
-    ) -> None:
-        call(rag_chain(PROMPT, llm), question)
-        assert llm.engine.reports
-        for report in llm.engine.reports:
-            assert kinds_of(report) == PARTS
-            assert text_of(report) == _rendered(PROMPT, question)
-
-    @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
-    def test_every_wrapper_around_the_model_keeps_the_parts(
-        self, llm: PromptCacheLLM, question: str, wrap: Callable[[Any], Runnable[Any, Any]]
-    ) -> None:
-        rag_chain(PROMPT, wrap(llm)).invoke(question)
-        for report in llm.engine.reports:
-            assert kinds_of(report) == PARTS
-            assert text_of(report) == _rendered(PROMPT, question)
-
-    def test_the_template_opening_is_the_prompts_constant_opening(
-        self, llm: PromptCacheLLM, question: str
-    ) -> None:
-        rag_chain(PROMPT, llm).invoke(question)
-        assert llm.engine.reports[-1].segments[0].text == OPENING
-
-    def test_a_classic_retrieval_chain_is_mapped(self, llm: PromptCacheLLM, question: str) -> None:
-        prompt = PromptTemplate.from_template(TEMPLATE.replace("{question}", "{input}"))
-        stuff = create_stuff_documents_chain(llm, prompt)
-        create_retrieval_chain(AnswerRetriever(), stuff).invoke({"input": question})
-        report = llm.engine.reports[-1]
-        assert kinds_of(report) == [(k, "input" if n == "question" else n) for k, n in PARTS]
-        assert text_of(report) == _rendered(PROMPT, question)
-
     def test_documents_given_to_a_chain_by_hand_are_found(
         self, llm: PromptCacheLLM, question: str
     ) -> None:
@@ -175,52 +80,6 @@ class TestCompletionModel:
         stuff = create_stuff_documents_chain(llm, prompt)
         stuff.invoke({"context": documents, "question": "Where does Ann live?"})
         assert documents_of(llm.engine.reports[-1]) == ["f5", "f2"]
-
-    def test_documents_cut_off_by_the_chain_are_found(
-        self, llm: PromptCacheLLM, question: str
-    ) -> None:
-        chain = (
-            {
-                "context": AnswerRetriever()
-                | RunnableLambda(lambda found: found[0].page_content[:60])
-            }
-            | PromptTemplate.from_template("Read this: {context}")
-            | llm
-        )
-        chain.invoke(question)
-        assert documents_of(llm.engine.reports[-1]) == ["d1"]
-
-    def test_a_prompt_formatted_by_hand_still_finds_its_documents(
-        self, llm: PromptCacheLLM, question: str
-    ) -> None:
-        context = join(AnswerRetriever().invoke(question))
-        text = "".join(["Read.\n\n", context, "\n\nNow: ", question])
-        llm.invoke(text)
-        report = llm.engine.reports[-1]
-        assert [kind for kind, _ in kinds_of(report)] == [
-            "text",
-            "document",
-            "text",
-            "document",
-            "text",
-        ]
-        assert text_of(report) == text
-
-    def test_a_few_shot_template_finds_question_and_documents(
-        self, llm: PromptCacheLLM, question: str
-    ) -> None:
-        prompt = FewShotPromptTemplate(
-            examples=[{"q": "Who?", "a": "Ann."}],
-            example_prompt=PromptTemplate.from_template("{q} {a}"),
-            prefix="Answer the question.",
-            suffix="{context}\n\nQuestion: {question}\nAnswer:",
-            input_variables=["context", "question"],
-        )
-        rag_chain(prompt, llm).invoke(question)
-        report = llm.engine.reports[-1]
-        assert documents_of(report) == ["d1", "d4"]
-        assert ("argument", "question") in kinds_of(report)
-        assert text_of(report) == _rendered(prompt, question)
 
     def test_two_chains_at_once_do_not_mix_their_parts(
         self, llm: PromptCacheLLM, question: str
@@ -290,41 +149,6 @@ class TestCompletionModel:
 
 
 class TestChatModel:
-    @pytest.mark.parametrize("call", ENTRY_POINTS.values(), ids=ENTRY_POINTS)
-    def test_every_entry_point_finds_template_documents_and_question(
-        self, chat: ChatPromptCache, question: str, call: Callable[[Runnable[str, Any], str], Any]
-    ) -> None:
-        call(rag_chain(CHAT_PROMPT, chat), question)
-        assert chat.engine.reports
-        for report in chat.engine.reports:
-            _assert_chat_is_mapped(report, question)
-
-    @pytest.mark.parametrize("wrap", list(WRAPPERS.values())[:-1], ids=list(WRAPPERS)[:-1])
-    def test_every_wrapper_around_the_model_keeps_the_parts(
-        self, chat: ChatPromptCache, question: str, wrap: Callable[[Any], Runnable[Any, Any]]
-    ) -> None:
-        rag_chain(CHAT_PROMPT, wrap(chat)).invoke(question)
-        for report in chat.engine.reports:
-            _assert_chat_is_mapped(report, question)
-
-    def test_the_template_opening_is_the_prompts_constant_opening(
-        self, chat: ChatPromptCache, question: str
-    ) -> None:
-        rag_chain(CHAT_PROMPT, chat).invoke(question)
-        assert chat.engine.reports[-1].segments[0].text.endswith(OPENING)
-
-    def test_a_classic_retrieval_chain_is_mapped(
-        self, chat: ChatPromptCache, question: str
-    ) -> None:
-        prompt = ChatPromptTemplate.from_messages(
-            [("system", OPENING + "{context}\n\n"), ("human", "Question: {input}\n")]
-        )
-        stuff = create_stuff_documents_chain(chat, prompt)
-        create_retrieval_chain(AnswerRetriever(), stuff).invoke({"input": question})
-        report = chat.engine.reports[-1]
-        assert documents_of(report) == ["d1", "d4"]
-        assert ("argument", "input") in kinds_of(report)
-
     def test_documents_in_the_f_string_of_a_message_are_found_from_the_first_question_on(
         self, chat: ChatPromptCache, question: str
     ) -> None:
@@ -366,33 +190,12 @@ class TestChatModel:
         as_mark = chat.engine.lm.count_tokens("Be rude.") + 1
         assert parts["<eos>Be rude."].num_tokens > as_mark
 
-    def test_documents_in_a_tools_artifact_are_known(self, chat: ChatPromptCache) -> None:
-        text = "Nomdorf is governed by Marcus Drake and lies on the river Flonber."
-        artifact = [{"type": "Document", "page_content": text, "id": "t1"}]
-        message = ToolMessage("found", tool_call_id="1", artifact=artifact)
-        RunnableLambda(lambda messages: messages).invoke([message])
-        chat.invoke([HumanMessage(f"Read: {text}")])
-        assert documents_of(chat.engine.reports[-1]) == ["t1"]
-
 
 def _rendered(prompt: Any, question: str) -> str:
     """What LangChain gives to a completion model at the end of the same chain."""
     recorder = RecordingLLM()
     rag_chain(prompt, recorder).invoke(question)
     return recorder.prompts[0]
-
-
-def _assert_chat_is_mapped(report: Report, question: str) -> None:
-    recorder = RecordingChat()
-    rag_chain(CHAT_PROMPT, recorder).invoke(question)
-    contents = [message.content for message in recorder.chats[0]]
-    text = text_of(report)
-    assert all(content in text for content in contents)
-    assert len(text) - sum(map(len, contents)) < len("\nAnswer:") + 3
-    assert documents_of(report) == ["d1", "d4"]
-    kinds = kinds_of(report)
-    assert kinds[0] == kinds[-1] == ("literal", None)
-    assert ("argument", "question") in kinds
 
 
 class Unreadable(dict[str, Any]):

@@ -21,7 +21,7 @@ from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.messages import BaseMessage
 
 from corpus import QUESTIONS
-from langchain_chains import marked, text_of
+from langchain_chains import UNHEARD, marked, text_of
 from langchain_shapes import CHAT_SHAPES, COMPLETION_SHAPES, Shape
 from pcache_core import CausalLM, PromptCacheEngine, Report
 from pcache_integrations._engines import load_lm
@@ -106,15 +106,20 @@ def test_no_shape_knows_another_ones_documents() -> None:
 
 def _asked(name: str, question: str = next(iter(QUESTIONS))) -> str:
     """A question whose documents are the shape's alone, so that it must announce them itself."""
-    return marked(question, str(10_000 + zlib.crc32(name.encode()) % 90_000))
+    own = UNHEARD if name == UNANNOUNCED else str(10_000 + zlib.crc32(name.encode()) % 90_000)
+    return marked(question, own)
 
 
 def _last_report(model: Any, shape: Shape, name: str) -> Report:
     first, *others = (_asked(name, question) for question in QUESTIONS)
     for question in [*others, first, *others, first][: shape.rounds]:
         shape.run(model, question)
+    model.engine.reports.clear()
     shape.run(model, first)
     report: Report = model.engine.reports[-1]
+    if shape.is_told:  # one prompt, maybe for several models or asked several times
+        parts = {tuple((s.kind, s.text) for s in each.segments) for each in model.engine.reports}
+        assert len(parts) == 1
     return report
 
 
@@ -124,19 +129,16 @@ def _assert_mapped(report: Report, shape: Shape, name: str) -> None:
     expected = {document[: shape.cut] for document in shape.texts(question)}
     assert all(document in text for document in expected)
     found = {part.text for part in report.segments if part.kind == "document"}
-    if name == UNANNOUNCED:  # another test of this process may have announced them
-        assert found <= expected
-    else:
-        assert found == expected
-    for part in (*shape.literals, *([question] if shape.asks else [])):
+    assert found == (set() if name == UNANNOUNCED else expected)
+    parts = [*((part, "literal") for part in shape.literals), (question, "argument")]
+    for part, kind in parts if shape.asks else parts[:-1]:
         start = text.index(part)
-        assert "document" not in kinds[start : start + len(part)]
+        found_kinds = set(kinds[start : start + len(part)])
+        assert found_kinds == {kind} if shape.is_told else "document" not in found_kinds
 
 
 def _assert_reused(engine: PromptCacheEngine, report: Report, name: str) -> None:
     reused, digest = RECORDED[name]
-    if name == UNANNOUNCED and any(part.kind == "document" for part in report.segments):
-        return  # another test of this process announced them: other borders, other ids
     assert report.cached_tokens + report.encoded_tokens >= reused
     ids = [i for part in report.segments for i in engine.lm.token_ids(part.text)]
     assert hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:8] == digest

@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from llama_index.core.query_engine import RetrieverQueryEngine
 from llama_index.core.schema import TextNode
 from llama_index_instrumentation import get_dispatcher
 
+import pcache_core
 from llama_index_parts import (
     FixedRetriever,
     argument_of,
@@ -22,8 +24,7 @@ from llama_index_parts import (
     text_of,
     vector_index,
 )
-from pcache_core import PromptCacheEngine
-from pcache_integrations import _engines
+from pcache_core import CausalLM, PromptCacheEngine
 from pcache_integrations._engines import load_lm
 from pcache_integrations.llama_index import PromptCacheLLM, PromptCachePrecompute
 
@@ -165,22 +166,20 @@ async def astream_chat(llm: PromptCacheLLM) -> None:
     "ask", [apredict, astream, acomplete, astream_complete, achat, astream_chat]
 )
 async def test_loading_the_model_does_not_block_the_event_loop(
-    ask: Callable[[PromptCacheLLM], Awaitable[None]],
+    ask: Callable[[PromptCacheLLM], Awaitable[None]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    llm = PromptCacheLLM(model="builtin:tiny-rag", max_tokens=1)
-    holding, turned = threading.Event(), threading.Event()
+    turned, load = threading.Event(), CausalLM.from_pretrained
 
-    def load_something_else() -> bool:
-        with _engines._loading:
-            holding.set()
-            return turned.wait(timeout=5)
+    def load_when_the_loop_has_turned(*given: Any, **options: Any) -> CausalLM:
+        assert turned.wait(5), "the loop stood still until the model was loaded"
+        return load(*given, **options)
 
-    with ThreadPoolExecutor(1) as threads:
-        waited = threads.submit(load_something_else)
-        holding.wait()
-        asyncio.get_running_loop().call_soon(turned.set)
-        await ask(llm)
-        assert waited.result(), "the loop stood still until the model could be loaded"
+    monkeypatch.setattr(CausalLM, "from_pretrained", load_when_the_loop_has_turned)
+    folder = Path(pcache_core.__file__).parent / "models" / "tiny-rag"
+    llm = PromptCacheLLM(model=str(folder), max_tokens=1)
+    asyncio.get_running_loop().call_soon(turned.set)
+    await ask(llm)
+    assert turned.is_set()
 
 
 def test_one_handler_is_installed_whatever_is_made(llm: PromptCacheLLM) -> None:

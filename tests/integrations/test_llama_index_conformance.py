@@ -26,9 +26,9 @@ import tiny_models
 from corpus import DOCUMENTS, OPENING
 from llama_index_parts import chat_lm, documents_of, text_of
 from llama_index_watch import Callbacks, watched
-from pcache_core import CausalLM, Grammar, OptionError, PromptCacheEngine
+from pcache_core import CausalLM, Grammar, PromptCacheEngine
 from pcache_integrations._engines import load_lm
-from pcache_integrations.llama_index import PromptCacheLLM
+from pcache_integrations.llama_index import CallRefusedError, PromptCacheLLM
 
 pytestmark = pytest.mark.usefixtures("closed_loops")
 
@@ -159,7 +159,7 @@ class TestTwins:
             assert bytes(chosen.bytes).decode() == chosen.token
             assert all(other.logprob <= chosen.logprob for other in others)  # greedy
         assert all(part.logprobs is None for part in await ask(llm))
-        with pytest.raises(OptionError, match="True with top_logprobs"):
+        with pytest.raises(CallRefusedError, match="True with top_logprobs"):
             await ask(llm, top_logprobs=2)
 
 
@@ -203,10 +203,10 @@ class TestInstrumentation:
     async def test_a_failure_ends_the_callback_too(self, llm: PromptCacheLLM, ask: Ask) -> None:
         callbacks = Callbacks()
         llm.callback_manager = CallbackManager([callbacks])
-        with pytest.raises(OptionError):
+        with pytest.raises(CallRefusedError):
             await ask(llm, temperature=-1)
         assert len(callbacks.ended) == 1
-        assert isinstance(callbacks.ended[0]["exception"], OptionError)
+        assert isinstance(callbacks.ended[0]["exception"], CallRefusedError)
 
 
 class OpenStreams(PromptCacheEngine):

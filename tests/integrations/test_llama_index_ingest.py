@@ -315,8 +315,8 @@ class TestOptions:
         base = {"model": "builtin:tiny-rag", "store": str(tmp_path)}
         step = PromptCachePrecompute(**base)
         step([TextNode(text=text) for text in DOCUMENTS])
-        step._handle.get().store.flush()  # type: ignore[attr-defined]
         llm = PromptCacheLLM(**base, max_tokens=4)
+        llm.engine.store.flush()  # type: ignore[attr-defined]
         assert llm.cache_documents(DOCUMENTS, progress=False).already_stored == len(DOCUMENTS)
 
     @pytest.mark.parametrize(

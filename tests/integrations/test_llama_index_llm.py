@@ -32,11 +32,10 @@ from pcache_core import (
     Prompt,
     PromptCacheEngine,
     PromptCacheError,
-    PromptError,
     SamplingParams,
 )
 from pcache_integrations._engines import load_lm
-from pcache_integrations.llama_index import PromptCacheLLM
+from pcache_integrations.llama_index import CallRefusedError, PromptCacheLLM
 
 TEXT = f"{OPENING}{DOCUMENTS[6]}\n\nQuestion: Where was Jerome Fertden born?\nAnswer:"
 MESSAGES = [ChatMessage(TEXT.removesuffix("\nAnswer:"))]
@@ -175,9 +174,9 @@ class TestEveryMethod:
     async def test_unknown_options_are_refused_and_cache_hints_are_not(
         self, llm: PromptCacheLLM, ask: Ask
     ) -> None:
-        with pytest.raises(OptionError, match=r"'max_token'; did you mean 'max_tokens'"):
+        with pytest.raises(CallRefusedError, match=r"'max_token'; did you mean 'max_tokens'"):
             await ask(llm, max_token=3)
-        with pytest.raises(OptionError, match="doesn't know the option 'tool'"):
+        with pytest.raises(CallRefusedError, match="doesn't know the option 'tool'"):
             await ask(llm, tool=[])
         hints = {
             "cache_control": {"type": "ephemeral"}, "prompt_cache_key": "x", "cache_idx": 1,
@@ -258,7 +257,7 @@ class TestEveryMethod:
 
     @pytest.mark.parametrize("ask", ALL)
     async def test_an_empty_prompt_is_refused(self, llm: PromptCacheLLM, ask: Ask) -> None:
-        with pytest.raises(PromptError):
+        with pytest.raises(CallRefusedError):
             await ask(llm, "" if ask in COMPLETIONS else [])
 
 
@@ -271,7 +270,7 @@ class TestStreams:
     def test_a_bad_call_fails_before_the_stream_is_consumed(self, llm: PromptCacheLLM) -> None:
         with pytest.raises(PromptCacheError):
             llm.stream_complete("word " * 5000)
-        with pytest.raises(OptionError):
+        with pytest.raises(CallRefusedError):
             llm.stream_chat(MESSAGES, temperature=-1)
 
     def test_nothing_runs_before_the_stream_is_consumed(self, llm: PromptCacheLLM) -> None:
@@ -300,7 +299,7 @@ class TestMessages:
 
     def test_images_are_refused(self, llm: PromptCacheLLM) -> None:
         message = ChatMessage(role="user", blocks=[ImageBlock(url="http://localhost/x.png")])
-        with pytest.raises(PromptError, match="ImageBlock.*text only"):
+        with pytest.raises(CallRefusedError, match="ImageBlock.*text only"):
             llm.chat([message])
 
     def test_the_answers_message_carries_text_only(self, llm: PromptCacheLLM) -> None:

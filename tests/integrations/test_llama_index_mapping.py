@@ -14,13 +14,11 @@ from llama_index.core.chat_engine import (
     SimpleChatEngine,
 )
 from llama_index.core.memory import ChatMemoryBuffer
-from llama_index.core.postprocessor import MetadataReplacementPostProcessor
 from llama_index.core.prompts import ChatPromptTemplate, RichPromptTemplate
 from llama_index.core.prompts.base import SelectorPromptTemplate
-from llama_index.core.query_engine import CustomQueryEngine, RetrieverQueryEngine
+from llama_index.core.query_engine import RetrieverQueryEngine
 from llama_index.core.response_synthesizers import ResponseMode
-from llama_index.core.retrievers import BaseRetriever
-from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode
+from llama_index.core.schema import NodeWithScore
 from pydantic import BaseModel
 
 from corpus import DOCUMENTS
@@ -87,24 +85,7 @@ def assert_mapped(report: Report, names: list[str] | None = None) -> None:
     assert argument_of(report, "query_str") == QUESTION
 
 
-ONE_CALL_MODES = ["compact", "tree_summarize", "compact_accumulate"]
-
-
 class TestQueryEngines:
-    @pytest.mark.parametrize("mode", ONE_CALL_MODES)
-    def test_query_finds_the_nodes_of_one_prompt(self, llm: PromptCacheLLM, mode: str) -> None:
-        query_engine(llm, mode).query(QUESTION)
-        (report,) = llm.engine.reports
-        assert_mapped(report)
-
-    @pytest.mark.parametrize("mode", ONE_CALL_MODES)
-    async def test_aquery_finds_the_nodes_of_one_prompt(
-        self, llm: PromptCacheLLM, mode: str
-    ) -> None:
-        await query_engine(llm, mode).aquery(QUESTION)
-        (report,) = llm.engine.reports
-        assert_mapped(report)
-
     def test_a_document_is_encoded_with_the_metadata_meant_for_the_model(
         self, llm: PromptCacheLLM
     ) -> None:
@@ -112,40 +93,9 @@ class TestQueryEngines:
         documents = [s for s in llm.engine.reports[-1].segments if s.kind == "document"]
         assert documents[0].text == f"file: register.txt\n\n{DOCUMENTS[1]}"
 
-    @pytest.mark.parametrize("mode", ["refine", "accumulate"])
-    def test_a_prompt_for_each_node_holds_just_that_node(
-        self, llm: PromptCacheLLM, mode: str
-    ) -> None:
-        query_engine(llm, mode).query(QUESTION)
-        assert [documents_of(report) for report in llm.engine.reports] == [[n] for n in NAMES]
-        assert all(argument_of(r, "query_str") == QUESTION for r in llm.engine.reports)
-
-    async def test_arefine_finds_the_node_of_each_prompt(self, llm: PromptCacheLLM) -> None:
-        await query_engine(llm, "refine").aquery(QUESTION)
-        assert [documents_of(report) for report in llm.engine.reports] == [[n] for n in NAMES]
-
     def test_the_answer_so_far_is_data_not_template(self, llm: PromptCacheLLM) -> None:
         query_engine(llm, "refine").query(QUESTION)
         assert ("argument", "existing_answer") in pieces_of(llm.engine.reports[1])
-
-    @pytest.mark.parametrize("mode", ["compact", "refine"])
-    def test_a_stream_consumed_after_the_query_returned_finds_the_nodes(
-        self, llm: PromptCacheLLM, mode: str
-    ) -> None:
-        response = query_engine(llm, mode, streaming=True).query(QUESTION)
-        "".join(response.response_gen)  # type: ignore[union-attr]
-        found = [name for report in llm.engine.reports for name in documents_of(report)]
-        assert found == NAMES
-
-    @pytest.mark.parametrize("mode", ["compact", "refine"])
-    async def test_an_async_stream_consumed_later_finds_the_nodes(
-        self, llm: PromptCacheLLM, mode: str
-    ) -> None:
-        response = await query_engine(llm, mode, streaming=True).aquery(QUESTION)
-        async for _ in response.async_response_gen():  # type: ignore[union-attr]
-            pass
-        found = [name for report in llm.engine.reports for name in documents_of(report)]
-        assert found == NAMES
 
     def test_a_vector_index_needs_nothing_but_the_llm(self, llm: PromptCacheLLM) -> None:
         index = vector_index(FOUND)
@@ -154,13 +104,12 @@ class TestQueryEngines:
         assert_mapped(report, [str(name) for name in documents_of(report)])
         assert sorted(map(str, documents_of(report))) == NAMES
 
-    def test_the_llm_of_the_settings_is_used_like_any_other(self, llm: PromptCacheLLM) -> None:
-        Settings.llm = llm
-        try:
-            synthesizer = get_response_synthesizer(response_mode=ResponseMode.COMPACT)
-            synthesizer.synthesize(QUESTION, [NodeWithScore(node=node) for node in FOUND])
-        finally:
-            Settings._llm = None
+    def test_the_llm_of_the_settings_is_used_like_any_other(
+        self, llm: PromptCacheLLM, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(Settings, "_llm", llm)
+        synthesizer = get_response_synthesizer(response_mode=ResponseMode.COMPACT)
+        synthesizer.synthesize(QUESTION, [NodeWithScore(node=node) for node in FOUND])
         assert_mapped(llm.engine.reports[-1])
 
     def test_a_list_written_out_by_simple_summarize_is_data_not_template(
@@ -172,13 +121,6 @@ class TestQueryEngines:
         )
         literals = [s.text for s in llm.engine.reports[-1].segments if s.kind == "literal"]
         assert DOCUMENTS[1] not in "".join(literals)
-
-    def test_a_second_question_reuses_what_the_first_one_encoded(self, llm: PromptCacheLLM) -> None:
-        engine = query_engine(llm, "compact")
-        engine.query("Where does Clara Nandham work?")
-        engine.query(QUESTION)
-        sources = [s.source for s in llm.engine.reports[-1].segments if s.kind == "document"]
-        assert set(sources) <= {"prefix", "memory", "repaired"}
 
     def test_nodes_written_by_a_template_that_calls_objects_are_found(
         self, chat_llm: PromptCacheLLM
@@ -204,79 +146,12 @@ class TestQueryEngines:
         assert sources == ["memory"] * 3
 
 
-class _Sentences(BaseRetriever):
-    """Finds sentences whose window, kept in the metadata, is what the model is to read."""
-
-    def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
-        hidden = ["window"]
-        return [
-            NodeWithScore(
-                node=TextNode(
-                    text=text.split(".")[0],
-                    id_=f"s{number}",
-                    metadata={"window": text},
-                    excluded_llm_metadata_keys=hidden,
-                )
-            )
-            for number, text in enumerate(DOCUMENTS[:2])
-        ]
-
-
-class _HandMade(CustomQueryEngine):
-    """The pattern of LlamaIndex's documentation: format a string, call `complete`."""
-
-    retriever: BaseRetriever
-    llm: PromptCacheLLM
-
-    def custom_query(self, query_str: str) -> str:
-        found = self.retriever.retrieve(query_str)
-        context = "\n\n".join(scored.node.get_content() for scored in found)
-        return str(self.llm.complete(f"Context:\n{context}\nQuestion: {query_str}\nAnswer:"))
-
-
 class TestOtherPaths:
-    def test_what_a_postprocessor_made_of_a_node_is_found(self, llm: PromptCacheLLM) -> None:
-        RetrieverQueryEngine.from_args(
-            _Sentences(),
-            llm=llm,
-            node_postprocessors=[MetadataReplacementPostProcessor(target_metadata_key="window")],
-        ).query(QUESTION)
-        documents = [s for s in llm.engine.reports[-1].segments if s.kind == "document"]
-        assert [(s.name, s.text) for s in documents] == [
-            ("s0", DOCUMENTS[0]),
-            ("s1", DOCUMENTS[1]),
-        ]
-
-    def test_a_prompt_made_by_hand_still_shows_retrieved_nodes(self, llm: PromptCacheLLM) -> None:
-        _HandMade(retriever=FixedRetriever(FOUND), llm=llm).query(QUESTION)
-        assert documents_of(llm.engine.reports[-1]) == NAMES
-
     def test_a_nodes_bare_text_in_a_variable_is_found(self, llm: PromptCacheLLM) -> None:
         """Also when the synthesizer has seen the node, with its metadata, before."""
         query_engine(llm, "compact").query(QUESTION)
         llm.predict(PromptTemplate("Shorten: {text}"), text=FOUND[0].text)
         assert documents_of(llm.engine.reports[-1]) == ["d1"]
-
-    def test_a_node_too_long_for_the_window_is_found_by_its_beginning(
-        self, completion_llm: PromptCacheLLM
-    ) -> None:
-        long = TextNode(text=" ".join(f"Entry {i}: nothing." for i in range(200)), id_="long")
-        llm = PromptCacheLLM(engine=completion_llm.engine, max_tokens=3, context_window=900)
-        RetrieverQueryEngine.from_args(FixedRetriever([FOUND[0], long]), llm=llm).query(QUESTION)
-        first, second, *_ = llm.engine.reports
-        assert documents_of(first) == ["d1", "long"]
-        cut = [s.text for s in first.segments if s.name == "long"]
-        assert long.text.startswith(cut[0])
-        assert len(cut[0]) < len(long.text)
-        assert documents_of(second) == []  # the middle of a node is no document
-
-    def test_plain_strings_can_be_cached_too(self, completion_llm: PromptCacheLLM) -> None:
-        fact = "The bridge at Nadbridge was painted green by Marcus Stenman in 1975."
-        completion_llm.cache_documents([fact], progress=False)
-        asked = f"Read this.\n{fact}\nQuestion: Which colour?\nAnswer:"
-        completion_llm.complete(asked, reuse="fast")
-        sources = [s.source for s in completion_llm.engine.reports[-1].segments]
-        assert "memory" in sources
 
 
 class Place(BaseModel):
@@ -320,20 +195,6 @@ class TestStructured:
         async for _ in stream:
             pass
         assert argument_of(writer.engine.reports[-1], "query_str") == QUESTION
-
-    def test_output_cls_of_a_query_engine_finds_the_nodes(self, writer: PromptCacheLLM) -> None:
-        query_engine(writer, "compact", output_cls=Place).query(QUESTION)
-        assert_mapped(writer.engine.reports[-1])
-
-    def test_inside_a_structured_wrapper_nodes_are_found_and_the_question_is_data(
-        self, writer: PromptCacheLLM
-    ) -> None:
-        wrapper = writer.as_structured_llm(Place)
-        RetrieverQueryEngine.from_args(FixedRetriever(FOUND), llm=wrapper).query(QUESTION)
-        report = writer.engine.reports[-1]
-        assert documents_of(report) == NAMES
-        (kind,) = {s.kind for s in report.segments if QUESTION in s.text}
-        assert kind == "argument"
 
 
 class TestTemplates:
@@ -436,23 +297,6 @@ class TestChatEngines:
         report = llm.engine.reports[-1]
         assert_mapped(report)
         assert argument_of(report, "user") == "What is known of Hasnes?"
-
-    async def test_achat_finds_nodes_and_question(self, llm: PromptCacheLLM) -> None:
-        chat = chat_engine(llm)
-        await chat.achat(QUESTION)
-        assert_mapped(llm.engine.reports[-1])
-
-    def test_stream_chat_in_its_thread_finds_nodes_and_question(self, llm: PromptCacheLLM) -> None:
-        chat = chat_engine(llm)
-        "".join(chat.stream_chat(QUESTION).response_gen)
-        assert_mapped(llm.engine.reports[-1])
-
-    async def test_astream_chat_finds_nodes_and_question(self, llm: PromptCacheLLM) -> None:
-        chat = chat_engine(llm)
-        response = await chat.astream_chat(QUESTION)
-        async for _ in response.async_response_gen():
-            pass
-        assert_mapped(llm.engine.reports[-1])
 
     def test_a_chat_without_retrieval_is_data_in_the_models_markup(
         self, chat_llm: PromptCacheLLM

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -327,9 +326,7 @@ def test_in_a_folder_after_a_restart(tmp_path: Path) -> None:
     first = start()
     index.as_query_engine(llm=first, similarity_top_k=8).query("Who?")
     first.cache_documents(index, progress=False)
-    first.engine.store.flush()  # type: ignore[attr-defined]
-    del first  # and its engine with it
-    gc.collect()
+    first.close()
     second = start()
     index.delete_ref_doc("doc1")
     assert second.prune(index).dropped == 0  # it was told of nothing yet

@@ -30,9 +30,9 @@ from llama_index_parts import (
 from pcache_core import CausalLM, PromptCacheEngine, Segment
 from pcache_integrations._engines import load_lm
 from pcache_integrations.llama_index import PromptCacheLLM
-from pcache_integrations.llama_index._blocks import Piece, joined, with_borders
-from pcache_integrations.llama_index._handlers import remember
-from pcache_integrations.llama_index._mapping import segments_of, tell, telling
+from pcache_integrations.llama_index.messages import Piece, joined, with_borders
+from pcache_integrations.llama_index.templates import segments_of, tell, telling
+from pcache_integrations.llama_index.watch import remember
 
 pytestmark = pytest.mark.usefixtures("closed_loops")
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from corpus import DOCUMENTS
 from pcache_core import Prompt, PromptError, Segment
-from pcache_integrations._mapping import ANCHOR_CHARS, DocumentIndex, WrittenIndex, settle
+from pcache_integrations.documents import ANCHOR_CHARS, DocumentIndex, WrittenIndex, settle
 
 _letters = st.text(alphabet="ab \n", max_size=40)
 _kinds = st.sampled_from(["literal", "document", "argument", "text"])
@@ -263,7 +263,7 @@ class TestWrittenIndex:
         text = "".join(f"{before}{value}" for before, value in fields) + end
         written = WrittenIndex()
         written.add(text, values, sources)
-        parts = list(written.cut(text, "text", DocumentIndex()))
+        parts = list(written.pieces(text, "text"))
         assert "".join(part.text for part in parts) == text
         for part in parts:
             if part.kind == "literal":
@@ -276,7 +276,7 @@ class TestWrittenIndex:
     def test_a_single_word_is_not_cut_out_of_a_longer_one(self) -> None:
         written = WrittenIndex()
         written.add("Ann annotates Annals for Ann.", {"who": "Ann"}, [" annotates Annals for "])
-        parts = written.cut("Ann annotates Annals for Ann.", "text", DocumentIndex())
+        parts = written.pieces("Ann annotates Annals for Ann.", "text")
         assert [(part.kind, part.text) for part in parts] == [
             ("argument", "Ann"),
             ("literal", " annotates Annals for "),
@@ -285,7 +285,7 @@ class TestWrittenIndex:
         ]
 
     def test_a_text_that_no_template_wrote_is_of_the_kind_that_is_asked_for(self) -> None:
-        parts = WrittenIndex().cut("Say hello.", "argument", DocumentIndex())
+        parts = WrittenIndex().pieces("Say hello.", "argument")
         assert list(parts) == [Segment("Say hello.", "argument")]
 
     def test_it_is_bounded_and_keeps_what_was_written_last(self) -> None:
@@ -293,9 +293,7 @@ class TestWrittenIndex:
         for text in ("one", "two", "three"):
             written.add(text, {"v": text}, [])
         kinds = [
-            part.kind
-            for text in ("one", "two", "three")
-            for part in written.cut(text, "text", DocumentIndex())
+            part.kind for text in ("one", "two", "three") for part in written.pieces(text, "text")
         ]
         assert kinds == ["text", "argument", "argument"]
 

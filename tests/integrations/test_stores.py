@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import uuid
 import weakref
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from corpus import DOCUMENTS
 from pcache_core import DiskStore, MemoryStore, OptionError, StoreError, TieredStore
 from pcache_core.store.object import ObjectStore
 from pcache_core.store.redis import RedisStore
-from pcache_integrations._engines import build_store, check_store
+from pcache_integrations._stores import build_store, check_store
 from pcache_integrations.langchain import PromptCacheLLM
 from pcache_integrations.llama_index import PromptCacheLLM as LlamaIndexLLM
 from redis_server import Server
@@ -91,10 +90,8 @@ def test_documents_that_one_model_object_cached_serve_another(
     first.cache_documents(list(DOCUMENTS))
     answer = first.invoke(PROMPT)
     assert isinstance(first.engine.store, TieredStore)
-    first.engine.store.flush()
     gone = weakref.ref(first.engine)
-    del first
-    gc.collect()
+    first.close()
     assert gone() is None
     second = llm()
     report = second.cache_documents(list(DOCUMENTS))

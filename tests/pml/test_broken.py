@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pcache_core.pml import Layout, PMLError, parse_prompt, parse_schema, place, resolve
+from pcache_core.pml import PMLError, SchemaLayout, parse_prompt, parse_schema, place, resolve
 from pml_words import chat, tokens
 
 FOLDER = Path(__file__).parent / "broken"
@@ -85,14 +85,14 @@ def test_a_broken_prompt_is_an_error_at_its_line(path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def trip() -> Layout:
+def trip() -> SchemaLayout:
     return place(parse_schema((GOOD / "trip.xml").read_bytes()), tokens, marks=chat)
 
 
 @pytest.mark.parametrize("positions", ["schema", "compact"])
 @pytest.mark.parametrize("path", OF_TRIP, ids=lambda path: path.stem)
 def test_a_prompt_that_does_not_fit_its_schema_is_an_error_at_its_line(
-    trip: Layout, path: Path, positions: str
+    trip: SchemaLayout, path: Path, positions: str
 ) -> None:
     prompt = parse_prompt(path.read_bytes(), file=str(path))
     with pytest.raises(PMLError) as caught:

@@ -115,7 +115,9 @@ def test_arguments_keep_their_order_and_see_no_module_behind_them(llama: CausalL
         engine.prefill(prompt)
         (piece,) = [p for p in engine.tokenise(prompt).pieces if p.segment.kind == "argument"]
         rows = slice(piece.start, piece.stop)
-        return left_by(engine).positions[rows], left_by(engine).slot.values[0][:, :, rows].clone()
+        return left_by(engine).positions[rows], left_by(engine).buffers.values[0][
+            :, :, rows
+        ].clone()
 
     positions, values = argument((A, B))
     with_c, with_c_values = argument((A, B, C))
@@ -181,7 +183,7 @@ def test_generated_tokens_skip_no_position(llama: CausalLM, positions: str) -> N
     used = left_by(engine).positions
     count = len(generation.token_ids) - 1  # the last one is not read again
     assert used[len(tokens.positions) :] == list(range(tokens.end, tokens.end + count))
-    assert left_by(engine).slot.positions[: len(used)].tolist() == used
+    assert left_by(engine).buffers.positions[: len(used)].tolist() == used
     if positions == "compact":
         assert used == list(range(len(used)))  # they don't grow with the schema
 

@@ -14,7 +14,7 @@ from typing import Any
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pcache_core.pml import Layout, PMLError, parse_prompt, parse_schema, place, resolve
+from pcache_core.pml import PMLError, SchemaLayout, parse_prompt, parse_schema, place, resolve
 from pml_documents import random_document
 from pml_words import chat, tokens
 
@@ -40,7 +40,7 @@ def outcome_of(call: Callable[[], Any]) -> Any:
 def run(document: str | bytes) -> str:
     """What became of a document, read as a schema and as a prompt."""
     layout = outcome_of(lambda: place(parse_schema(document), tokens, marks=chat))
-    fits = layout if isinstance(layout, Layout) else OPENING
+    fits = layout if isinstance(layout, SchemaLayout) else OPENING
     resolution = outcome_of(lambda: resolve(fits, parse_prompt(document), positions="compact"))
     for result in (layout, resolution):
         if isinstance(result, PMLError):

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from pcache_core.pml import Layout, no_marks, parse_prompt, parse_schema, place, resolve
+from pcache_core.pml import SchemaLayout, no_marks, parse_prompt, parse_schema, place, resolve
 from pml_words import chat, tokens
 
 GOOD = Path(__file__).parent / "good"
 NAMES = sorted(path.stem for path in GOOD.glob("*.txt"))
 
 
-def layout_of(name: str) -> Layout:
+def layout_of(name: str) -> SchemaLayout:
     schema = parse_schema((GOOD / f"{name}.xml").read_bytes(), file=name)
     marks = chat if name != "everything" else lenient
     return place(schema, tokens, marks=marks)

@@ -53,12 +53,12 @@ def test_the_limits_are_those_in_the_text() -> None:
 def test_the_reference_names_every_element_and_attribute_of_the_grammars() -> None:
     for name in ("schema", "prompt"):
         rules = grammar(name).rules
-        for tag in rules.tags:
+        for tag in rules:
             assert tag == "*" or f"<{tag}" in README
             for attribute in rules[tag].attributes:
                 assert attribute == "*" or attribute in README
 
 
 def test_both_grammars_know_the_same_names() -> None:
-    patterns = [grammar(name).rules.name_pattern for name in ("schema", "prompt")]
+    patterns = [grammar(name).name_pattern for name in ("schema", "prompt")]
     assert patterns[0] == patterns[1]

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from pcache_core.pml import Layout, PMLError, parse_prompt, parse_schema, place, resolve
+from pcache_core.pml import PMLError, SchemaLayout, parse_prompt, parse_schema, place, resolve
 from pml_words import chat, tokens
 
 
-def laid_out(inside: str) -> Layout:
+def laid_out(inside: str) -> SchemaLayout:
     return place(parse_schema(f"<schema name='s'>{inside}</schema>"), tokens, marks=chat)
 
 
-def read(layout: Layout, inside: str) -> str:
+def read(layout: SchemaLayout, inside: str) -> str:
     return resolve(layout, parse_prompt(f"<prompt schema='s'>{inside}</prompt>")).text
 
 

@@ -7,11 +7,11 @@ import pytest
 from pcache_core import OptionError
 from pcache_core.pml import (
     Document,
-    Layout,
     Mark,
     ModuleUse,
     PMLError,
     PromptTree,
+    SchemaLayout,
     Text,
     Turn,
     parse_prompt,
@@ -27,13 +27,15 @@ def letters(text: str) -> list[int]:
     return [ord(character) for character in text]
 
 
-def layout_of(inside: str, first_position: int = 0) -> Layout:
+def layout_of(inside: str, first_position: int = 0) -> SchemaLayout:
     return place(
         parse_schema(f"<schema name='s'>{inside}</schema>"), letters, first_position=first_position
     )
 
 
-def shown(layout: Layout, inside: str, positions: str = "schema", **arguments: str) -> list[tuple]:
+def shown(
+    layout: SchemaLayout, inside: str, positions: str = "schema", **arguments: str
+) -> list[tuple]:
     """(text, first position) of each run."""
     extra = "".join(f" {name}='{value}'" for name, value in arguments.items())
     prompt = parse_prompt(f"<prompt schema='s'{extra}>{inside}</prompt>")
@@ -222,7 +224,7 @@ def marks(before: str | None, after: str | None) -> Mark:
     return Mark(text, tuple(letters(text)))
 
 
-def chat_layout(inside: str) -> Layout:
+def chat_layout(inside: str) -> SchemaLayout:
     return place(parse_schema(f"<schema name='s'>{inside}</schema>"), letters, marks=marks)  # type: ignore[arg-type]
 
 
@@ -290,3 +292,39 @@ def test_messages_that_the_template_can_not_render_are_an_error_at_their_line() 
 def test_an_empty_message_is_none() -> None:
     layout = chat_layout("<system> \n </system><user>U</user>")
     assert [text for text, _ in shown(layout, "")] == ["<-u>", "U", "<u->"]
+
+
+OPENING_HOURS = """<schema name="s">
+  Answer from the documents.
+  <module name="hours">
+    The shop opens at nine.
+  </module>
+  <module name="place">
+    The shop is in Oslo.
+  </module>
+</schema>"""
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text"),
+    [
+        ("<hours/>\n<place/>\n<user>\n  When?\n</user>", "nine. The shop is in Oslo. When?<u->"),
+        ("<hours/><place/><user> When?</user>", "nine. The shop is in Oslo. When?<u->"),
+        ("<hours/><place/> <user>When?</user>", "nine. The shop is in Oslo. When?<u->"),
+        ("<hours/><place/><user>When?</user>", "nine. The shop is in Oslo.When?<u->"),
+        ("<hours/><user>\n<place/>\nWhen?\n</user>", "nine. The shop is in Oslo. When?<u->"),
+        ("<hours/>\n<place/>\nWhen?\n<user>\nTell me.\n</user>", "Oslo. When? Tell me.<u->"),
+    ],
+)
+def test_white_space_at_a_messages_tags_keeps_its_words_apart_where_no_mark_does(
+    prompt: str, text: str
+) -> None:
+    layout = place(parse_schema(OPENING_HOURS), letters, marks=marks)  # type: ignore[arg-type]
+    tree = parse_prompt(f"<prompt schema='s'>{prompt}</prompt>")
+    for positions in ("schema", "compact"):
+        assert resolve(layout, tree, positions=positions).text.endswith(text)  # type: ignore[arg-type]
+
+
+def test_text_after_a_schemas_own_message_is_kept_apart_too() -> None:
+    layout = chat_layout("\n<system>S</system>\n<user>\nU\n</user>\n")
+    assert "".join(text for text, _ in shown(layout, "Q")) == "<-s>S<su>U Q<u->"

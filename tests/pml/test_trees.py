@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pcache_core.pml import (
-    Layout,
     Module,
     Param,
     PlacedModule,
@@ -19,6 +18,7 @@ from pcache_core.pml import (
     PromptTree,
     Role,
     Schema,
+    SchemaLayout,
     Slot,
     Text,
     Union,
@@ -93,7 +93,7 @@ def test_positions_are_those_of_the_definition(schema: Schema, first: int) -> No
     assert layout.stop - layout.start == extent(schema)
 
 
-def resolved(layout: Layout, prompt: PromptTree) -> tuple | None:
+def resolved(layout: SchemaLayout, prompt: PromptTree) -> tuple | None:
     try:
         return tuple(resolve(layout, prompt, positions=p) for p in ("schema", "compact"))
     except PMLError as error:

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from pcache_core import DiskStore, OptionError, StoreError
 from pcache_core.kv.key import KeySpace
 from pcache_core.store.inspect import Selection, clear_states, stored_states
-from pcache_integrations.cli_store import app
+from pcache_integrations.cli import app
 from stored_states import SPACE, make
 
 OTHER_MODEL = KeySpace("b" * 64, "torch.float32", "default", model_name="other/model")
@@ -163,6 +163,6 @@ def test_clear_wants_to_know_what(folder: Path) -> None:
     for arguments in ((), ("--all", "--model", "random")):
         with pytest.raises(OptionError, match="which states"):
             run("clear", str(folder), "--yes", *arguments)
-    with pytest.raises(OptionError, match="no time"):
+    with pytest.raises(OptionError, match="not a length of time"):
         run("clear", str(folder), "--yes", "--older-than", "soon")
     assert len(tokens(folder, Selection())) == 4

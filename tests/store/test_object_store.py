@@ -142,7 +142,7 @@ def test_an_outage_is_a_miss_said_once_and_leaves_nothing_half_written(
     assert [store.get(k) for k in (key, make(1, 1)[0])] == [None, None]
     Failing.fails = False
     assert len(objects("failing://states")) == 1
-    time.sleep(object_store._RETRY_S + 0.05)
+    time.sleep(object_store.RETRY_S + 0.05)
     assert store.get(key) is None
     assert store.get(make(1, 1)[0]) is not None
     assert store.put(key, state)

@@ -40,7 +40,7 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 def soon_again() -> None:
     """Until a store that saw an outage tries again."""
-    time.sleep(redis_store._RETRY_S + 0.05)
+    time.sleep(redis_store.RETRY_S + 0.05)
 
 
 LARGE = make(1, 2, copies=7_000)  # more than three chunks
@@ -145,9 +145,7 @@ def test_damage_is_a_miss_and_goes(
     else:
         client.set(name, "")
     assert store.get(key) is None
-    if damage == "type":  # MGET calls it absent
-        client.delete(name)
-    assert not client.exists(name)
+    assert store.contains(key) is False
     assert store.put(key, state)
     hit = store.get(key)
     assert hit is not None
@@ -323,16 +321,46 @@ def test_fewer_bits_and_a_key(server: Server) -> None:
     assert RedisStore(server.url, storage_dtype="int8").get(key) is None
 
 
+BAD_OPTIONS = [
+    "socket_tmeout=3", "socket_timeout=soon", "socket_timeout=-1", "socket_timeout=0",
+    "socket_timeout=nan", "db=first", "db=-1", "max_connections=0", "max_connections=few",
+    "protocol=7", "encoding=nothing", "ssl_cert_reqs=none", "retry_on_error=x",
+    "health_check_interval=-1", "connection_class=x", "db=", "client_name=a%20b",
+]  # fmt: skip
+BAD_TLS = ["ssl_cert_reqs=sometimes", "ssl_check_hostname=perhaps", "ssl_min_version=x"]
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
         {"url": "localhost"},
         {"url": "http://localhost"},
         {"url": "redis://localhost:many"},
+        {"url": "redis://localhost:70000"},
+        {"url": "redis://localhost:0"},
+        {"url": "redis://localhost/first"},
+        {"url": "redis://localhost/-1"},
+        {"url": "redis://localhost/0/1"},
+        {"url": "redis://" + "a" * 70},
+        {"url": "redis://a..b"},
+        {"url": "redis://localhost#0"},
+        {"url": "redis://local host"},
+        {"url": "unix://"},
+        {"url": "unix:///a%00b"},
+        {"url": "redis://\udcff"},
+        {"url": b"redis://localhost"},
         {"url": None},
+        *({"url": f"redis://localhost?{option}"} for option in BAD_OPTIONS),
+        *({"url": f"rediss://localhost?{option}"} for option in BAD_TLS),
         {"url": "redis://localhost", "ttl_s": 0},
         {"url": "redis://localhost", "ttl_s": 1.5},
+        {"url": "redis://localhost", "ttl_s": 2**63},
+        {"url": "redis://localhost", "ttl_s": "60"},
+        {"url": "redis://localhost", "ttl_s": True},
         {"url": "redis://localhost", "timeout_s": 0},
+        {"url": "redis://localhost", "timeout_s": float("nan")},
+        {"url": "redis://localhost", "timeout_s": float("inf")},
+        {"url": "redis://localhost", "timeout_s": "2"},
         {"url": "redis://localhost", "storage_dtype": "int4"},
         {"url": "redis://localhost", "hmac_key": b"short"},
     ],
@@ -340,3 +368,59 @@ def test_fewer_bits_and_a_key(server: Server) -> None:
 def test_bad_arguments_are_refused(arguments: dict[str, Any]) -> None:
     with pytest.raises(OptionError):
         RedisStore(**arguments)
+
+
+@pytest.mark.parametrize(
+    "url", ["redis://:pa#ss@localhost", "redis://:pass@localhost?password=", "redis://:pass@a..b"]
+)
+def test_no_refusal_quotes_a_password(url: str) -> None:
+    with pytest.raises(OptionError) as raised:
+        RedisStore(url)
+    assert "pa" not in str(raised.value).replace("password", "").replace("path", "")
+
+
+@pytest.mark.parametrize("option", ["decode_responses=true", "protocol=3", "socket_timeout=1.5"])
+def test_options_that_are_accepted_change_no_state(server: Server, option: str) -> None:
+    store = RedisStore(f"{server.url}/0?{option}")
+    key, state = LARGE
+    assert store.put(key, state)
+    hit = store.get(key)
+    assert hit is not None
+    assert same(hit.state, state)
+    store.delete(key)
+    assert store.stats().failures == 0
+
+
+@pytest.mark.parametrize("kind", ["list", "hash", "set", "stream"])
+@pytest.mark.parametrize("place", ["manifest", "chunk"])
+def test_another_type_under_a_name_is_a_miss_that_heals(
+    server: Server, client: redis.Redis, kind: str, place: str
+) -> None:
+    store = RedisStore(server.url)
+    key, state = LARGE
+    other, other_state = make(5, 6)
+    store.put(key, state)
+    store.put(other, other_state)
+    name = f"pcache:{key.digest}"
+    if place == "chunk":
+        name = sorted(client.keys(f"{name}:*"))[1]
+    client.delete(name)
+    make_it: dict[str, Any] = {
+        "list": lambda: client.lpush(name, "x"),
+        "hash": lambda: client.hset(name, "x", "y"),
+        "set": lambda: client.sadd(name, "x"),
+        "stream": lambda: client.xadd(name, {"x": "y"}),
+    }
+    make_it[kind]()
+    first, second = store.get_many([key, other])
+    assert first is None
+    assert second is not None
+    assert store.put(key, state)
+    hit = store.get(key)
+    assert hit is not None
+    assert same(hit.state, state)
+    store.delete(key)
+    store.delete(other)
+    assert store.stats().failures == 0
+    left = client.keys("*")  # nobody knows of the chunks of a manifest that was lost
+    assert left == [] if place == "chunk" else name.encode() not in left

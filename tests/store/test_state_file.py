@@ -164,7 +164,7 @@ def test_a_header_that_claims_terabytes_is_refused_at_once() -> None:
     terabytes = "[[1000000, 1000000, 1000000, 1000000, [0]]]"
     layout = serde.read_layout(content[: serde.header_nbytes(content)], len(content))
     claimed = {**layout.record.metadata(), "stacks": terabytes}
-    hostile = serde._layout(serde.Record.parse(claimed))
+    hostile = serde.layout_of(serde.Record.parse(claimed))
     assert hostile.nbytes > 2**42
     body = hostile.header + bytes(64)
     with pytest.raises(StateMismatchError, match="should have 16,000,000,"):

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from pcache_core import OptionError, TemplateError
 from pcache_core.pml import parse_schema
-from pcache_integrations.cli_schema import schema
+from pcache_integrations.cli.schema import schema
 
 app = typer.Typer()
 app.command()(schema)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import date
 from string import Formatter
 from typing import Any
 
@@ -78,3 +79,58 @@ def test_a_broken_format_string_is_refused(source: str) -> None:
 def test_a_field_that_can_not_be_filled_is_named(source: str, values: dict[str, Any]) -> None:
     with pytest.raises(TemplateError, match=r"the field \{a.* can't be filled"):
         FormatTemplate(source).render(**values)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        'Answer as JSON: {"name": "x"}\nQ: {question}',
+        "{'a': 1}",
+        '{\n  "a": 1\n}',
+        "{ name }",
+        "{a, b}",
+        "function f() { return x; }",
+        "a {{b}} {c {{d}}",
+        "{[0]}",
+        "{a.}",
+    ],
+)
+def test_braces_that_hold_no_name_are_refused_with_a_way_out(source: str) -> None:
+    with pytest.raises(TemplateError, match="write {{ and }} for braces"):
+        FormatTemplate(source)
+
+
+@pytest.mark.parametrize("source", ["a {color:red}", "{x: y}", "{a:1px solid}"])
+def test_braces_that_no_value_of_pythons_own_fills_make_no_schema(source: str) -> None:
+    with pytest.raises(TemplateError, match="is not a field; write {{ and }} for braces"):
+        assert FormatTemplate(source).pml
+
+
+def test_a_type_of_ones_own_may_know_its_format() -> None:
+    class Moment:
+        def __format__(self, spec: str) -> str:
+            return spec.replace("YYYY", "2024")
+
+    assert FormatTemplate("In {when:YYYY-MM}.").render(when=Moment()).text == "In 2024-MM."
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("{user question}", "Who?"),
+        ("{chat-history}", "…"),
+        ("{größe}", "12"),
+        ("{x: >+08.2f}", 1.5),
+        ("{x:_>10,.1f}", 1234.5),
+        ("{x:#06x}", 17),
+        ("{x:%d %B}", date(2024, 5, 1)),
+        ("{x!r:>{x}}", 4),
+    ],
+)
+def test_fields_that_python_fills_are_parameters(field: str, value: object) -> None:
+    name = field.strip("{}").partition(":")[0].partition("!")[0]
+    template = FormatTemplate(f"a {field}")
+    assert template.render(**{name: value}).text == f"a {field}".format(**{name: value})
+    (module,) = template.schema.children
+    assert isinstance(module, Module)
+    assert [type(node) for node in module.children] == [Text, Param]

@@ -8,8 +8,8 @@ import jinja2
 import pytest
 from lxml import etree
 
-from pcache_core import OptionError, TemplateError
-from pcache_core.pml import parse_schema
+from pcache_core import OptionError, PMLError, TemplateError
+from pcache_core.pml import parse_prompt, parse_schema, place, resolve
 from pcache_templates import JinjaTemplate, Module, Param, Slot, Text, Union
 
 N = Module  # short, for trees that are read as a whole
@@ -296,3 +296,48 @@ def test_chat_tags_become_roles_and_what_is_around_them_nothing() -> None:
     schema = parse_schema(template.pml)
     assert [type(node).__name__ for node in schema.children] == ["Role", "Module"]
     assert template.pml == template.pml.replace("out", "")
+
+
+def test_a_loops_slot_takes_a_length_and_has_its_positions_then() -> None:
+    source = "{% for item in items %}{{ item }}\n{% endfor %}{{ question }}"
+    values = {"items": ["Ada.", "Bo."], "question": "Who?"}
+    open_slot = JinjaTemplate(source, name="t")
+    prompt = parse_prompt(open_slot.prompt_pml(**values))
+    with pytest.raises(PMLError, match="slot 'for-item' has no max-tokens"):
+        resolve(place(parse_schema(open_slot.pml), list), prompt)
+    sized = JinjaTemplate(source, name="t", lengths={"for-item": 64})
+    assert sized.schema.children[0] == Slot("for-item", 64)
+    layout = place(parse_schema(sized.pml), list)
+    resolution = resolve(layout, prompt)
+    assert resolution.text == "Ada.\nBo.\nWho?"
+    assert resolution.runs[-1].start == 64
+
+
+def test_lengths_are_set_by_the_names_that_errors_name() -> None:
+    source = "{{ a }}{{ a }}{% for d in x %}{{ d }}{% endfor %}{% for d in y %}{{ d }}{% endfor %}"
+    lengths = {"a": 5, "a-2": 7, "for-d": 8, "for-d-2": 9}
+    assert JinjaTemplate(source, lengths=lengths).schema.children == (
+        Module("text-1", (Param("a", 5), Param("a-2", 7))),
+        Slot("for-d", 8),
+        Slot("for-d-2", 9),
+    )
+    everywhere = JinjaTemplate(source, lengths={"a": 5, "for-d": 8}).schema.children
+    assert everywhere == (
+        Module("text-1", (Param("a", 5), Param("a-2", 5))),
+        Slot("for-d", 8),
+        Slot("for-d-2", 8),
+    )
+
+
+def test_a_length_for_what_is_written_in_a_loop_is_refused_and_names_the_loop() -> None:
+    template = JinjaTemplate("{% for d in docs %}{{ d }}{% endfor %}", lengths={"d": 8})
+    with pytest.raises(OptionError, match="'d', which is no parameter .* it has for-d"):
+        assert template.schema
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "part.j2").write_text("part", "utf-8-sig")
+    (tmp_path / "main.j2").write_text("main {% include 'part.j2' %}", "utf-8-sig")
+    template = JinjaTemplate.from_file(tmp_path / "main.j2")
+    assert template.render().text == "main part"
+    assert "\ufeff" not in template.pml

@@ -15,7 +15,7 @@ from langchain_core.prompts import (
 
 from pcache_core import TemplateError
 from pcache_core.pml import parse_schema
-from pcache_integrations.langchain._schema import schema_for
+from pcache_integrations.langchain.schema import schema_for
 
 FORMATS = {
     "f-string": "From:\n{context}\n\nQ: {question:>6} {{x}}\nA:",

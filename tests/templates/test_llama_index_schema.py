@@ -14,7 +14,7 @@ from llama_index.core.prompts.default_prompts import DEFAULT_TEXT_QA_PROMPT
 from jinja_templates import MACROS, contexts, sources
 from pcache_core import TemplateError
 from pcache_core.pml import parse_schema
-from pcache_integrations.llama_index._schema import render_rich, schema_for
+from pcache_integrations.llama_index.schema import render_rich, schema_for
 
 VALUES = {
     "context_str": "some {query_str} <text>",

@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pcache_core import PromptError, TemplateError
@@ -101,6 +101,7 @@ def test_a_prompt_is_what_the_generator_yields_and_knows_its_parts() -> None:
     ]
 
 
+@settings(deadline=None)
 @given(
     city=st.text("ab {}<.\n", max_size=12) | st.sampled_from([" days in ", "{days}", ".\n"]),
     days=st.integers(0, 12),

@@ -40,6 +40,7 @@ from pcache_core import (
     Tool,
     ToolFormat,
 )
+from pcache_core.base_engine import Engine
 from pcache_core.store import Hit, StoreStats
 from pcache_core.store.object import ObjectStore
 from pcache_core.store.redis import RedisStore
@@ -51,7 +52,6 @@ from pcache_integrations.llama_index import (
     PromptCachePrecompute,
     PromptCacheSynthesizer,
 )
-from pcache_integrations.remote import RemoteEngine
 from pcache_templates import (
     FormatTemplate,
     JinjaTemplate,
@@ -134,7 +134,7 @@ def langchain(documents: list[Document], vectors: InMemoryVectorStore) -> str:
     llm = LangChainLLM(
         model="builtin:tiny-rag", reuse="balanced", store="memory", max_tokens=8, repair=64
     )
-    assert_type(llm.engine, PromptCacheEngine | RemoteEngine)
+    assert_type(llm.engine, Engine)
     assert_type(llm.cache_documents(documents), EncodeReport)
     template = LangChainTemplate.from_template("From {context}: {question}")
     assert_type(llm.schema_for(template, lengths={"question": 8}), str)
@@ -149,7 +149,7 @@ def llama_index(nodes: list[TextNode]) -> str:
     llm = LlamaIndexLLM(
         model="builtin:tiny-rag", store="./states", preamble=Preamble.none(), repair=0.2
     )
-    assert_type(llm.engine, PromptCacheEngine | RemoteEngine)
+    assert_type(llm.engine, Engine)
     assert_type(llm.cache_documents(nodes, progress=False), EncodeReport)
     PromptCachePrecompute(llm=llm)
     PromptCacheSynthesizer(llm)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
+import random
+import time
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +19,8 @@ from pcache_core.errors import ModelError
 from pcache_core.kv.key import KeySpace
 from pcache_core.kv.state import KVState, LayerShape, stack_layers
 from pcache_core.lm.relocation import Rotation
+from pcache_integrations.vllm.connector_plan import Planner
 from pcache_integrations.vllm.model_card import ModelCard
-from pcache_integrations.vllm.planner import Planner
 from pcache_integrations.vllm.protocol import (
     LOAD,
     SAVE,
@@ -26,7 +30,6 @@ from pcache_integrations.vllm.protocol import (
     cover,
     exact_salt,
     fast_salt,
-    parse_run,
     parse_runs,
     preambles_digest,
 )
@@ -83,8 +86,8 @@ def test_a_prompt_is_covered_up_to_the_first_gap(tmp_path: Path) -> None:
     plan = planner(store_with(tmp_path, *runs))
     request = Request({LOAD: [one.as_list() for one in runs]})
     assert plan.matched(request, 0) == 59
-    plan.allocated(request, [7, 8, 9, 10, 11], 0, 59)
-    (load,) = plan.take_step().loads
+    plan.allocated(request, [7, 8, 9, 10, 11], 59)
+    (load,), _ = plan.take_step()
     assert load.block_ids == (7, 8, 9, 10)  # of 16 tokens
     filled = [(f.start, f.stop, f.first) for f in load.fillings]
     assert filled == [(0, 10, 0), (10, 40, 0), (40, 59, 0)]
@@ -95,8 +98,8 @@ def test_what_the_servers_own_cache_holds_is_not_loaded_again(tmp_path: Path) ->
     plan = planner(store_with(tmp_path, *runs[1:]))
     request = Request({LOAD: [one.as_list() for one in runs]})
     assert plan.matched(request, 16) == 48
-    plan.allocated(request, [1, 2, 3, 4], 16, 48)
-    (load,) = plan.take_step().loads
+    plan.allocated(request, [1, 2, 3, 4], 48)
+    (load,), _ = plan.take_step()
     assert [(f.start, f.stop, f.first) for f in load.fillings] == [(16, 40, 6), (40, 64, 0)]
 
 
@@ -108,8 +111,8 @@ def test_a_request_that_waits_is_planned_anew_when_the_servers_cache_has_less(
     request = Request({LOAD: [one.as_list() for one in runs]})
     assert plan.matched(request, 32) == 32
     assert plan.matched(request, 0) == 64
-    plan.allocated(request, [1, 2, 3, 4], 0, 64)
-    (load,) = plan.take_step().loads
+    plan.allocated(request, [1, 2, 3, 4], 64)
+    (load,), _ = plan.take_step()
     assert [(f.start, f.stop) for f in load.fillings] == [(0, 10), (10, 64)]
 
 
@@ -125,8 +128,9 @@ def test_rows_that_the_prompt_has_no_use_for_are_left_out(tmp_path: Path) -> Non
     plan = planner(store_with(tmp_path, longer))
     request = Request({LOAD: [longer.as_list()]})
     assert plan.matched(request, 0) == 32
-    plan.allocated(request, [1, 2], 0, 32)
-    ((filling,),) = (load.fillings for load in plan.take_step().loads)
+    plan.allocated(request, [1, 2], 32)
+    (load,), _ = plan.take_step()
+    (filling,) = load.fillings
     assert (filling.stop, filling.token_ids[32:]) == (32, (7, 7))
 
 
@@ -161,9 +165,9 @@ def test_a_state_is_kept_when_its_last_token_is_computed(tmp_path: Path) -> None
     wish = Run(5, 40, key, "en").as_list()
     plan.add(Request({SAVE: wish}, cache_salt=exact_salt("team"), prompt_token_ids=ids))
     plan.computed("r", 32, [1, 2])
-    assert plan.take_step().saves == []
+    assert plan.take_step() == ([], [])
     plan.computed("r", 40, [1, 2, 3])
-    (save,) = plan.take_step().saves
+    _, (save,) = plan.take_step()
     assert (save.start, save.token_ids, save.block_ids) == (5, tuple(ids[:40]), (1, 2, 3))
 
 
@@ -191,38 +195,113 @@ def test_a_state_that_is_not_what_its_key_says_is_not_kept(
 def test_of_several_runs_the_one_that_reaches_furthest_goes_on() -> None:
     places = [(0, 5, "a"), (0, 9, "b"), (5, 20, "c"), (9, 12, "d")]
     runs = [Run(*place, "") for place in places]
-    assert [one.key for one in cover(runs, 0, lambda one: True)] == ["b", "c"]
-    assert [one.key for one in cover(runs, 0, lambda one: one.key != "c")] == ["b", "d"]
-    assert cover(runs, 20, lambda one: True) == []
+    assert [one.key for one in cover(runs, 0)] == ["b", "c"]
+    assert [one.key for one in cover([runs[3], *runs[:2]], 0)] == ["b", "d"]
+    assert [one.key for one in cover(runs, 3)] == ["b", "c"]
+    assert cover(runs, 20) == []
 
 
-@pytest.mark.parametrize(
-    "wish",
-    [
-        [0, 5],
-        [5, 5, "f" * 64, "en"],
-        [-1, 5, "f" * 64, "en"],
-        [0.0, 5, "f" * 64, "en"],
-        [0, True, "f" * 64, "en"],
-        [0, 10**30, "f" * 64, "en"],
-        [0, 5, "F" * 64, "en"],
-        [0, 5, "f" * 64, "xx"],
-        [0, 5, "f" * 64, ["en"]],
-        [0, 5, "f" * 64, None],
-        [4, 9, "f" * 64, ""],  # only what opens the prompt is encoded after nothing
-        [4, 9, "f" * 64, 4],  # version 1
-        [4, 9, "f" * 64, "en", [-1]],
-        [4, 9, "f" * 64, "en", [0.5]],
-        [4, 9, "f" * 64, "en", [7] * 65],
-        {"start": 0},
-        None,
-    ],
-)
-def test_runs_that_are_none_are_refused(wish: object) -> None:
-    with pytest.raises(ProtocolError):
-        parse_runs([wish], 100, PREAMBLES)
-    with pytest.raises(ProtocolError):
-        parse_run(wish, 100, PREAMBLES)
+def nested(depth: int) -> list[Any]:
+    value: list[Any] = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+ANYTHING = (
+    None, True, False, -1, 65, 2**31, 2**63, 10**5000, 0.0, 0.5, math.nan, math.inf, "", "0", "en ",
+    "F" * 64, "../../etc/passwd", b"", [], ["en"], [-1], [2**31], [2**63], [0.5], [True], [None],
+    [[7]], [7] * 65, {}, {"0": 1}, nested(100_000),
+)  # fmt: skip
+FITTING = [(3, ""), (4, [])]  # what `run(0, 64)` has there
+
+
+def hostile_runs() -> list[Any]:
+    """A run of the prompt with one item exchanged, and things that are not runs."""
+    good = [*run(0, 64).as_list(), ()]
+    runs: list[Any] = [
+        [*good[:place], value, *good[place + 1 :]]
+        for place, value in product(range(5), ANYTHING)
+        if (place, value) not in FITTING
+    ]
+    far = [[start, end, good[2], "en"] for start, end in ((9, 5), (0, 101), (100, 101))]
+    version_1 = [4, 9, good[2], 4]
+    unopened = [4, 9, good[2], ""]  # only what opens the prompt is encoded after nothing
+    return [*runs, *far, version_1, unopened, good[:2], [*good, 1], *ANYTHING]
+
+
+def test_no_parameters_raise_and_what_is_refused_is_counted(tmp_path: Path) -> None:
+    """An error in one request's plan would end vLLM's scheduler, and with it all others'."""
+    plan = planner(store_with(tmp_path, run(0, 64)))
+    hostile = hostile_runs()
+    for number, wish in enumerate(hostile):
+        assert plan.matched(Request({LOAD: [wish]}, request_id=str(number)), 0) == 0
+        plan.add(Request({SAVE: wish}, cache_salt=exact_salt("team")))
+        assert not plan.waits_for("r")
+    counts = plan.describe().refused.values()  # one key is well written, but of 64 tokens, not 65
+    assert sorted(counts) == [1, len(hostile) - 1, len(hostile)]
+    assert plan.matched(Request({LOAD: [run(0, 64).as_list()]}), 0) == 64
+
+
+@pytest.mark.parametrize("value", [value for value in ANYTHING if value != []], ids=type)
+def test_parameters_of_another_kind_are_computed_and_counted(tmp_path: Path, value: Any) -> None:
+    plan = planner(DiskStore(tmp_path))
+    assert plan.matched(Request({LOAD: value}), 0) == 0
+    assert sum(plan.describe().refused.values()) == 1
+    assert plan.matched(Request(value, request_id="all"), 0) == 0
+    assert plan.finished(Request(value, request_id="all")) is None
+
+
+def test_what_runs_may_cover_is_bounded_by_the_prompt() -> None:
+    """An honest client reads a place three times at most; each run counts as eight tokens."""
+    whole = [0, 100, "f" * 64, "en"]
+    one = [5, 6, "f" * 64, "en"]
+    assert len(parse_runs([whole] * 5, 100, PREAMBLES)) == 5  # 500 of 528 tokens
+    assert len(parse_runs([one] * 66, 100, PREAMBLES)) == 66
+    assert len(parse_runs([[*one, [7] * 64]] * 7, 100, PREAMBLES)) == 7
+    for most, runs in (
+        (528, [whole] * 6), (528, [one] * 67), (528, [[*one, [7] * 64]] * 8),
+        (400_128, [[start, 100_000, "f" * 64, "en"] for start in range(5)]),
+    ):  # fmt: skip
+        with pytest.raises(ProtocolError, match=f"at most {most} "):
+            parse_runs(runs, max(run[1] for run in runs) if most > 528 else 100, PREAMBLES)
+    with pytest.raises(ProtocolError, match="at most 4096 runs"):
+        parse_runs([one] * 4097, 10**6, PREAMBLES)
+
+
+@pytest.mark.parametrize("kind", ["overlapping", "identical", "one after the other"])
+def test_a_request_of_many_runs_takes_the_scheduler_no_time(tmp_path: Path, kind: str) -> None:
+    """What is refused costs nothing; what is not is read once. (It took 8 to 33 seconds.)"""
+    length = 50_000
+    runs = {
+        "overlapping": [[start, length, "f" * 64, "en"] for start in range(4096)],
+        "identical": [[0, length, "f" * 64, "en"]] * 4096,
+        "one after the other": [[start, start + 8, "f" * 64, "en"] for start in range(4096)],
+    }[kind]
+    plan = planner(DiskStore(tmp_path))
+    request = Request({LOAD: runs}, prompt_token_ids=list(range(length)))
+    started = time.process_time()
+    assert plan.matched(request, 0) == 0
+    assert time.process_time() - started < 2
+    assert sum(plan.describe().refused.values()) == (4096 if kind == "one after the other" else 1)
+
+
+def test_runs_cover_as_far_as_any_choice_of_them_does() -> None:
+    rng = random.Random(0)
+    for _ in range(300):
+        places = [sorted(rng.sample(range(30), 2)) for _ in range(rng.randrange(12))]
+        runs = [Run(start, end, "f" * 64, "en") for start, end in places]
+        begin = rng.randrange(10)
+        reachable = {begin}
+        for _ in runs:
+            reachable |= {
+                place for run in runs for place in range(run.start, run.end + 1)
+                if any(run.start <= reached <= run.end for reached in reachable)
+            }  # fmt: skip
+        chosen = cover(runs, begin)
+        assert max([begin, *(run.end for run in chosen)]) == max(reachable)
+        ends = [begin, *(run.end for run in chosen)]
+        assert all(run.start <= end < run.end for run, end in zip(chosen, ends, strict=False))
 
 
 def test_a_description_travels_as_json_and_another_version_is_named() -> None:

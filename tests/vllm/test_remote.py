@@ -23,22 +23,29 @@ from pcache_core import (
     SamplingParams,
     Segment,
 )
-from pcache_core.errors import DeadlineExceededError, OptionError
+from pcache_core.errors import (
+    DeadlineExceededError,
+    OptionError,
+    PromptCacheError,
+    PromptError,
+)
 from pcache_core.kv.key import KeySpace
 from pcache_core.library.preamble import PreambleIds
-from pcache_core.lm import ServedModel
+from pcache_core.lm import TextModel
+from pcache_core.params import ReuseMode
 from pcache_core.store.inspect import stored_states
 from pcache_core.tokens import tokenise
 from pcache_integrations.langchain import PromptCacheLLM as LangChainLLM
 from pcache_integrations.llama_index import PromptCacheLLM as LlamaIndexLLM
-from pcache_integrations.remote import Address, RemoteEngine
-from pcache_integrations.remote.modules import ModuleMaker, PromptModules, join_separators
+from pcache_integrations.vllm.client import Address, RemoteEngine
+from pcache_integrations.vllm.client_modules import ModuleMaker, PromptModules, join_separators
 from pcache_integrations.vllm.protocol import (
     LOAD,
     SAVE,
     Description,
     Preambles,
     named_preambles,
+    parse_runs,
     preambles_digest,
 )
 
@@ -180,18 +187,18 @@ def test_what_separates_documents_belongs_to_the_one_before(
     tiny: CausalLM, separator: str, kind: str, *, is_joined: bool
 ) -> None:
     prompt = rag_prompt((0, 1), separator, kind)
-    joined = join_separators(prompt, tiny.text.holds_special)
-    assert joined.prompt.text == prompt.text
-    documents = [s.text for s in joined.prompt.segments if s.kind == "document"]
+    joined, _ = join_separators(prompt, tiny.text.holds_special)
+    assert joined.text == prompt.text
+    documents = [s.text for s in joined.segments if s.kind == "document"]
     assert documents == [FACTS[0] + (separator if is_joined else ""), FACTS[1]]
 
 
 def modules_of(lm: CausalLM, prompt: Prompt, preamble: Preamble | None = None) -> PromptModules:
-    served = ServedModel.from_pretrained("builtin:tiny-rag", lm.context_length)
-    joined = join_separators(prompt, lm.text.holds_special)
-    tokens = tokenise(joined.prompt, lm.text.ids, lm.text.bos_ids)
+    served = TextModel.without_weights("builtin:tiny-rag", lm.context_length)
+    joined, separators = join_separators(prompt, lm.text.holds_special)
+    tokens = tokenise(joined, lm.text.ids, lm.text.bos_ids)
     maker = ModuleMaker(served, preamble or Preamble(), lm.context_length)
-    return PromptModules(joined, tokens, maker, 8)
+    return PromptModules(tokens, separators, maker)
 
 
 def space_of(lm: CausalLM) -> KeySpace:
@@ -211,7 +218,7 @@ def test_a_prompt_asks_for_the_very_states_that_an_engine_in_process_makes_of_it
 ) -> None:
     """The opening's, the first document's and those of later ones, each in its language."""
     prompt = rag_prompt(order)
-    joined = join_separators(prompt, tiny.text.holds_special).prompt
+    joined, _ = join_separators(prompt, tiny.text.holds_special)
     engine = PromptCacheEngine(tiny, DiskStore(tmp_path), "fast", preamble=preamble)
     engine.prefill(joined)
     made = digests(tmp_path)
@@ -317,6 +324,67 @@ def test_encoding_counts_texts_and_refuses_one_that_can_never_be_used(
     with pytest.raises(ContextLengthError, match=r"don't fit after a preamble .*500 tokens"):
         engine.encode([FACTS[0], "word " * 500], progress=False)
     assert len(plain.bodies) == before
+
+
+@pytest.mark.parametrize("separator", ["\n", "\n\n", "~" * 32, "\U0001f9f6" * 12], ids=len)
+@pytest.mark.parametrize("text", ["One of us who was there", FACTS[0]], ids=len)
+def test_what_a_client_asks_for_is_within_what_a_server_takes(
+    tiny: CausalLM, text: str, separator: str
+) -> None:
+    """As many short documents as there may be, each in the three ways that it may be stored."""
+    segments: list[Segment] = [Segment("Read.\n", "literal")]
+    for number in range(40):
+        segments += [Segment(f"{text} {number}.", "document"), Segment(separator)]
+    prompt = Prompt([*segments, Segment("Who?")])
+    runs = modules_of(tiny, prompt).runs(space_of(tiny))
+    joined, _ = join_separators(prompt, tiny.text.holds_special)
+    length = len(tokenise(joined, tiny.text.ids, tiny.text.bos_ids).token_ids)
+    assert len(runs) >= 79
+    sent = json.loads(json.dumps([run.as_list() for run in runs]))
+    assert list(parse_runs(sent, length, preambles_of(tiny))) == runs
+
+
+@pytest.mark.parametrize(("reuse", "warns"), [("fast", 0), ("exact", 0), ("balanced", 1)])
+def test_a_mode_that_a_server_has_no_counterpart_of_is_named_once(
+    plain: _PlainServer, caplog: pytest.LogCaptureFixture, reuse: ReuseMode, warns: int
+) -> None:
+    address = Address(f"http://127.0.0.1:{plain.server_port}")
+    engine = RemoteEngine(address, "builtin:tiny-rag", reuse=reuse)
+    assert engine.reuse == reuse
+    for _ in range(2):
+        engine.generate(Prompt.from_text("Who?"))
+    assert len([r for r in caplog.records if "repairs nothing" in r.getMessage()]) == warns
+
+
+def test_a_served_engine_refuses_what_one_in_process_does(
+    plain: _PlainServer, tiny: CausalLM
+) -> None:
+    here = PromptCacheEngine(tiny)
+    there = RemoteEngine(Address(f"http://127.0.0.1:{plain.server_port}"), "builtin:tiny-rag")
+    asked: list[tuple[Any, Any, Any, Any]] = [
+        ("Who?", None, None, None),
+        (Prompt.from_text("Who?"), {"max_tokens": 4}, None, None),
+        (Prompt.from_text("Who?"), None, "fast", 0.15),
+        (Prompt.from_text("Who?"), None, "best", None),
+        (Prompt.from_text("Who?"), None, "high", 1),
+    ]
+    for arguments in asked:
+        errors: list[PromptCacheError] = []
+        for engine in (here, there):
+            with pytest.raises(PromptCacheError) as caught:
+                engine.generate(*arguments)
+            errors.append(caught.value)
+        assert (type(errors[0]), str(errors[0])) == (type(errors[1]), str(errors[1]))
+    assert len(plain.bodies) == 0
+
+
+def test_prompts_of_a_schema_need_a_model_in_process(plain: _PlainServer, tiny: CausalLM) -> None:
+    here = PromptCacheEngine(tiny)
+    here.add_schema('<schema name="trip"><module name="plan">Go by train.</module></schema>')
+    prompt = here.prompt_from_pml('<prompt schema="trip"><plan/>When?</prompt>')
+    there = RemoteEngine(Address(f"http://127.0.0.1:{plain.server_port}"), "builtin:tiny-rag")
+    with pytest.raises(PromptError, match="schema need a model in this process"):
+        there.generate(prompt)
 
 
 def test_something_else_than_a_preamble_is_refused(plain: _PlainServer) -> None:

@@ -28,7 +28,7 @@ from pcache_core.evaluation.prompts import make_prompt
 from pcache_core.evaluation.world.questions import OPENING, SEPARATOR
 from pcache_core.kv.key import KeySpace
 from pcache_core.store.redis import RedisStore
-from pcache_integrations.remote.modules import join_separators
+from pcache_integrations.vllm.client_modules import join_separators
 from pcache_integrations.vllm.protocol import LOAD, SAVE, Run, exact_salt, fast_salt
 from vllm_server import Cluster, VllmServer, client, first_distance, post
 
@@ -87,7 +87,7 @@ def test_answers_of_a_corpus_encoded_once_are_our_engines_on_both_replicas(
         asked = prompt(item, seed=number)
         answer = replicas[number % 2].generate(asked, PARAMS)
         assert answer.report.cached_tokens > 0.95 * document_tokens(answer)
-        joined = join_separators(asked, tiny.text.holds_special).prompt
+        joined, _ = join_separators(asked, tiny.text.holds_special)
         equal += answer.text == local.generate(joined, PARAMS).text
     assert equal >= 99
 
@@ -179,7 +179,9 @@ def test_a_key_that_is_not_the_prompts_own_is_not_used(cluster: Cluster, tiny: C
     version_1 = [[0, 64, before.key_space.key((), ids[:64], None).digest, 0]]
     plain = post(cluster.first, ids)["choices"][0]["text"]
     unknown = [[0, 64, "f" * 64, "xx"]]
-    for runs in (foreign, version_1, unknown, [[0, 10_000, "f" * 64, ""]], [["x"]], "nonsense"):
+    too_large = [[0, 64, "f" * 64, "en", [2**63]]]  # an error here would end the server
+    beyond = [[0, 10_000, "f" * 64, ""]]
+    for runs in (foreign, version_1, unknown, too_large, beyond, [["x"]], "nonsense"):
         answer = post(
             cluster.first,
             ids,
@@ -191,7 +193,7 @@ def test_a_key_that_is_not_the_prompts_own_is_not_used(cluster: Cluster, tiny: C
     post(cluster.first, ids, kv_transfer_params={SAVE: wrong})
     after = client(cluster.first).connector
     assert after is not None
-    assert sum(after.refused.values()) == sum(before.refused.values()) + 8
+    assert sum(after.refused.values()) == sum(before.refused.values()) + 9
     assert len(after.refused) == 3
 
 
@@ -200,7 +202,7 @@ def test_states_fill_no_prompt_that_others_would_take_for_exact(
 ) -> None:
     (item,) = questions(seed=8)
     encode(tiny, cluster, [item])
-    request = client(cluster.first)._request(prompt(item), PARAMS, None, None)
+    request = client(cluster.first).request(prompt(item), PARAMS)
     params = {LOAD: [run.as_list() for run in request.runs]}
 
     def cached_tokens(**fields: str) -> int:
@@ -219,7 +221,7 @@ def test_preempted_requests_resume_with_the_same_answers(cluster: Cluster, tiny:
 
     def ask(server: VllmServer, item: Item) -> dict[str, Any]:
         tokens = engine.tokenise(prompt(item))
-        request = engine._request(prompt(item), PARAMS, None, None)
+        request = engine.request(prompt(item), PARAMS)
         answer = post(
             server,
             tokens.token_ids,

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pcache_core.chat.calls import ToolCall
 from pcache_core.errors import ChatTemplateError, PromptError
 from pcache_core.prompt import Prompt, Segment
 
+_THOUGHTS = ("<think>", "</think>")
 ApplyTemplate = Callable[[list[dict[str, Any]]], str]
 
 
-def _nothing(text: str) -> bool:
-    return False
+Spelled = Callable[[str], "Sequence[str] | bool"]
+"""The control tokens that a text spells; True where they are not told, and none or False."""
+
+
+def _nothing(text: str) -> Sequence[str]:
+    return ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,50 +71,123 @@ class Message:
 
 
 def render_chat(
-    messages: Sequence[Message],
-    apply_template: ApplyTemplate,
-    holds_special: Callable[[str], bool] = _nothing,
+    messages: Sequence[Message], apply_template: ApplyTemplate, spelled: Spelled = _nothing
 ) -> Prompt:
     """Render messages so that markup becomes `literal` and their segments stay as they are.
 
-    What calls hold is a part of the markup, unless it spells special tokens.
+    What calls hold is a part of the markup, unless it spells control tokens.
 
     The template is rendered twice: with the real contents, which is the truth, and with a unique
     mark in place of each content, which shows where contents go. A content that the template
-    rewrites becomes one `text`; the whole prompt does where it can't be told where one ends.
+    rewrites becomes one `text`; the whole prompt does where it can't be told where one ends. Where
+    such a text would spell control tokens, the template gets marks in place of those in messages,
+    and each is put back as an `argument`.
 
-    holds_special: whether a text spells a special token, which must not become one.
-    Raises: PromptError: no messages. ChatTemplateError: a template rewrites contents that spell
-        special tokens; an id or a name spells one.
+    spelled: the control tokens that a text spells, which must not become such.
+    Raises: PromptError: no messages. ChatTemplateError: the template refuses them, an id or a name
+        spells a control token, or a token that is not told stands where it would become one.
     """
     if not messages:
         raise PromptError("the chat has no messages; give at least one")
-    _check_names(messages, holds_special)
+    _check_names(messages, spelled)
+    said = [message.text for message in messages]
+    said += [call.arguments_text for message in messages for call in message.tool_calls]
+    tokens = [token for text in said for token in _tokens(spelled(text))]
+    if not any(map(spelled, said)):
+        return _render(messages, apply_template, spelled)
+    with suppress(_SpelledError):
+        return _render(messages, apply_template, spelled)
+    veil = Veil(tokens)
+    veiled = [veil.message(message) for message in messages]
+    prompt = _render(veiled, apply_template, spelled)
+    return Prompt([part for segment in prompt.segments for part in veil.lifted(segment)])
+
+
+class _SpelledError(ChatTemplateError):
+    """Text of a message would become a control token."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the chat template rewrites its messages, and one of them spells a special token, "
+            "which can't be told from the template's own; remove it from the message"
+        )
+
+
+def _render(messages: Sequence[Message], apply_template: ApplyTemplate, spelled: Spelled) -> Prompt:
+    """Raises: _SpelledError: text of a message would become a control token."""
     truth = apply_template([message.as_dict(message.text) for message in messages])
     # Templates ask whether there is a content, so that an empty one stays empty.
     marks = [f"\ue0f0{secrets.token_hex(8)}\ue0f1" if m.text else "" for m in messages]
     marked = apply_template([m.as_dict(mark) for m, mark in zip(messages, marks, strict=True)])
-    contents = [message.segments for message in messages if message.text]
-    segments = _fill(marked, [mark for mark in marks if mark], contents, truth, holds_special)
+    contents = [message for message in messages if message.text]
+    segments = _fill(marked, [mark for mark in marks if mark], contents, truth, spelled)
     calls = [call for message in messages for call in message.tool_calls]
-    spoken = [call.arguments_text for call in calls if holds_special(call.arguments_text)]
+    spoken = [call.arguments_text for call in calls if spelled(call.arguments_text)]
     segments = segments and _set_apart(segments, spoken)
     if segments is not None:
         return Prompt(segments)
-    if spoken or any(holds_special(message.text) for message in messages):
-        raise ChatTemplateError(
-            "the chat template rewrites its messages, and one of them spells a special token, "
-            "which can't be told from the template's own; remove it from the message"
-        )
+    if spoken or any(spelled(message.text) for message in messages):
+        raise _SpelledError
     return Prompt.from_text(truth)
 
 
-def _check_names(messages: Sequence[Message], holds_special: Callable[[str], bool]) -> None:
-    """Raises: ChatTemplateError: an id or a name spells a special token."""
+def _tokens(found: Sequence[str] | bool) -> Sequence[str]:  # noqa: FBT001 (what a caller says)
+    return () if isinstance(found, bool) else found
+
+
+class Veil:
+    """Marks in place of control tokens, which no template takes for anything.
+
+    tokens: to be hidden.
+    """
+
+    def __init__(self, tokens: Sequence[str]) -> None:
+        salt = f"{secrets.randbelow(10**16):016}"
+        ordered = sorted(set(tokens), key=len, reverse=True)
+        self._marks = {t: f"\ue0f2{salt}{n}\ue0f3" for n, t in enumerate(ordered)}
+        self._tokens = {mark: token for token, mark in self._marks.items()}
+
+    def message(self, message: Message) -> Message:
+        """Return the message with its contents and the arguments of its calls hidden."""
+        return replace(
+            message,
+            segments=[replace(s, text=self._hidden(s.text)) for s in message.segments],
+            tool_calls=[
+                replace(call, arguments=self._hidden(dict(call.arguments)))
+                for call in message.tool_calls
+            ],
+        )
+
+    def lifted(self, segment: Segment) -> Iterator[Segment]:
+        """Yield what a segment was: its tokens are data."""
+        parts = re.split(f"({'|'.join(self._tokens)})", segment.text)
+        if not segment.is_markup:
+            yield replace(segment, text="".join(self._tokens.get(part, part) for part in parts))
+            return
+        for number, part in enumerate(parts):
+            if number % 2:
+                yield Segment(self._tokens[part], "argument")
+            elif part:
+                yield replace(segment, text=part)
+
+    def _hidden(self, value: Any) -> Any:
+        if isinstance(value, str):
+            for token, mark in self._marks.items():
+                value = value.replace(token, mark)
+            return value
+        if isinstance(value, dict):
+            return {self._hidden(name): self._hidden(each) for name, each in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._hidden(each) for each in value]
+        return value
+
+
+def _check_names(messages: Sequence[Message], spelled: Spelled) -> None:
+    """Raises: ChatTemplateError: an id or a name spells a control token."""
     for message in messages:
         ids = [call.id for call in message.tool_calls]
         for name in (*ids, message.tool_call_id, message.name):
-            if name and holds_special(name):
+            if name and spelled(name):
                 raise ChatTemplateError(
                     f"the id or name {name!r} in a message spells a special token; use another"
                 )
@@ -147,38 +227,49 @@ def strip_segments(segments: Sequence[Segment]) -> list[Segment]:
 def _fill(
     marked: str,
     marks: Sequence[str],
-    contents: Sequence[Sequence[Segment]],
+    contents: Sequence[Message],
     truth: str,
-    holds_special: Callable[[str], bool],
+    spelled: Spelled,
 ) -> list[Segment] | None:
     """Put contents where their marks stand, as they are or stripped, whichever gives the truth.
 
     A content that neither fits ends where the template's own text after it begins.
 
     None if a mark does not stand there once and in order, or a content that is rewritten spells
-    special tokens or has no text of the template's after it.
+    control tokens or has no text of the template's after it.
     """
     literals = list(_between(marked, marks))
     if len(literals) <= len(marks) or not truth.startswith(literals[0]):
         return None
     segments = [Segment(literals[0], "literal")]
     position = len(literals[0])
-    for number, (content, after) in enumerate(zip(contents, literals[1:], strict=True), start=1):
-        for variant in (content, strip_segments(content)):
+    for number, (message, after) in enumerate(zip(contents, literals[1:], strict=True), start=1):
+        for variant in (message.segments, strip_segments(message.segments)):
             text = "".join(segment.text for segment in variant)
             if truth.startswith(text + after, position):
                 break
         else:
             is_last = number == len(contents)
             end = len(truth) - len(after) if is_last else after and truth.find(after, position)
-            spelled = "".join(segment.text for segment in content)
-            if not end or end < position or holds_special(spelled):
+            if not end or end < position:
                 return None
             text = truth[position:end]
+            if _is_forged(text, message, spelled):
+                return None
             variant = [Segment(text)]
         segments += [*variant, Segment(after, "literal")]
         position += len(text) + len(after)
     return segments if "".join(segment.text for segment in segments) == truth else None
+
+
+def _is_forged(text: str, message: Message, spelled: Spelled) -> bool:
+    """Say whether a rewritten content spells control tokens, other than of an answer's thoughts."""
+    found = spelled(text)
+    if isinstance(found, bool):
+        return bool(spelled(message.text))
+    if message.role == "assistant":
+        found = [token for token in found if token not in _THOUGHTS]
+    return bool(found)
 
 
 def _between(text: str, marks: Sequence[str]) -> Iterator[str]:

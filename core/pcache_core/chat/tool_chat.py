@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from pcache_core.chat.calls import Tool
-from pcache_core.chat.messages import Message, render_chat
+from pcache_core.chat.messages import Message, Spelled, render_chat
 from pcache_core.chat.tools import ApplyToolTemplate, ToolFormat
 from pcache_core.errors import ChatTemplateError
 from pcache_core.prompt import Prompt, Segment
@@ -22,7 +22,7 @@ def render_tool_chat(
     tools: Sequence[Tool],
     form: ToolFormat,
     apply: ApplyToolTemplate,
-    holds_special: Callable[[str], bool],
+    spelled: Spelled,
 ) -> Prompt:
     """Render messages and tools; what tools are there is template text.
 
@@ -31,9 +31,9 @@ def render_tool_chat(
     if form.is_native:
         described = [tool.as_function() for tool in tools]
         named = [_with_short_ids(message) for message in messages]
-        return render_chat(named, lambda chat: apply(chat, described), holds_special)
+        return render_chat(named, lambda chat: apply(chat, described), spelled)
     plain = [_in_words(message, form) for message in messages]
-    return _with_listing(plain, tools, form, lambda chat: apply(chat, []), holds_special)
+    return _with_listing(plain, tools, form, lambda chat: apply(chat, []), spelled)
 
 
 def _with_short_ids(message: Message) -> Message:
@@ -58,20 +58,20 @@ def _with_listing(
     tools: Sequence[Tool],
     form: ToolFormat,
     apply: Callable[[list[dict[str, object]]], str],
-    holds_special: Callable[[str], bool],
+    spelled: Spelled,
 ) -> Prompt:
     """Tell of the tools in the system message, or in the first where there can be none."""
     if not tools or not messages:
-        return render_chat(messages, apply, holds_special)
+        return render_chat(messages, apply, spelled)
     listing = Segment(_listing(tools, form), "literal")
     first, *others = messages
     in_first = replace(first, segments=[listing, Segment("\n\n", "literal"), *first.segments])
     if first.role == "system":
-        return render_chat([in_first, *others], apply, holds_special)
+        return render_chat([in_first, *others], apply, spelled)
     try:
-        return render_chat([Message("system", [listing]), *messages], apply, holds_special)
+        return render_chat([Message("system", [listing]), *messages], apply, spelled)
     except ChatTemplateError:
-        return render_chat([in_first, *others], apply, holds_special)
+        return render_chat([in_first, *others], apply, spelled)
 
 
 def _listing(tools: Sequence[Tool], form: ToolFormat) -> str:

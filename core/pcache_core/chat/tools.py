@@ -23,7 +23,7 @@ __all__ = [
 ]
 
 ApplyToolTemplate = Callable[[list[dict[str, Any]], list[dict[str, Any]]], str]
-_MOST_CALLS = 8
+MOST_CALLS = 8
 _TEXT = r"TEXT: /(.|\n)*/"
 _TEXT_WITHOUT_BRACE = r"TEXT: /([^{](.|\n)*)?/"
 
@@ -83,7 +83,7 @@ class ToolFormat:
         self,
         tools: Sequence[Tool],
         choice: str = "auto",
-        most_calls: int = _MOST_CALLS,
+        most_calls: int = MOST_CALLS,
         answer: Mapping[str, Any] | None = None,
     ) -> Grammar | None:
         """What an answer may be, or None for anything.
@@ -179,17 +179,17 @@ _PROBE = Tool("probe_q7", "Probe.", {"type": "object", "properties": {"v": {"typ
 _CALL_ID = "probe0q7x"
 
 
-def tool_format(apply: ApplyToolTemplate, holds_special: Callable[[str], bool]) -> ToolFormat:
-    """The form that a chat template writes calls in, found out by having it write one.
+def tool_format(apply: ApplyToolTemplate, is_special: Callable[[str], bool]) -> ToolFormat:
+    """Find out the form that a chat template writes calls in, by having it write one.
 
-    apply: renders messages and tools. holds_special: whether a text spells a special token.
+    apply: renders messages and tools. is_special: whether a text is a special token.
     """
     written = _probe_text(apply)
     if written is None:
         return PLAIN
     for form in FORMATS:
         if (form.marker or f'"{form.arguments}"') in written:
-            return replace(form, marker_is_shown=not holds_special(form.marker))
+            return replace(form, marker_is_shown=not is_special(form.marker))
     return PLAIN
 
 

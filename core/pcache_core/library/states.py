@@ -23,7 +23,7 @@ from pcache_core.lm import CausalLM, place
 from pcache_core.prompt import Passage
 from pcache_core.report import Source
 from pcache_core.store import ModuleStore, Opened, open_many
-from pcache_core.store.search import find_stored
+from pcache_core.store.inspect import find_stored
 from pcache_core.threads import Flag, renew_in_child
 
 logger = logging.getLogger(__name__)

@@ -2,19 +2,21 @@
 
 from pcache_core.lm.batch import Batch, RowRange, Span
 from pcache_core.lm.causal_lm import CausalLM
+from pcache_core.lm.loading import context_length_on_disk
 from pcache_core.lm.probe import Support, SupportKind
 from pcache_core.lm.relocation import place
 from pcache_core.lm.sampling import Sampler
-from pcache_core.lm.served import ServedModel
+from pcache_core.lm.text_model import TextModel
 
 __all__ = [
     "Batch",
     "CausalLM",
     "RowRange",
     "Sampler",
-    "ServedModel",
     "Span",
     "Support",
     "SupportKind",
+    "TextModel",
+    "context_length_on_disk",
     "place",
 ]

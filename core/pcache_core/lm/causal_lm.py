@@ -25,10 +25,9 @@ from pcache_core.lm.probe import Support, probe
 from pcache_core.lm.sampling import Sampler
 from pcache_core.lm.stock import StockRun, own_cache_works
 from pcache_core.lm.structure import context_length
-from pcache_core.lm.tokenizer import SegmentTokenizer
+from pcache_core.lm.text_model import TextModel
 from pcache_core.lm.weights import Weights
 from pcache_core.params import SamplingParams
-from pcache_core.prompt import Segment
 from pcache_core.threads import fork_safe
 
 if TYPE_CHECKING:
@@ -58,7 +57,7 @@ def _part_tokens(model: PreTrainedModel) -> int:
     return 512 if model.num_parameters() < _LARGE_ON_CPU else 128
 
 
-class CausalLM:
+class CausalLM(TextModel):
     """An unmodified transformers model, tested when it is loaded.
 
     support: what the self-test found. context_length: most positions, None without a limit.
@@ -83,12 +82,9 @@ class CausalLM:
                 f"model {type(model).__name__} needs its tokenizer, got "
                 f"{type(tokenizer).__name__}; load it with AutoTokenizer.from_pretrained"
             )
-        self.model: PreTrainedModel = model.eval()
-        self.tokenizer = tokenizer
-        self.text: SegmentTokenizer = SegmentTokenizer(tokenizer)
         path = getattr(model.config, "_name_or_path", "")
-        self.name: str = name or path or type(model).__name__
-        self.context_length: int | None = context_length(model)
+        super().__init__(tokenizer, name or path or type(model).__name__, context_length(model))
+        self.model: PreTrainedModel = model.eval()
         with _lock_of(model):
             self.support: Support = probe(model)
         self._lock = _lock_of(model)
@@ -193,14 +189,6 @@ class CausalLM:
             ids.update(value if isinstance(value, list) else [] if value is None else [value])
         return frozenset(ids)
 
-    def token_ids(self, text: str) -> list[int]:
-        """Ids of a text alone, without special tokens added."""
-        return list(self.text.ids(Segment(text, "text")))
-
-    def count_tokens(self, text: str) -> int:
-        """Tokens of a text alone, without special tokens added."""
-        return len(self.token_ids(text))
-
     def new_buffers(self, capacity: int) -> KVBuffers:
         """Fresh buffers for `capacity` tokens."""
         return KVBuffers(self.stacks, capacity, dtype=self.dtype, device=self.device)
@@ -256,12 +244,6 @@ class CausalLM:
                 f"the tokenizer gives id {max(token_ids)}, {self.name} has embeddings for {known}; "
                 "call model.resize_token_embeddings(len(tokenizer)), or use its own tokenizer"
             )
-
-    def stop_ids(self, stop: Sequence[str]) -> frozenset[int]:
-        """Ids of stop strings that are special tokens: their text never appears in an answer."""
-        tokenizer = self.tokenizer
-        special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
-        return frozenset(special[text] for text in stop if text in special)
 
     def _joins(self, batch: Batch) -> bool:
         """Whether a batch may be cut, and share a forward with others."""

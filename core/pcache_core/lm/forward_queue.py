@@ -117,6 +117,10 @@ class ForwardQueue:
         self._expected: set[int] = set()  # owners of the last forward's finished batches
         self._patience_ends = 0.0
 
+    def __len__(self) -> int:
+        """Count the batches that somebody waits for, those at work included."""
+        return len(self._waiting)
+
     @contextmanager
     def cancelled_by(self, is_cancelled: IsCancelled) -> Iterator[None]:
         """Inside, this thread's batches are given up when `is_cancelled` says so, or did before."""

@@ -3,7 +3,7 @@
 Shapes: query [1, heads, tokens, dim]; key, value [1, kv heads, rows, dim]. Grouped-query heads are
 folded into query rows, so keys and values are never copied per head.
 
-Which form when is measured, not guessed: `examples/benchmarks/attention.py` prints the table. In
+Which form when is measured, not guessed: `benchmarks/attention.py` prints the table. In
 bfloat16 on a CPU two matrix products with a softmax between them are faster than the flash kernel
 as long as the scores of a head fit the cache; elsewhere the flash kernel is.
 """

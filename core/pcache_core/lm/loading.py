@@ -7,11 +7,13 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -21,6 +23,7 @@ from transformers.utils import logging
 
 from pcache_core.errors import ModelError, OptionError
 from pcache_core.lm.ollama import OLLAMA_PREFIX, ollama_file
+from pcache_core.lm.structure import context_length_by
 from pcache_core.params import DEFAULT_MODEL
 
 BUILTIN_PREFIX = "builtin:"
@@ -63,6 +66,30 @@ def load(name: str, dtype: str, device: str) -> tuple[PreTrainedModel, PreTraine
             f"model {name!r} can't be loaded: {_first_line(error)}. Give a causal language model: "
             f"a directory written by save_pretrained, a hub id, or {_builtin_names()}"
         ) from error
+
+
+def context_length_on_disk(name: str) -> int | None:
+    """Return a model's context length by the files on this machine, without loading its weights.
+
+    Returns: None where they don't tell, or the name can't be loaded.
+    """
+    try:
+        source = resolve(name)
+        if Path(source).is_file():
+            return _gguf_context_length(source, os.stat(source).st_mtime_ns)
+        return context_length_by(
+            AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+        )
+    except Exception:  # whatever is wrong with it is said when it is loaded
+        return None
+
+
+@lru_cache(maxsize=64)
+def _gguf_context_length(file: str, mtime_ns: int) -> int | None:
+    from pcache_core.lm.gguf_file import read_header
+
+    length = read_header(Path(file)).get("context_length")
+    return None if length is None else int(length)
 
 
 def full_name(name: str | os.PathLike[str], gguf_file: str | os.PathLike[str] | None = None) -> str:

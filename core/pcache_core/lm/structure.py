@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from pcache_core.lm.shared_layer import DummyLayer
@@ -63,7 +63,12 @@ def text_config(model: PreTrainedModel) -> Any:
 
 def context_length(model: PreTrainedModel) -> int | None:
     """Most positions the model accepts; None where the configuration names no limit."""
-    config = text_config(model)
+    return context_length_by(model.config)
+
+
+def context_length_by(config: PreTrainedConfig) -> int | None:
+    """Return most positions that a model of this configuration accepts; None without a limit."""
+    config = config.get_text_config(decoder=True)
     for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
         limit = getattr(config, name, None)
         if isinstance(limit, int) and limit > 0:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from pcache_core.errors import ChatTemplateError
@@ -23,6 +26,17 @@ _FIXED_DATE = (
     + "".join(f"|replace('%{sign}','{value}')" for sign, value in _DATE.items())
     + " }}{% endmacro %}\n"
 )
+_HTML_TAG = re.compile(
+    "</?(a|abbr|acronym|address|area|article|aside|audio|b|base|bdi|bdo|big|blockquote|body|br|"
+    "button|canvas|caption|center|cite|code|col|colgroup|data|datalist|dd|del|details|dfn|dialog|"
+    "dir|div|dl|dt|em|embed|fieldset|figcaption|figure|font|footer|form|frame|frameset|h[1-6]|head|"
+    "header|hgroup|hr|html|i|iframe|img|input|ins|kbd|label|legend|li|link|main|map|mark|menu|meta|"
+    "meter|nav|noframes|noscript|object|ol|optgroup|option|output|p|param|picture|pre|progress|q|"
+    "rp|rt|ruby|s|samp|script|section|select|small|source|span|strike|strong|style|sub|summary|sup|"
+    "svg|table|tbody|td|textarea|tfoot|th|thead|time|title|tr|track|tt|u|ul|var|video|wbr)\\s*/?>",
+    re.IGNORECASE,
+)
+_ROLES = (("user",), ("system", "user", "assistant", "user"), ("user", "assistant", "user"))
 
 
 class SegmentTokenizer:
@@ -37,22 +51,22 @@ class SegmentTokenizer:
         self._memory: OrderedDict[tuple[str, bool], tuple[int, ...]] = OrderedDict()
         self._remembered = 0
         self._markup: dict[str, tuple[str, tuple[str, ...]]] = {}  # of one chat template
+        self._controls: Mapping[str, int] = {}
+        self._specials: frozenset[str] = frozenset()
+        self._controls_of: object = None  # what they depend on
+        self._plain: Tokenizer | None = None
         self.bos_ids: tuple[int, ...] = self._find_bos()
 
     def ids(self, segment: Segment) -> tuple[int, ...]:
-        """The segment's token ids; special tokens written out in data stay plain text."""
+        """Tokenise a segment; control tokens written out in data stay plain text."""
         name = (segment.text, segment.is_markup)
         with self._lock:
+            controls = self._known_controls()
             ids = self._memory.get(name)
             if ids is None:
-                ids = tuple(
-                    self._tokenizer(
-                        segment.text,
-                        add_special_tokens=False,
-                        split_special_tokens=not segment.is_markup,
-                        verbose=False,
-                    )["input_ids"]
-                )
+                ids = tuple(self._encode(segment.text, split=not segment.is_markup))
+                if not segment.is_markup:
+                    ids = self._without(controls, segment.text, ids)
                 self._memory[name] = ids
                 self._remembered += len(ids)
             self._memory.move_to_end(name)
@@ -60,9 +74,102 @@ class SegmentTokenizer:
                 self._remembered -= len(self._memory.popitem(last=False)[1])
         return ids
 
+    def control_tokens(self, text: str) -> list[str]:
+        """Return the control tokens that a text spells, longer ones first.
+
+        A control token is special, with a role or without, or an added token that the chat template
+        writes or compares with; other added tokens, such as line breaks and tags of HTML, are not.
+        """
+        with self._lock:
+            found = [token for token in self._known_controls() if token in text]
+        return sorted(found, key=len, reverse=True)
+
+    def special_id(self, text: str) -> int | None:
+        """Return the id of the special token that a text is; None for any other text."""
+        with self._lock:
+            controls = self._known_controls()
+            return controls[text] if text in self._specials else None
+
+    def is_special(self, text: str) -> bool:
+        """Say whether a text is a special token, which no answer spells."""
+        return self.special_id(text) is not None
+
     def holds_special(self, text: str) -> bool:
-        """Whether a text spells a special token."""
-        return any(token in text for token in self._tokenizer.all_special_tokens)
+        """Say whether a text spells a control token."""
+        return bool(self.control_tokens(text))
+
+    def _encode(self, text: str, *, split: bool) -> Sequence[int]:
+        return self._tokenizer(  # type: ignore[no-any-return]
+            text, add_special_tokens=False, split_special_tokens=split, verbose=False
+        )["input_ids"]
+
+    def _without(
+        self, controls: Mapping[str, int], text: str, ids: tuple[int, ...]
+    ) -> tuple[int, ...]:
+        """Return a text's ids without control tokens; `ids` where there is no other way to read it.
+
+        transformers splits special tokens alone, and no token that the model itself can compose.
+        """
+        forbidden = set(controls.values()) - {self._tokenizer.unk_token_id}
+        if forbidden.isdisjoint(ids):
+            return ids
+        other = self._encode_plain(controls, text)
+        if not forbidden.isdisjoint(other):
+            spelled = sorted((token for token in controls if token in text), key=len, reverse=True)
+            pieces = re.split(f"({'|'.join(map(re.escape, spelled))})", text) if spelled else [text]
+            # A character of a control token can't be one.
+            parts = (
+                part
+                for number, piece in enumerate(pieces)
+                for part in (piece if number % 2 else [piece])
+                if part
+            )
+            other = [i for part in parts for i in self._encode(part, split=True)]
+        return tuple(other) if forbidden.isdisjoint(other) else ids
+
+    def _encode_plain(self, controls: Mapping[str, int], text: str) -> Sequence[int]:
+        """Tokenise with a copy of the tokenizer to which every control token is special."""
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        if not isinstance(backend, Tokenizer):
+            return self._encode(text, split=True)
+        if self._plain is None:
+            self._plain = Tokenizer.from_str(backend.to_str())
+            self._plain.no_truncation()
+            self._plain.no_padding()
+            self._plain.add_special_tokens(list(controls))
+            self._plain.encode_special_tokens = True
+        return self._plain.encode(text, add_special_tokens=False).ids
+
+    def _known_controls(self) -> Mapping[str, int]:
+        """Return the ids of the control tokens; what was remembered goes when they change."""
+        tokenizer = self._tokenizer
+        named = tokenizer.all_special_tokens
+        state = (len(tokenizer), str(tokenizer.chat_template), tuple(named))
+        if self._controls_of != state:
+            markup = "\n".join(self._template_texts())
+            found = dict(zip(named, tokenizer.all_special_ids, strict=True))
+            added = tokenizer.added_tokens_decoder  # slow: Gemma has thousands
+            found |= {token.content: number for number, token in added.items() if token.special}
+            self._specials = frozenset(found)
+            for number, token in added.items():
+                text = token.content
+                if text.strip() and text in markup and not _HTML_TAG.fullmatch(text):
+                    found[text] = number
+            self._controls, self._controls_of = found, state
+            self._plain = None
+            self._memory.clear()
+            self._remembered = 0
+        return self._controls
+
+    def _template_texts(self) -> Iterator[str]:
+        """Yield the sources of the chat templates, and what the model's own writes."""
+        sources = self._tokenizer.chat_template
+        if not sources:
+            return
+        yield from sources.values() if isinstance(sources, dict) else [str(sources)]
+        for roles in _ROLES:
+            with suppress(ChatTemplateError):
+                yield self.apply_chat_template([{"role": r, "content": "Hello"} for r in roles])
 
     def marks_roles(self) -> bool:
         """Whether the chat template writes a user's turn and an assistant's differently.
@@ -91,7 +198,7 @@ class SegmentTokenizer:
         return at_beginning or any(token in text for token in tokens)
 
     def _chat_markup(self) -> tuple[str, tuple[str, ...]]:
-        """What the template writes before a message, and which control tokens it writes."""
+        """Return what the template writes before a message, and the control tokens it writes."""
         template = str(self._tokenizer.chat_template)
         if template not in self._markup:
             self._markup = {template: self._read_chat_markup()}
@@ -103,10 +210,7 @@ class SegmentTokenizer:
             text = self.apply_chat_template([{"role": "user", "content": mark}])
         except ChatTemplateError:
             return "", ()
-        added = [token.content for token in self._tokenizer.added_tokens_decoder.values()]
-        tokens = (*added, *self._tokenizer.all_special_tokens)
-        found = dict.fromkeys(token for token in tokens if token.strip() and token in text)
-        return text.partition(mark)[0].strip(), tuple(found)
+        return text.partition(mark)[0].strip(), tuple(self.control_tokens(text))
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of the ids, special tokens left out."""

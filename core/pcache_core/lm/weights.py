@@ -102,7 +102,9 @@ class _Sight:
 
     def _read_objects(self) -> list[nn.Module | torch.Tensor | None]:
         """Modules, parameters, and those buffers that are saved: others, running changes."""
-        found = [each for table in self._tables for each in table.values()]
+        found: list[nn.Module | torch.Tensor | None] = [
+            each for table in self._tables for each in table.values()
+        ]
         for buffers, unsaved in self._buffers:
             found += [buffer for name, buffer in buffers.items() if name not in unsaved]
         return found

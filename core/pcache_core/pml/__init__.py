@@ -6,7 +6,21 @@ positions, `resolve` a prompt its runs. README.md beside this file is the langua
 
 from pcache_core.errors import PMLError
 from pcache_core.pml.check import check_schema
-from pcache_core.pml.layout import place
+from pcache_core.pml.layout import (
+    Mark,
+    Marks,
+    ModulePath,
+    PlacedItem,
+    PlacedModule,
+    PlacedParam,
+    PlacedRole,
+    PlacedSlot,
+    PlacedText,
+    SchemaLayout,
+    Tokenise,
+    no_marks,
+    place,
+)
 from pcache_core.pml.markup import Limits
 from pcache_core.pml.nodes import (
     Document,
@@ -25,25 +39,10 @@ from pcache_core.pml.nodes import (
 )
 from pcache_core.pml.order import Positions, RunKind
 from pcache_core.pml.parser import parse_prompt, parse_schema
-from pcache_core.pml.places import (
-    Layout,
-    Mark,
-    Marks,
-    ModulePath,
-    PlacedItem,
-    PlacedModule,
-    PlacedParam,
-    PlacedRole,
-    PlacedSlot,
-    PlacedText,
-    Tokenise,
-    no_marks,
-)
-from pcache_core.pml.resolve import Resolution, Run, resolve
+from pcache_core.pml.resolve import Resolution, TokenRun, resolve
 
 __all__ = [
     "Document",
-    "Layout",
     "Limits",
     "Mark",
     "Marks",
@@ -63,12 +62,13 @@ __all__ = [
     "Resolution",
     "Role",
     "RoleName",
-    "Run",
     "RunKind",
     "Scaffold",
     "Schema",
+    "SchemaLayout",
     "Slot",
     "Text",
+    "TokenRun",
     "Tokenise",
     "Turn",
     "Union",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from pcache_core.errors import PMLError
 from pcache_core.pml.grammar import is_name
@@ -33,11 +34,11 @@ def check_schema(schema: Schema) -> None:
 
     Raises: PMLError: with the line, where the tree has lines.
     """
-    _Check(schema).scope(schema.children, (), (), 0)
+    _Check(schema).scope(schema.children, _Place())
 
 
 def in_scope(children: tuple[SchemaNode, ...]) -> Iterator[SchemaNode]:
-    """What a schema or module holds itself: roles and unions looked through, modules not."""
+    """Yield what a schema or module holds itself: roles and unions looked through, modules not."""
     for node in children:
         yield node
         if isinstance(node, Role):
@@ -46,64 +47,56 @@ def in_scope(children: tuple[SchemaNode, ...]) -> Iterator[SchemaNode]:
             yield from node.members
 
 
+class _Place(NamedTuple):
+    """Where in a schema a check is. path: of the module; role: of the message around it."""
+
+    path: tuple[str, ...] = ()
+    role: str | None = None
+    depth: int = 0
+
+
 class _Check:
     def __init__(self, schema: Schema) -> None:
         self._source = schema.source
         self._members: dict[int, dict[str, tuple[Module, Union | None]]] = {}
         self._name(schema, "schema")
 
-    def scope(
-        self,
-        children: tuple[SchemaNode, ...],
-        path: tuple[str, ...],
-        roles: tuple[str, ...],
-        depth: int,
-    ) -> None:
+    def scope(self, children: tuple[SchemaNode, ...], place: _Place) -> None:
         """Check what a schema or module holds, and everything below."""
-        self._nodes(children, path, roles, depth)
-        self._unique(children, path)
+        self._nodes(children, place)
+        self._unique(children, place.path)
         for node in in_scope(children):
             if isinstance(node, Scaffold):
                 self._scaffold(node, children)
 
-    def _nodes(
-        self,
-        children: tuple[SchemaNode, ...],
-        path: tuple[str, ...],
-        roles: tuple[str, ...],
-        depth: int,
-    ) -> None:
-        if depth > MAX_DEPTH:
+    def _nodes(self, children: tuple[SchemaNode, ...], place: _Place) -> None:
+        if place.depth > MAX_DEPTH:
             raise error_at(self._source, None, f"over {MAX_DEPTH} levels deep; flatten the schema")
+        below = place._replace(depth=place.depth + 1)
         for node in children:
             match node:
                 case Module():
                     self._name(node, "module")
-                    self.scope(node.children, (*path, node.name), roles, depth + 1)
+                    self.scope(node.children, below._replace(path=(*place.path, node.name)))
                 case Union():
                     self._union(node)
-                    self._nodes(node.members, path, roles, depth + 1)
+                    self._nodes(node.members, below)
                 case Role():
-                    self._role(node, roles)
-                    self._nodes(node.children, path, (node.role,), depth + 1)
+                    self._role(node, place.role)
+                    self._nodes(node.children, below._replace(role=node.role))
+                case Param():
+                    self._name(node, "parameter")
+                    self._positive(node, "length", node.length)
+                case Slot():
+                    self._name(node, "slot")
+                    tokens = 1 if node.max_tokens is None else node.max_tokens
+                    self._positive(node, "max_tokens", tokens)
+                case Text():
+                    self._text(node)
+                case Scaffold():
+                    pass  # once all names of its scope are known
                 case _:
-                    self._leaf(node)
-
-    def _leaf(self, node: Param | Slot | Text | Scaffold) -> None:
-        match node:
-            case Param():
-                self._name(node, "parameter")
-                self._positive(node, "length", node.length)
-            case Slot():
-                self._name(node, "slot")
-                if node.max_tokens is not None:
-                    self._positive(node, "max_tokens", node.max_tokens)
-            case Text():
-                self._text(node)
-            case Scaffold():
-                pass  # once all names of its scope are known
-            case _:
-                raise self._error(None, f"a schema can't hold {type(node).__name__}")
+                    raise self._error(None, f"a schema can't hold {type(node).__name__}")
 
     def _error(self, line: int | None, message: str) -> PMLError:
         return error_at(self._source, line, message)
@@ -135,16 +128,16 @@ class _Check:
                 node.line, "text holds half a surrogate pair; decode it with errors='replace'"
             ) from None
 
-    def _role(self, node: Role, roles: tuple[str, ...]) -> None:
+    def _role(self, node: Role, around: str | None) -> None:
         if node.role not in ROLES:
             raise self._error(
                 node.line, f"unknown role {quoted(str(node.role))}; {hint(str(node.role), ROLES)}"
             )
-        if roles:
+        if around is not None:
             raise self._error(
                 node.line,
-                f"<{node.role}> can't stand within <{roles[-1]}>: messages don't nest; close "
-                f"<{roles[-1]}> first",
+                f"<{node.role}> can't stand within <{around}>: messages don't nest; close "
+                f"<{around}> first",
             )
 
     def _union(self, node: Union) -> None:

@@ -8,7 +8,7 @@ text. Depth, size and number of elements are limited while reading, so memory is
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from lxml import etree
@@ -20,6 +20,7 @@ MAX_DEPTH = 200
 _CHUNK_BYTES = 16 * 1024
 _LIBXML_BYTES = 8 * 2**20  # beyond, libxml2 refuses long texts unless told otherwise
 _NOT_SPACE = re.compile(r"[^ \t\n]")
+_PROLOG = re.compile(r"(?:[ \t\n]++|<!--.*?-->|<\?.*?\?>)*+", re.DOTALL)
 _XML = "{http://www.w3.org/XML/1998/namespace}"
 _TAG = r"""<(?P<close>/)?[^\s/>"'!?][^>"']*(?:"[^"]*"[^>"']*|'[^']*'[^>"']*)*>"""
 _MARKUP = re.compile(
@@ -98,38 +99,17 @@ def read_markup(source: Source, limits: Limits) -> Markup:
 
     Raises: PMLError: not well-formed, has a document type or a namespace, or is over a limit.
     """
-    _refuse_doctype(source)
+    prolog = _PROLOG.match(source.text)
+    at = prolog.end() if prolog else 0
+    if source.text[at : at + 9].upper() == "<!DOCTYPE":
+        line = source.text.count("\n", 0, at) + 1
+        raise source.error("a document type is not allowed; remove <!DOCTYPE …>", line)
     tree = _parsed(source, limits)
     return Markup(source, _converted(source, tree), tree)
 
 
-def _refuse_doctype(source: Source) -> None:
-    """Look behind white space, comments and processing instructions for a document type."""
-    text, at = source.text, 0
-    while True:
-        at = _space_end(text, at)
-        if text.startswith("<!--", at):
-            closing = text.find("-->", at + 4)
-        elif text.startswith("<?", at):
-            closing = text.find("?>", at + 2)
-        else:
-            break
-        if closing < 0:
-            return
-        at = closing + 2
-        at += text.startswith(">", at)
-    if text[at : at + 9].upper() == "<!DOCTYPE":
-        line = text.count("\n", 0, at) + 1
-        raise source.error("a document type is not allowed; remove <!DOCTYPE …>", line)
-
-
-def _space_end(text: str, at: int) -> int:
-    found = _NOT_SPACE.search(text, at)
-    return found.start() if found else len(text)
-
-
 def _parsed(source: Source, limits: Limits) -> etree._Element:
-    """The tree of lxml, given up as soon as a limit is passed."""
+    """Return the tree of lxml, given up as soon as a limit is passed."""
     parser = etree.XMLPullParser(
         events=("start", "end"),
         encoding="utf-8",  # whatever the declaration says: the text is decoded already
@@ -143,13 +123,36 @@ def _parsed(source: Source, limits: Limits) -> etree._Element:
         huge_tree=limits.max_bytes > _LIBXML_BYTES,
     )
     data = source.text.encode()
-    count = _Count(source, limits)
+    depth = elements = 0
+
+    def count() -> None:
+        nonlocal depth, elements
+        for event, element in parser.read_events():
+            if event != "start" or not isinstance(element, etree._Element):
+                depth -= event == "end"
+                continue
+            depth += 1
+            elements += 1
+            attributes = len(element.attrib)
+            for name, number, counted in (
+                ("depth", depth, "elements within one another"),
+                ("elements", elements, "elements"),
+                ("attributes", attributes, "attributes on one element"),
+            ):
+                limit = getattr(limits, f"max_{name}")
+                if number > limit:
+                    raise source.error(
+                        f"{number:,} {counted}, the limit is {limit:,}; simplify, or raise "
+                        f"Limits(max_{name}=...)",
+                        element.sourceline if isinstance(element.sourceline, int) else None,
+                    )
+
     try:
         for start in range(0, len(data), _CHUNK_BYTES):
             parser.feed(data[start : start + _CHUNK_BYTES])
-            count.add(parser)
+            count()
         tree = parser.close()
-        count.add(parser)
+        count()
     except etree.LxmlError as error:
         raise _syntax_error(source, error) from None
     if tree.getroottree().docinfo.internalDTD is not None:
@@ -157,42 +160,8 @@ def _parsed(source: Source, limits: Limits) -> etree._Element:
     return tree
 
 
-class _Count:
-    """Elements and depth so far."""
-
-    def __init__(self, source: Source, limits: Limits) -> None:
-        self._source, self._limits = source, limits
-        self._depth = self._elements = 0
-
-    def add(self, parser: etree.XMLPullParser) -> None:
-        """Count what the parser has read; raise over a limit."""
-        limits = self._limits
-        for event, element in parser.read_events():
-            if event == "end":
-                self._depth -= 1
-            if event != "start" or not isinstance(element, etree._Element):
-                continue
-            self._depth += 1
-            self._elements += 1
-            attributes = len(element.attrib)
-            if self._depth > limits.max_depth:
-                self._fail("depth", f"{self._depth} elements within one another", element)
-            if self._elements > limits.max_elements:
-                self._fail("elements", f"{self._elements:,} elements", element)
-            if attributes > limits.max_attributes:
-                self._fail("attributes", f"{attributes:,} attributes on one element", element)
-
-    def _fail(self, name: str, got: str, element: etree._Element) -> None:
-        limit = getattr(self._limits, f"max_{name}")
-        line = element.sourceline
-        raise self._source.error(
-            f"{got}, the limit is {limit:,}; simplify, or raise Limits(max_{name}=...)",
-            line if isinstance(line, int) else None,
-        )
-
-
 def _syntax_error(source: Source, error: etree.LxmlError) -> PMLError:
-    """libxml2's message and what to do about it."""
+    """Make an error of libxml2's message and what to do about it."""
     said = (getattr(error, "msg", None) or str(error)).split("\n")[0]
     said = re.sub(r", line \d+, column \d+.*", "", said)
     remedy = next((text for sign, text in _REMEDIES if sign in said), None)
@@ -203,25 +172,24 @@ def _syntax_error(source: Source, error: etree.LxmlError) -> PMLError:
 
 
 def _converted(source: Source, tree: etree._Element) -> Element:
-    lines = _scanned(source.text)
-    numbers = iter(range(len(lines.starts)))
+    lines = _lines(source.text)
+    next(lines)  # of what stands before the outermost element
 
     def convert(node: etree._Element) -> Element:
-        number = next(numbers)
-        line = lines.starts[number]
-        element = Element(
-            _local(source, line, node.tag),
-            {_local(source, line, name): str(value) for name, value in node.attrib.items()},
-            line,
-        )
-        texts = [node.text]
+        line = next(lines)
+        tag = _local(source, line, node.tag)
+        given = {_local(source, line, name): str(value) for name, value in node.attrib.items()}
+        element = Element(tag, given, line)
+
+        def add(text: str | None) -> None:
+            text_line = next(lines) or line
+            if text:
+                element.parts.append(Chars(text, text_line))
+
+        add(node.text)
         for child in node:
             element.parts.append(convert(child))
-            texts.append(child.tail)
-        for gap in range(len(texts) - 1, -1, -1):
-            if text := texts[gap]:
-                chars = Chars(text, lines.chars.get((number, gap), line))
-                element.parts.insert(gap, chars)
+            add(child.tail)
         return element
 
     return convert(tree)
@@ -238,44 +206,31 @@ def _local(source: Source, line: int, name: object) -> str:
     return name
 
 
-@dataclass(frozen=True, slots=True)
-class _Lines:
-    """starts: of each start tag, in order. chars: of text, by element and number of its gap."""
+def _lines(text: str) -> Iterator[int]:
+    """Yield the lines of a well-formed document; libxml2 only knows where tags end.
 
-    starts: list[int] = field(default_factory=list)
-    chars: dict[tuple[int, int], int] = field(default_factory=dict)
-
-
-def _scanned(text: str) -> _Lines:
-    """Lines of tags and text of a well-formed document; libxml2 only knows where tags end."""
-    lines = _Lines()
+    Before each tag, the line of the text there, 0 if that is white space alone; then the line of
+    a start tag itself. An empty element counts as two tags.
+    """
     line_of = _line_counter(text)
-    opened: list[list[int]] = []  # number of the element, number of its current gap
-    at = 0
-
-    def note(start: int, stop: int) -> None:
-        found = _NOT_SPACE.search(text, start, stop)
-        if found and opened:
-            lines.chars.setdefault((opened[-1][0], opened[-1][1]), line_of(found.start()))
-
+    at = text_line = 0
     for match in _MARKUP.finditer(text):
-        note(at, match.start())
+        for start, stop in ((at, match.start()), match.span("cdata")):
+            found = None if text_line else _NOT_SPACE.search(text, start, stop)
+            text_line = line_of(found.start()) if found else text_line
         at = match.end()
-        if match["cdata"] is not None:
-            note(*match.span("cdata"))
-        elif match["close"]:
-            opened.pop()
-        elif match["tag"]:
-            if opened:
-                opened[-1][1] += 1
-            if not match["tag"].endswith("/>"):
-                opened.append([len(lines.starts), 0])
-            lines.starts.append(line_of(match.start()))
-    return lines
+        if not match["tag"]:
+            continue
+        yield text_line
+        text_line = 0
+        if not match["close"]:
+            yield line_of(match.start())
+            if match["tag"].endswith("/>"):
+                yield 0
 
 
 def _line_counter(text: str) -> Callable[[int], int]:
-    """Line of a position, for positions that only grow."""
+    """Return the line of a position, for positions that only grow."""
     position, line = 0, 1
 
     def line_of(wanted: int) -> int:

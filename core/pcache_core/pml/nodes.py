@@ -6,7 +6,7 @@ may be read from text (`parser.py`) or built in Python; `check.py` holds the rul
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias, get_args
 
@@ -14,6 +14,7 @@ from pcache_core.pml.source import Source
 
 RoleName = Literal["system", "user", "assistant"]
 ROLES: tuple[RoleName, ...] = get_args(RoleName)
+DEFAULT_PARAM_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +33,7 @@ class Param:
     """
 
     name: str
-    length: int
+    length: int = DEFAULT_PARAM_TOKENS
     scaffold: str | None = None
     line: int | None = field(default=None, compare=False, repr=False)
 
@@ -82,11 +83,12 @@ class Union:
 
 @dataclass(frozen=True, slots=True)
 class Role:
-    """A chat message of the schema."""
+    """A chat message of the schema. is_apart: whether white space stands beside its tags."""
 
     role: RoleName
     children: tuple[SchemaNode, ...] = ()
     line: int | None = field(default=None, compare=False, repr=False)
+    is_apart: bool = field(default=False, compare=False, repr=False)
 
 
 SchemaNode: TypeAlias = "Text | Param | Slot | Scaffold | Module | Union | Role"
@@ -100,6 +102,23 @@ class Schema:
     children: tuple[SchemaNode, ...] = ()
     line: int | None = field(default=None, compare=False, repr=False)
     source: Source | None = field(default=None, compare=False, repr=False)
+
+    def __iter__(self) -> Iterator[SchemaNode]:
+        """Yield every node, outer before inner."""
+        return _below(self)
+
+
+def children_of(node: Schema | SchemaNode) -> tuple[SchemaNode, ...]:
+    """Return what a node holds itself; nothing for what only has a place."""
+    if isinstance(node, Union):
+        return node.members
+    return node.children if isinstance(node, Schema | Module | Role) else ()
+
+
+def _below(node: Schema | SchemaNode) -> Iterator[SchemaNode]:
+    for child in children_of(node):
+        yield child
+        yield from _below(child)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,11 +146,15 @@ class ModuleUse:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """A chat message of the prompt: text and module uses."""
+    """A chat message of the prompt: text and module uses.
+
+    is_apart: whether white space stands beside its tags.
+    """
 
     role: RoleName
     children: tuple[PromptNode, ...] = ()
     line: int | None = field(default=None, compare=False, repr=False)
+    is_apart: bool = field(default=False, compare=False, repr=False)
 
 
 PromptNode: TypeAlias = "Text | ModuleUse | Turn | Document"

@@ -1,37 +1,43 @@
-"""A prompt's pieces in the order in which they are read, tokenised, not yet placed."""
+"""What a prompt of a schema consists of, in the order in which it is read; not yet placed.
+
+All rules that tie a prompt to its schema are here. A use is looked up in the scope where it stands:
+a module's own modules are used inside its use.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal, TypeAlias, TypeVar
 
 from pcache_core.errors import PMLError
-from pcache_core.pml.nodes import Document, PromptTree, Text, Turn
-from pcache_core.pml.places import (
-    Layout,
+from pcache_core.pml.layout import (
     ModulePath,
     PlacedItem,
+    PlacedModule,
     PlacedParam,
     PlacedRole,
+    PlacedSlot,
     PlacedText,
+    SchemaLayout,
 )
-from pcache_core.pml.source import Source, error_at
-from pcache_core.pml.uses import FilledSlot, FreeText, Group, UsedModule, choose
+from pcache_core.pml.nodes import Document, ModuleUse, PromptNode, PromptTree, Text, Turn
+from pcache_core.pml.source import error_at, hint, quoted
 
 RunKind = Literal["module", "anonymous", "argument", "document", "text", "mark"]
 Positions = Literal["schema", "compact"]
 Message: TypeAlias = PlacedRole | Turn | None
+_Item = TypeVar("_Item", PlacedModule, PlacedParam, PlacedSlot)
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class UnplacedRun:
     """Tokens that follow each other, and where the schema's positions put them.
 
     owner: path of the module or slot. name: of the parameter or document.
     home: its place in the schema; None for what the schema has no place for. begins: the position
-        of a piece without home: None is behind the piece before it.
-    is_last: it begins behind every position in use.
+        of a run without home: None is after the run before it.
+    is_last: it begins after every position in use.
     message: of the schema or of the prompt.
     """
 
@@ -45,148 +51,299 @@ class Piece:
     begins: int | None = None
     is_last: bool = False
     is_reusable: bool = False
-    line: int | None = None
 
 
-def in_order(layout: Layout, prompt: PromptTree, positions: Positions) -> Ordered:
+def in_order(
+    layout: SchemaLayout, prompt: PromptTree, positions: Positions
+) -> tuple[list[UnplacedRun], set[ModulePath]]:
     """Put everything that a prompt consists of in order.
 
     With the schema's positions, modules stand in the schema's order, since that is what positions
-    say; compact, in the prompt's. Text of the schema stands before the first module behind it.
-    Text of the prompt stands behind the module before it, or else before the first; behind the
-    last, it stands at the end of everything.
+    say; compact, in the prompt's. Text of the schema goes before the first module after it. Text of
+    the prompt follows the module it comes after; before the first, it stays there; after the last,
+    it goes to the end of everything.
 
-    Raises: PMLError: the prompt doesn't fit the schema; an argument or a slot's documents are too
-        long; documents in a slot without `max_tokens` have no place among the schema's positions.
+    Returns: the runs that have tokens, and the paths of the modules that are used.
+    Raises: PMLError: another schema; an unknown module, slot or parameter; a module used twice,
+        outside of its parent, or beside another of its union; an argument missing; documents
+        outside of slots; text in a module that holds none; a message within a message; an argument
+        or a slot's documents are too long; documents in a slot without `max_tokens` have no place
+        among the schema's positions.
     """
-    choice = choose(layout, prompt)
-    writer = _Writer(layout, prompt.source, positions)
-    pieces = [*writer.module(choice.root), *writer.tail(choice.tail)]
-    used = frozenset(choice.root.paths())
-    return Ordered(tuple(piece for piece in pieces if piece.token_ids), used)
+    writer = _Writer(layout, prompt, positions)
+    return [run for run in writer.prompt() if run.token_ids], writer.used
 
 
-@dataclass(frozen=True, slots=True)
-class Ordered:
-    """pieces: those with tokens. used: paths of the modules."""
+@dataclass(slots=True, eq=False)
+class _Use:
+    """A module or slot that is used, and the prompt's own text that belongs to it.
 
-    pieces: tuple[Piece, ...]
-    used: frozenset[ModulePath]
+    turn: the prompt's message that puts it there, if one does. leading: texts before the first use,
+    trailing: after this one, up to the next; each with the message that it is in.
+    """
+
+    item: PlacedModule | PlacedSlot
+    node: ModuleUse
+    turn: Turn | None
+    leading: list[tuple[Text, Turn | None]] = field(default_factory=list)
+    trailing: list[tuple[Text, Turn | None]] = field(default_factory=list)
 
 
 class _Writer:
-    def __init__(self, layout: Layout, source: Source | None, positions: Positions) -> None:
-        self._layout, self._source, self._positions = layout, source, positions
-        self._tokenise = layout.tokenise
+    def __init__(self, layout: SchemaLayout, prompt: PromptTree, positions: Positions) -> None:
+        self.used: set[ModulePath] = set()
+        self._layout, self._prompt, self._positions = layout, prompt, positions
+        self._known: dict[ModulePath, dict[str, PlacedModule | PlacedSlot]] = {}
 
-    def module(self, used: UsedModule) -> Iterator[Piece]:
-        """A module's own text and arguments, with what is used in it in between."""
-        items = used.item.items
-        places = {id(item): index for index, item in enumerate(items)}
-        groups = [(places[id(group.use.item)], group) for group in used.groups]
-        if self._positions == "schema":
-            groups.sort(key=lambda pair: pair[0])
-        done = 0
-        for index, group in groups:
-            yield from self._own(used, items[done:index])
-            done = max(done, index + 1)
-            yield from self._group(group)
-        yield from self._own(used, items[done:])
-
-    def tail(self, texts: Sequence[FreeText]) -> Iterator[Piece]:
-        """Text at the end of everything."""
-        for text in texts:
-            yield replace(self._free(text, text.turn), is_last=True)
-
-    def _group(self, group: Group) -> Iterator[Piece]:
-        use = group.use
-        message = use.turn or use.item.role
-        for text in group.leading:
-            yield self._free(text, text.turn or message)
-        yield from self.module(use) if isinstance(use, UsedModule) else self._slot(use)
-        begins: int | None = use.item.stop
-        for text in group.trailing:
-            piece = replace(self._free(text, text.turn or message), begins=begins)
-            yield piece
-            begins = None if piece.token_ids else begins
-
-    def _own(self, used: UsedModule, items: Iterable[PlacedItem]) -> Iterator[Piece]:
-        for item in items:
-            message = used.turn or item.role
-            if isinstance(item, PlacedText):
-                yield Piece(
-                    "module" if item.owner else "anonymous",
-                    item.text,
-                    item.token_ids,
-                    item.owner,
-                    message,
-                    home=item.start,
-                    begins=item.start,
-                    is_reusable=item.cached,
-                    line=item.line,
-                )
-            elif isinstance(item, PlacedParam):
-                yield self._argument(used, item, message)
-
-    def _argument(self, used: UsedModule, item: PlacedParam, message: Message) -> Piece:
-        text = used.arguments[item.name]
-        ids = tuple(self._tokenise(text))
-        if len(ids) > item.length:
+    def prompt(self) -> Iterator[UnplacedRun]:
+        """Yield everything in order."""
+        prompt, root = self._prompt, self._layout.root
+        name = self._layout.schema.name
+        if prompt.schema != name:
             raise self._error(
-                used.line,
-                f"argument {item.name!r} has {len(ids)} tokens, the parameter holds "
-                f"{item.length}; raise len= or shorten it",
+                prompt.line, f"the prompt is of schema {quoted(prompt.schema)}, not of {name!r}"
             )
-        return Piece(
-            "argument",
-            text,
-            ids,
-            item.owner,
-            message,
-            name=item.name,
-            home=item.start,
-            begins=item.start,
-            line=used.line,
-        )
+        uses, texts = self._uses(root, _flat(prompt.children))
+        if uses:
+            texts, uses[-1].trailing = uses[-1].trailing, []
+        yield from self._module(root, prompt, uses, None)
+        for text, turn in texts:
+            yield replace(self._free(text, turn), is_last=True)
 
-    def _slot(self, used: FilledSlot) -> Iterator[Piece]:
-        item = used.item
-        pieces = [self._in_slot(used, part) for part in used.parts]
-        pieces = [piece for piece in pieces if piece.token_ids]
-        count = sum(len(piece.token_ids) for piece in pieces)
-        if item.max_tokens is not None and count > item.max_tokens:
+    def _uses(
+        self, scope: PlacedModule, children: Iterable[tuple[PromptNode, Turn | None]]
+    ) -> tuple[list[_Use], list[tuple[Text, Turn | None]]]:
+        """Return the uses in a scope with their text, and the text of a scope without uses."""
+        texts: list[tuple[Text, Turn | None]] = []
+        uses: list[_Use] = []
+        for node, turn in children:
+            match node:
+                case Text():
+                    (uses[-1].trailing if uses else texts).append((node, turn))
+                case ModuleUse():
+                    uses.append(_Use(self._item(scope, node, turn), node, turn))
+                case Document():
+                    raise self._error(
+                        node.line,
+                        f"a document can't stand in {_shown(scope.path)}, only in a slot; "
+                        f"{hint('', _named(scope, PlacedSlot))}",
+                    )
+                case _:
+                    raise self._error(
+                        node.line, "a message can't stand here; put it right into <prompt>"
+                    )
+        self._check_exclusive(uses)
+        if uses:
+            uses[0].leading, texts = texts, []
+        return uses, texts
+
+    def _item(
+        self, scope: PlacedModule, node: ModuleUse, turn: Turn | None
+    ) -> PlacedModule | PlacedSlot:
+        """Return what a use means in its scope."""
+        items = self._known.get(scope.path)
+        if items is None:
+            items = {**_named(scope, PlacedModule), **_named(scope, PlacedSlot)}
+            self._known[scope.path] = items
+        item = items.get(node.name)
+        if item is None:
+            raise self._error(node.line, self._unknown(scope, node.name, items))
+        if turn is not None and (item.role is not None or _has_role(item)):
             raise self._error(
-                used.line,
-                f"slot {item.name!r} gets {count} tokens, it holds {item.max_tokens}; raise "
+                node.line,
+                f"{node.name!r} is in a message of the schema already; take it out of "
+                f"<{turn.role}>",
+            )
+        return item
+
+    def _check_exclusive(self, uses: Iterable[_Use]) -> None:
+        """Refuse a module that is used twice, and two of a union."""
+        lines: dict[str, int | None] = {}
+        unions: dict[int, str] = {}
+        for use in uses:
+            name, line = use.item.name, use.node.line
+            if name in lines:
+                first = f" (line {lines[name]})" if lines[name] is not None else ""
+                raise self._error(line, f"{name!r} is used already{first}; remove one")
+            lines[name] = line
+            if isinstance(use.item, PlacedModule) and use.item.union is not None:
+                rival = unions.setdefault(use.item.union, name)
+                if rival != name:
+                    raise self._error(
+                        line, f"{name!r} and {rival!r} are of one union; use one of them"
+                    )
+
+    def _module(
+        self,
+        module: PlacedModule,
+        node: ModuleUse | PromptTree,
+        uses: list[_Use],
+        turn: Turn | None,
+    ) -> Iterator[UnplacedRun]:
+        """Yield a module's own text and arguments, with what is used in it in between."""
+        self.used.add(module.path)
+        self._check_arguments(module, node)
+        items = module.items
+        places = {id(item): index for index, item in enumerate(items)}
+        if self._positions == "schema":
+            uses = sorted(uses, key=lambda use: places[id(use.item)])
+        done = 0
+        for use in uses:
+            index = places[id(use.item)]
+            yield from self._own(items[done:index], node, turn)
+            done = max(done, index + 1)
+            yield from self._used(use)
+        yield from self._own(items[done:], node, turn)
+
+    def _own(
+        self, items: Iterable[PlacedItem], node: ModuleUse | PromptTree, turn: Turn | None
+    ) -> Iterator[UnplacedRun]:
+        for item in items:
+            message = turn or item.role
+            if isinstance(item, PlacedText):
+                kind: RunKind = "module" if item.owner else "anonymous"
+                yield UnplacedRun(
+                    kind, item.text, item.token_ids, item.owner, message,
+                    home=item.start, is_reusable=item.cached,
+                )  # fmt: skip
+            elif isinstance(item, PlacedParam):
+                text = node.arguments[item.name]
+                ids = self._ids(text)
+                if len(ids) > item.length:
+                    raise self._error(
+                        node.line,
+                        f"argument {item.name!r} has {len(ids)} tokens, the parameter holds "
+                        f"{item.length}; raise len= or shorten it",
+                    )
+                yield UnplacedRun(
+                    "argument", text, ids, item.owner, message, name=item.name, home=item.start
+                )
+
+    def _used(self, use: _Use) -> Iterator[UnplacedRun]:
+        item, node = use.item, use.node
+        message = use.turn or item.role
+        for text, turn in use.leading:
+            yield self._free(text, turn or message)
+        if isinstance(item, PlacedSlot):
+            yield from self._slot(item, node, message)
+        else:
+            uses, texts = self._uses(item, ((child, use.turn) for child in node.children))
+            if texts:
+                raise self._error(
+                    texts[0][0].line,
+                    f"text can't stand in <{node.name}> unless one of its modules does; put it "
+                    f"after </{node.name}>",
+                )
+            yield from self._module(item, node, uses, use.turn)
+        begins: int | None = item.stop
+        for text, turn in use.trailing:
+            run = replace(self._free(text, turn or message), begins=begins)
+            yield run
+            begins = None if run.token_ids else begins
+
+    def _slot(self, slot: PlacedSlot, node: ModuleUse, message: Message) -> Iterator[UnplacedRun]:
+        for name in node.arguments:
+            raise self._error(node.line, f"slot {node.name!r} takes no argument {quoted(name)}")
+        runs = [self._in_slot(slot, part, message) for part in node.children]
+        runs = [run for run in runs if run.token_ids]
+        count = sum(len(run.token_ids) for run in runs)
+        if slot.max_tokens is not None and count > slot.max_tokens:
+            raise self._error(
+                node.line,
+                f"slot {slot.name!r} gets {count} tokens, it holds {slot.max_tokens}; raise "
                 "max-tokens= or leave documents out",
             )
-        is_open = item.max_tokens is None
-        if pieces and is_open and self._positions == "schema" and self._layout.stop > item.start:
+        is_open = slot.max_tokens is None
+        if runs and is_open and self._positions == "schema" and self._layout.stop > slot.start:
             raise self._error(
-                used.line,
-                f"slot {item.name!r} has no max-tokens, so positions of what stands behind it "
+                node.line,
+                f"slot {slot.name!r} has no max-tokens, so positions of what stands after it "
                 "are unknown; set max-tokens=, or use positions='compact'",
             )
-        for index, piece in enumerate(pieces):
-            begins = item.start if index == 0 else None
-            yield replace(piece, begins=begins, is_last=is_open)
+        for index, run in enumerate(runs):
+            yield replace(run, begins=slot.start if index == 0 else None, is_last=is_open)
 
-    def _in_slot(self, used: FilledSlot, part: Document | Text) -> Piece:
-        is_document = isinstance(part, Document)
-        return Piece(
-            "document" if is_document else "text",
-            part.text,
-            tuple(self._tokenise(part.text)),
-            (*used.item.owner, used.item.name),
-            used.turn or used.item.role,
-            name=part.name if isinstance(part, Document) else None,
-            is_reusable=is_document,
-            line=part.line,
+    def _in_slot(self, slot: PlacedSlot, part: PromptNode, message: Message) -> UnplacedRun:
+        if not isinstance(part, Document | Text):
+            raise self._error(
+                part.line, f"slot {slot.name!r} holds documents; write <document>…</document>"
+            )
+        text = self._plain(part.text, part.line)
+        owner = (*slot.owner, slot.name)
+        if isinstance(part, Text):
+            return UnplacedRun("text", text, self._ids(text), owner, message)
+        return UnplacedRun(
+            "document", text, self._ids(text), owner, message, name=part.name, is_reusable=True
         )
 
-    def _free(self, free: FreeText, message: Message) -> Piece:
-        ids = tuple(self._tokenise(free.text))
-        return Piece("text", free.text, ids, (), message, line=free.line)
+    def _free(self, node: Text, message: Message) -> UnplacedRun:
+        text = self._plain(node.text, node.line)
+        return UnplacedRun("text", text, self._ids(text), (), message)
+
+    def _ids(self, text: str) -> tuple[int, ...]:
+        return tuple(self._layout.tokenise(text))
+
+    def _check_arguments(self, module: PlacedModule, node: ModuleUse | PromptTree) -> None:
+        params = _named(module, PlacedParam)
+        place, line = _shown(module.path), node.line
+        for name, text in node.arguments.items():
+            if name not in params:
+                raise self._error(
+                    line, f"{place} has no parameter {quoted(name)}; {hint(name, params)}"
+                )
+            self._plain(text, line)
+        for name in params:
+            if name not in node.arguments:
+                raise self._error(line, f'{place} needs an argument for {name!r}; write {name}="…"')
+
+    def _unknown(self, scope: PlacedModule, name: str, known: Mapping[str, object]) -> str:
+        for module in self._layout.modules():
+            if module.name == name:
+                opening = "".join(f"<{part}>" for part in module.owner)
+                closing = "".join(f"</{part}>" for part in reversed(module.owner))
+                return (
+                    f"module {name!r} is in {_shown(module.owner)}, not in "
+                    f"{_shown(scope.path)}; write {opening}<{name}/>{closing}"
+                )
+        return f"{_shown(scope.path)} has no module or slot {quoted(name)}; {hint(name, known)}"
+
+    def _plain(self, text: str, line: int | None) -> str:
+        if not isinstance(text, str):
+            raise self._error(line, f"text and arguments are str, got {type(text).__name__}")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise self._error(
+                line, "half a surrogate pair; decode the text's source with errors='replace'"
+            ) from None
+        return text
 
     def _error(self, line: int | None, message: str) -> PMLError:
-        return error_at(self._source, line, message)
+        return error_at(self._prompt.source, line, message)
+
+
+def _flat(children: Iterable[PromptNode]) -> Iterator[tuple[PromptNode, Turn | None]]:
+    """Yield children with the message that they are in, in place of the messages."""
+    for node in children:
+        if isinstance(node, Turn):
+            turn = replace(node)  # a message of its own, should a tree hold the same node twice
+            yield from ((inner, turn) for inner in node.children)
+        else:
+            yield node, None
+
+
+def _named(scope: PlacedModule, kind: type[_Item]) -> dict[str, _Item]:
+    return {item.name: item for item in scope.items if isinstance(item, kind)}
+
+
+def _has_role(item: PlacedModule | PlacedSlot) -> bool:
+    """Tell whether a message of the schema is somewhere in the module."""
+    inside = item.items if isinstance(item, PlacedModule) else ()
+    return any(
+        part.role is not None or (isinstance(part, PlacedModule) and _has_role(part))
+        for part in inside
+    )
+
+
+def _shown(path: ModulePath) -> str:
+    return f"module {'/'.join(path)!r}" if path else "the schema"

@@ -1,17 +1,23 @@
-"""PML text to trees: strict XML, then the grammar, then the rules that a grammar can't say."""
+"""PML text to trees: strict XML, then the grammar, then the rules that a grammar can't say.
+
+White space with a line break in it, at either end of a text, is layout: next to the tags of the
+element that the text is in it is dropped, next to a child's tag it is one space. All other white
+space is kept as written, and so is everything under `xml:space="preserve"`. Between chat messages,
+white space alone is never text.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import cast
+from typing import Literal, cast
 
 from pcache_core.errors import PMLError
 from pcache_core.pml.check import check_schema
 from pcache_core.pml.grammar import GrammarName, grammar
 from pcache_core.pml.include import SourceFolder
-from pcache_core.pml.markup import Element, Limits, Markup, read_markup
+from pcache_core.pml.markup import Chars, Element, Limits, Markup, read_markup
 from pcache_core.pml.nodes import (
     ROLES,
     Document,
@@ -31,9 +37,13 @@ from pcache_core.pml.nodes import (
     Union,
 )
 from pcache_core.pml.source import Source, read_source
-from pcache_core.pml.whitespace import SpaceRule, as_written, in_prompt, in_schema
 
 DEFAULT_LIMITS = Limits()
+SpaceRule = Literal["schema", "prompt", "preserve"]
+"""What white space counts: as in a schema, as in a prompt, all."""
+
+_SPACE = " \t\n"
+_SILENT = (*ROLES, "scaffold")
 
 
 def parse_schema(
@@ -55,7 +65,7 @@ def parse_schema(
     left = limits.max_bytes - len(source.text.encode())
     folder = None if src_root is None else SourceFolder(src_root, left)
     reader = _SchemaReader(source, folder)
-    children = reader.children(root, _space_rule(root, in_schema, in_schema))
+    children = reader.children(root, _space_rule(root, "schema", "schema"))
     schema = Schema(root.attributes["name"], children, root.line, source)
     check_schema(schema)
     return schema
@@ -72,7 +82,7 @@ def parse_prompt(
     root = markup.root
     arguments = _arguments(root)
     name = arguments.pop("schema")
-    children = tuple(_prompt_children(root, _space_rule(root, in_prompt, in_prompt)))
+    children = tuple(_prompt_children(root, _space_rule(root, "prompt", "prompt")))
     return PromptTree(name, children, arguments, root.line, markup.source)
 
 
@@ -102,19 +112,19 @@ class _SchemaReader:
     def children(self, element: Element, space: SpaceRule) -> tuple[SchemaNode, ...]:
         """What an element holds, in order; texts are never empty."""
         return tuple(
-            part if isinstance(part, Text) else self._node(part, space)
-            for part in _parts(element, space)
+            part if isinstance(part, Text) else self._node(part, space, is_apart=is_apart)
+            for part, is_apart in _parts(element, space)
         )
 
-    def _node(self, element: Element, space: SpaceRule) -> SchemaNode:
+    def _node(self, element: Element, space: SpaceRule, *, is_apart: bool) -> SchemaNode:
         given, line = element.attributes, element.line
-        space = _space_rule(element, space, in_schema)
+        space = _space_rule(element, space, "schema")
         match element.tag:
             case "module":
                 return self._module(element, space)
             case "union":
                 modules = [part for part in element.parts if isinstance(part, Element)]
-                members = (self._module(m, _space_rule(m, space, in_schema)) for m in modules)
+                members = (self._module(m, _space_rule(m, space, "schema")) for m in modules)
                 return Union(tuple(members), given.get("scaffold"), line)
             case "slot":
                 return Slot(given["name"], self._tokens(element, "max-tokens"), line)
@@ -125,13 +135,13 @@ class _SchemaReader:
                 return Param(given["name"], length or 0, given.get("scaffold"), line)
             case _:
                 role = cast(RoleName, element.tag)  # the grammar allows nothing else
-                return Role(role, self.children(element, space), line)
+                return Role(role, self.children(element, space), line, is_apart)
 
     def _module(self, element: Element, space: SpaceRule) -> Module:
         given, line = element.attributes, element.line
         children = self.children(element, space)
         if "src" in given:
-            text = space(self._included(given["src"], line), None, None)
+            text = _kept(self._included(given["src"], line), None, None, space)
             children = (Text(text, line), *children) if text else children
         return Module(given["name"], children, given.get("cache") != "false", line)
 
@@ -156,39 +166,73 @@ class _SchemaReader:
 
 
 def _prompt_children(element: Element, space: SpaceRule) -> Iterator[PromptNode]:
-    for part in _parts(element, space):
+    for part, is_apart in _parts(element, space):
         if isinstance(part, Text):
             yield part
             continue
-        inside = tuple(_prompt_children(part, _space_rule(part, space, in_prompt)))
+        inside = tuple(_prompt_children(part, _space_rule(part, space, "prompt")))
         if part.tag == "document":
             text = "".join(node.text for node in inside if isinstance(node, Text))
             yield Document(text, part.attributes.get("name"), part.line)
         elif part.tag in ROLES:
-            yield Turn(part.tag, inside, part.line)
+            yield Turn(part.tag, inside, part.line, is_apart)
         else:
             yield ModuleUse(part.tag, _arguments(part), inside, part.line)
 
 
-def _parts(element: Element, space: SpaceRule) -> Iterator[Text | Element]:
-    """Child elements, and texts without the white space that is only layout."""
-    parts = element.parts
-    tags = [part.tag if isinstance(part, Element) else None for part in parts]
-    for index, part in enumerate(parts):
-        if isinstance(part, Element):
-            yield part
+def _parts(element: Element, space: SpaceRule) -> Iterator[tuple[Text | Element, bool]]:
+    """Yield child elements, and texts without the white space that is only layout.
+
+    With each, whether white space stands beside the tags of the child.
+    """
+    parts = [None, *element.parts, None]
+    for before, part, after in zip(parts, element.parts, parts[2:], strict=False):
+        if isinstance(part, Chars):
+            if text := _kept(part.text, _tag(before), _tag(after), space):
+                yield Text(text, part.line), False
             continue
-        before = tags[index - 1] if index else None
-        after = tags[index + 1] if index + 1 < len(tags) else None
-        if text := space(part.text, before, after):
-            yield Text(text, part.line)
+        beside = (_edges(before)[1], _edges(after)[0])
+        inside = (_edges(part.parts[0])[0], _edges(part.parts[-1])[1]) if part.parts else ()
+        yield part, any(edge in _SPACE for edge in (*beside, *inside) if edge)
+
+
+def _tag(part: Element | Chars | None) -> str | None:
+    return part.tag if isinstance(part, Element) else None
+
+
+def _edges(part: Element | Chars | None) -> tuple[str, str]:
+    """Return the first and the last character of a text."""
+    return (part.text[0], part.text[-1]) if isinstance(part, Chars) else ("", "")
 
 
 def _space_rule(element: Element, inherited: SpaceRule, default: SpaceRule) -> SpaceRule:
-    """What `xml:space` says of the element."""
+    """Return the rule that `xml:space` sets for an element."""
     asked = element.attributes.get("xml:space")
-    return {"preserve": as_written, "default": default}.get(asked or "", inherited)
+    return "preserve" if asked == "preserve" else default if asked == "default" else inherited
 
 
 def _arguments(element: Element) -> dict[str, str]:
     return {name: value for name, value in element.attributes.items() if name != "xml:space"}
+
+
+def _kept(text: str, before: str | None, after: str | None, rule: SpaceRule) -> str:
+    """Return what of a text counts. before, after: tags beside it; None for the one around it."""
+    core = text.strip(_SPACE)
+    if rule == "preserve":
+        return "" if not core and (before in ROLES or after in ROLES) else text
+    if not core:
+        if before in _SILENT or after in _SILENT:
+            return ""
+        if "\n" not in text:
+            return text
+        # Children of a schema are words apart; to a prompt, the schema gives the space.
+        return " " if rule == "schema" and before and after else ""
+    length = len(text) - len(text.lstrip(_SPACE))
+    leading, trailing = text[:length], text[length + len(core) :]
+    return _edge(leading, before) + core + _edge(trailing, after)
+
+
+def _edge(space: str, neighbour: str | None) -> str:
+    if "\n" not in space:
+        return space
+    return " " if neighbour and neighbour not in ROLES else ""

@@ -8,14 +8,14 @@ from itertools import accumulate
 from typing import get_args
 
 from pcache_core.errors import OptionError
+from pcache_core.pml.layout import Marks, ModulePath, PlacedRole, SchemaLayout
 from pcache_core.pml.nodes import PromptTree, RoleName, Turn
-from pcache_core.pml.order import Message, Piece, Positions, RunKind, in_order
-from pcache_core.pml.places import Layout, Marks, ModulePath, PlacedRole
+from pcache_core.pml.order import Message, Positions, RunKind, UnplacedRun, in_order
 from pcache_core.pml.source import error_at
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class TokenRun:
     """Tokens at positions that follow each other.
 
     kind: `module` and `anonymous` are text of the schema (in a module, outside of all), `argument`
@@ -52,7 +52,7 @@ class Resolution:
     scaffolds: sets of modules, all used, that are encoded together; no module is in two.
     """
 
-    runs: tuple[Run, ...]
+    runs: tuple[TokenRun, ...]
     scaffolds: tuple[tuple[ModulePath, ...], ...]
 
     @property
@@ -72,7 +72,7 @@ class Resolution:
 
 
 def resolve(
-    layout: Layout,
+    layout: SchemaLayout,
     prompt: PromptTree,
     *,
     positions: Positions = "schema",
@@ -89,69 +89,80 @@ def resolve(
         raise OptionError(
             f"unknown positions {positions!r}; use one of {', '.join(get_args(Positions))}"
         )
-    ordered = in_order(layout, prompt, positions)
-    if not ordered.pieces:
+    unplaced, used = in_order(layout, prompt, positions)
+    if not unplaced:
         raise error_at(
             prompt.source, prompt.line, "the prompt is empty; use a module or write some text"
         )
-    pieces = _with_marks(ordered.pieces, layout.marks, prompt)
+    unplaced = _with_marks(unplaced, layout, prompt)
     place = _schema_positions if positions == "schema" else _compact_positions
-    starts = place(pieces, layout.start)
-    runs = tuple(_run(piece, start) for piece, start in zip(pieces, starts, strict=True))
-    return Resolution(runs, _scaffolds(layout, ordered.used))
+    starts = place(unplaced, layout.start)
+    runs = tuple(_placed(run, start) for run, start in zip(unplaced, starts, strict=True))
+    return Resolution(runs, _scaffolds(layout, used))
 
 
-def _run(piece: Piece, start: int) -> Run:
-    return Run(
-        piece.kind,
-        piece.text,
-        piece.token_ids,
-        start,
-        piece.home,
-        piece.owner,
-        piece.name,
-        None if piece.message is None else piece.message.role,
-        piece.is_reusable,
-    )
+def _placed(run: UnplacedRun, start: int) -> TokenRun:
+    role = None if run.message is None else run.message.role
+    return TokenRun(
+        run.kind, run.text, run.token_ids, start, run.home,
+        run.owner, run.name, role, run.is_reusable,
+    )  # fmt: skip
 
 
-def _with_marks(pieces: Sequence[Piece], marks: Marks, prompt: PromptTree) -> list[Piece]:
+def _with_marks(
+    runs: Sequence[UnplacedRun], layout: SchemaLayout, prompt: PromptTree
+) -> list[UnplacedRun]:
     """Put the chat template's marks where messages begin, and at the end.
 
     In a prompt with messages, what stands beside them belongs to the user's message before it, or
-    else to the user's message behind it, or else is one of its own.
+    else to the user's message after it, or else is one of its own. White space beside the tags of
+    a message that is joined so to another keeps their words apart, as between other children.
     """
-    if all(piece.message is None for piece in pieces):
-        return list(pieces)
-    written: list[Piece] = []
+    if all(run.message is None for run in runs):
+        return list(runs)
+    written: list[UnplacedRun] = []
     current: Message = None
     implied: Message = None
+    before: Message = None  # of the run before, before it was taken into another's message
     opened: set[int] = set()
-    for piece in pieces:
-        message = piece.message
+    for run in runs:
+        message = run.message
         if message is None:
             if current is None or current.role != "user":
                 implied = Turn("user")
                 message = implied
             else:
                 message = current
+        border: UnplacedRun | None = None
         joins = current is not None and current is implied and message.role == "user"
         if message is not current and not joins:
-            mark = _mark(marks, current, message, prompt)
+            border = _mark(layout.marks, current, message, prompt)
             if isinstance(message, PlacedRole) and id(message) not in opened:
-                mark = replace(mark, home=message.start, begins=message.start)
-            elif piece.home is None and mark.token_ids:
-                mark = replace(mark, begins=piece.begins, is_last=piece.is_last)
-                piece = replace(piece, begins=None)
-            written.append(mark)
+                border = replace(border, home=message.start)
+        elif run.message is not before and _are_apart(before, written[-1], run):
+            border = UnplacedRun("text", " ", tuple(layout.tokenise(" ")), (), message)
+        if border is not None and border.token_ids:
+            if border.home is None and run.home is None:
+                border = replace(border, begins=run.begins, is_last=run.is_last)
+                run = replace(run, begins=None)
+            written.append(border)
         opened.add(id(message))
-        current = message
-        written.append(replace(piece, message=message))
-    written.append(replace(_mark(marks, current, None, prompt), is_last=True))
-    return [piece for piece in written if piece.token_ids]
+        current, before = message, run.message
+        written.append(replace(run, message=message))
+    end = _mark(layout.marks, current, None, prompt)
+    return [*written, replace(end, is_last=True)] if end.token_ids else written
 
 
-def _mark(marks: Marks, before: Message, after: Message, prompt: PromptTree) -> Piece:
+def _are_apart(before: Message, left: UnplacedRun, right: UnplacedRun) -> bool:
+    """Tell whether only the white space beside a message's tag has kept two runs apart.
+
+    before: the message that the left one was in.
+    """
+    is_laid_out = any(message and message.is_apart for message in (before, right.message))
+    return is_laid_out and not (left.text[-1:].isspace() or right.text[:1].isspace())
+
+
+def _mark(marks: Marks, before: Message, after: Message, prompt: PromptTree) -> UnplacedRun:
     roles = [None if message is None else message.role for message in (before, after)]
     mark = marks(*roles)
     if mark is None:
@@ -163,29 +174,29 @@ def _mark(marks: Marks, before: Message, after: Message, prompt: PromptTree) -> 
             f"the model's chat template has no {names[1]} behind {names[0]}; put the messages in "
             "another order",
         )
-    return Piece("mark", mark.text, mark.token_ids, (), after)
+    return UnplacedRun("mark", mark.text, mark.token_ids, (), after)
 
 
-def _schema_positions(pieces: Sequence[Piece], first: int) -> list[int]:
-    """Start of each piece: its own, or behind the piece before it, or behind all."""
+def _schema_positions(runs: Sequence[UnplacedRun], first: int) -> list[int]:
+    """Return the start of each run: its home, or after the run before it, or after all."""
     starts = []
     end = largest = first
-    for piece in pieces:
-        begins = end if piece.begins is None else piece.begins
-        start = largest if piece.is_last else begins
+    for run in runs:
+        begins = run.begins if run.home is None else run.home
+        start = largest if run.is_last else end if begins is None else begins
         starts.append(start)
-        end = start + len(piece.token_ids)
+        end = start + len(run.token_ids)
         largest = max(largest, end)
     return starts
 
 
-def _compact_positions(pieces: Sequence[Piece], first: int) -> list[int]:
-    """Start of each piece: behind the one before it."""
-    lengths = (len(piece.token_ids) for piece in pieces)
+def _compact_positions(runs: Sequence[UnplacedRun], first: int) -> list[int]:
+    """Return the start of each run: after the one before it."""
+    lengths = (len(run.token_ids) for run in runs)
     return list(accumulate(lengths, initial=first))[:-1]
 
 
-def _scaffolds(layout: Layout, used: frozenset[ModulePath]) -> tuple[tuple[ModulePath, ...], ...]:
+def _scaffolds(layout: SchemaLayout, used: set[ModulePath]) -> tuple[tuple[ModulePath, ...], ...]:
     """Scaffolds whose modules are all used, the largest first; none that shares a module."""
     found: list[tuple[ModulePath, ...]] = []
     taken: set[ModulePath] = set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
@@ -114,6 +115,24 @@ class OpeningStore(ModuleStore, Protocol):
 
         keys: each once. Slow reads begin for all of them before this returns.
         """
+
+
+class OpeningReads(ABC):
+    """Reads at once what a store opens."""
+
+    def get(self, key: ModuleKey) -> Hit | None:
+        """Return the state if it is there and whole; it counts as used."""
+        return read(self.open_many([key])[0])
+
+    def get_many(self, keys: Sequence[ModuleKey]) -> list[Hit | None]:
+        """Return what `get` does for each key; the store is asked for all of them at once."""
+        unique = list(dict.fromkeys(keys))
+        opened = dict(zip(unique, self.open_many(unique), strict=True))
+        return [read(opened[key]) for key in keys]
+
+    @abstractmethod
+    def open_many(self, keys: Sequence[ModuleKey]) -> list[Opened | None]:
+        """Open states, see `OpeningStore`."""
 
 
 def open_many(store: ModuleStore, keys: Sequence[ModuleKey]) -> list[Opened | None]:

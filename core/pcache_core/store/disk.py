@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import logging
-import mmap
 import os
 import stat
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
-
-import torch
 
 from pcache_core.errors import OptionError, StateMismatchError, StoreError
 from pcache_core.kv.key import ModuleKey
 from pcache_core.kv.state import KVState
 from pcache_core.store import serde
-from pcache_core.store.base import (
-    Hit,
-    Opened,
-    StoreStats,
-    milliseconds_since,
-    read,
-)
+from pcache_core.store.base import Opened, OpeningReads, StoreStats, milliseconds_since
 from pcache_core.store.counters import Counters, Outage
-from pcache_core.store.folder import Entry, StateFolder, Usage
+from pcache_core.store.folder import Entry, StateFolder, Usage, open_file
 from pcache_core.store.memory import check_budget
 from pcache_core.store.packing import check_storage_dtype, stored_name
 from pcache_core.store.record import StorageDtype
@@ -34,9 +27,10 @@ from pcache_core.store.seal import Seal
 logger = logging.getLogger(__name__)
 
 DEFAULT_DISK_BUDGET_BYTES = 32 * 2**30
+_MOST_OPEN = 64  # states that are asked for together
 
 
-class DiskStore:
+class DiskStore(OpeningReads):
     """A byte-bounded store in a folder, least recently used out first.
 
     path: the folder, made with mode 0700 if it is not there; files have mode 0600. Whoever can read
@@ -48,11 +42,10 @@ class DiskStore:
         folder, and do not see each other's states.
     hmac_key: see `Seal`.
 
-    Every file is checked from the first byte to the last when it is read; one that is damaged,
-    or another model's, is removed and counts as a miss. Where the folder can't be read or written,
-    look-ups miss and `put` keeps nothing, with one warning until it works again.
-
-    States are memory-mapped: files must never be changed in place, only replaced.
+    Every file is read into memory of the reader's own and checked there, from the first byte to
+    the last; one that is damaged, or another model's, is removed and counts as a miss. Where the
+    folder can't be read or written, look-ups miss and `put` keeps nothing, with one warning until
+    it works again. What stands in the folder and is not a state is left alone.
 
     Raises: OptionError: a path that is no path; unknown storage dtype; a bad key. BudgetError: the
         budget is not positive. StoreError: the folder can't be made.
@@ -82,66 +75,60 @@ class DiskStore:
                 "give a folder that exists or can be made"
             ) from error
 
-    def get(self, key: ModuleKey) -> Hit | None:
-        """The state, mapped into memory, if it is there and whole; it becomes the most recent."""
-        return self.get_many([key])[0]
-
-    def get_many(self, keys: Sequence[ModuleKey]) -> list[Hit | None]:
-        """What `get` returns for each key; the disk is asked for all of them at once."""
-        found = self.open_many(keys)
-        return [read(opened) for opened in found]
-
     def open_many(self, keys: Sequence[ModuleKey]) -> list[Opened | None]:
-        """The states that are there, mapped and not yet read.
+        """Find the states that are there; their numbers are read when they are used.
 
         The kernel is told to read all of them before the first is looked at: a disk serves them
         together, and goes on while the first are copied into buffers.
         """
+        found: list[Opened | None] = []
+        for start in range(0, len(keys), _MOST_OPEN):
+            some = keys[start : start + _MOST_OPEN]
+            started = time.perf_counter()
+            for key in some:
+                _read_ahead(self._path(key))
+            told_ms = milliseconds_since(started) / len(some)
+            found += [self._open(key, told_ms) for key in some]
+        return found
+
+    def _open(self, key: ModuleKey, told_ms: float) -> Opened | None:
         started = time.perf_counter()
-        files = [(key, self._file(key)) for key in keys]
-        opening_ms = milliseconds_since(started) / max(len(keys), 1)
-        return [file and self._opened(key, *file, opening_ms) for key, file in files]
-
-    def _file(self, key: ModuleKey) -> tuple[Entry, mmap.mmap] | None:
-        path = self._folder.path(self._name(key))
+        path = self._path(key)
         try:
-            _check_nbytes(path)
-            return _mapped(path)
-        except FileNotFoundError:
-            self._counters.missed()
-        except StateMismatchError as error:
-            self._drop(path, error)
-        except OSError as error:
-            self._reading.failed(error)
-            self._counters.missed()
-        return None
-
-    def _opened(
-        self, key: ModuleKey, entry: Entry, content: mmap.mmap, opening_ms: float
-    ) -> Opened | None:
-        try:
-            raw = torch.frombuffer(content, dtype=torch.uint8)
-            rows = serde.open_state(raw, key, self._seal)
-        except StateMismatchError as error:
-            self._drop(entry.path, error)
+            entry = Entry.of(path, os.lstat(path))
+            rows = serde.SealedState(partial(open_file, path), key, self._seal)
+        except (OSError, StateMismatchError) as error:
+            self._missed(path, error)
             return None
+        opening_ms = told_ms + milliseconds_since(started)
 
         def settle(load_ms: float, error: StateMismatchError | None) -> None:
             if error is not None:
-                self._drop(entry.path, error)
+                cause = error.__cause__
+                self._missed(path, cause if isinstance(cause, OSError) else error)
                 return
             self._folder.used(entry)
             self._reading.worked()
-            self._counters.hit(opening_ms + load_ms, entry.nbytes)
+            self._counters.hit(opening_ms + load_ms, rows.nbytes)
 
-        return Opened(rows, "disk", entry.nbytes, settle)
+        return Opened(rows, "disk", rows.nbytes, settle)
+
+    def _missed(self, path: Path, error: OSError | StateMismatchError) -> None:
+        """Count a miss; drop what is damaged."""
+        self._counters.missed()
+        if isinstance(error, StateMismatchError):
+            logger.warning("dropped the stored state %s: %s", path.name, error)
+            self._counters.dropped()
+            self._remove(path)
+        elif not isinstance(error, FileNotFoundError):
+            self._reading.failed(error)
 
     def put(self, key: ModuleKey, state: KVState) -> bool:
         """Write the state and make room for it; False if it can't be kept.
 
         A state under the same key is replaced. The disk has it when this returns.
         """
-        name = self._name(key)
+        name = stored_name(key.digest, self.storage_dtype)
         try:
             buffers = serde.encode(key, state, self.storage_dtype, self._seal, int(time.time()))
         except StateMismatchError as error:
@@ -162,11 +149,15 @@ class DiskStore:
 
     def contains(self, key: ModuleKey) -> bool:
         """Whether a file of this name is there; what is in it, only `get` finds out."""
-        return os.path.exists(self._folder.path(self._name(key)))
+        try:
+            status = os.lstat(self._path(key))
+        except OSError:
+            return False
+        return stat.S_ISREG(status.st_mode) and status.st_size > 0
 
     def delete(self, key: ModuleKey) -> None:
         """Remove the state's file if it is there."""
-        self._remove(self._folder.path(self._name(key)))
+        self._remove(self._path(key))
 
     def check(self) -> None:
         """Raises: StoreError: no file can be written to the folder, and why."""
@@ -188,14 +179,8 @@ class DiskStore:
             usage = Usage(0, 0)
         return self._counters.stats(usage.states, usage.nbytes)
 
-    def _name(self, key: ModuleKey) -> str:
-        return stored_name(key.digest, self.storage_dtype)
-
-    def _drop(self, path: Path, error: StateMismatchError) -> None:
-        logger.warning("dropped the stored state %s: %s", path.name, error)
-        self._counters.dropped()
-        self._counters.missed()
-        self._remove(path)
+    def _path(self, key: ModuleKey) -> Path:
+        return self._folder.path(stored_name(key.digest, self.storage_dtype))
 
     def _remove(self, path: Path) -> None:
         try:
@@ -210,33 +195,16 @@ def _checked_path(path: object) -> Path:
     return Path(os.path.abspath(os.path.expanduser(os.fspath(path))))
 
 
-def _check_nbytes(path: Path) -> None:
-    """Raises: OSError. StateMismatchError: it is no regular file, or empty."""
-    status = os.stat(path, follow_symlinks=False)
-    if not stat.S_ISREG(status.st_mode) or status.st_size == 0:
-        raise StateMismatchError("it is empty or no regular file")
-
-
-def _mapped(path: Path) -> tuple[Entry, mmap.mmap]:
-    """A file's bytes, mapped privately: writing to them changes no file. Reading them has begun.
-
-    Raises: OSError: it is not there or can't be read. StateMismatchError: it was emptied meanwhile.
-    """
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
-    try:
-        status = os.fstat(descriptor)  # of this very file, should another have taken its place
-        if not _is_cached(descriptor, status.st_size):
+def _read_ahead(path: Path) -> None:
+    """Ask the kernel to read a file that is not in memory; what is wrong with it shows later."""
+    with suppress(OSError, StateMismatchError), open_file(path) as file:
+        descriptor = file.fileno()
+        if not _is_cached(descriptor, os.fstat(descriptor).st_size):
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
-        content = mmap.mmap(descriptor, status.st_size, access=mmap.ACCESS_COPY)
-    except ValueError as error:
-        raise StateMismatchError(f"it can't be mapped: {error}") from error
-    finally:
-        os.close(descriptor)
-    return Entry.of(path, status), content
 
 
 def _is_cached(descriptor: int, nbytes: int) -> bool:
-    """Whether a file's beginning, middle and end are in memory; True where nobody can tell.
+    """Say whether a file's beginning, middle and end are in memory; True where nobody can tell.
 
     A hint: asking for pages that are there already takes as long as finding out the hard way.
     """
@@ -246,7 +214,7 @@ def _is_cached(descriptor: int, nbytes: int) -> bool:
     try:
         return all(
             os.preadv(descriptor, byte, offset, os.RWF_NOWAIT)
-            for offset in (0, nbytes // 2, nbytes - 1)
+            for offset in (0, nbytes // 2, max(nbytes - 1, 0))
         )
     except BlockingIOError:
         return False

@@ -7,9 +7,11 @@ three digits (nanoseconds) count uses, up to 999. Reading a file changes neither
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import secrets
+import stat
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -17,38 +19,47 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from pcache_core.errors import StoreError
+from pcache_core.errors import StateMismatchError, StoreError
 from pcache_core.threads import fork_safe
 
 SUFFIX = ".safetensors"
 _TEMPORARY = ".tmp"
 _NAME = re.compile(r"[0-9A-Za-z_-]{2,128}(\.[a-z0-9]+)?")
+_SHARD = re.compile(r"[0-9A-Za-z_-]{2}")
 _MOST_USES = 999
 # A writer that was killed leaves its temporary file; no write takes as long as this.
 _ABANDONED_NS = 600 * 10**9
 # A folder that changed as recently may change again under the same time stamp.
 _RACY_NS = 50 * 10**6
+# How far the clocks of machines that share a folder may be apart.
+_SKEW_US = 60 * 10**6
+_KINDS = {
+    stat.S_IFLNK: "a symbolic link",
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A file and its use. used_us: microseconds since 1970. uses: 999 means that many or more."""
+    """Something in the folder, and its use.
+
+    used_us: microseconds since 1970. uses: 999 means that many or more.
+    trouble: why it is not the file of a state, such as "it is a pipe"; empty where it is one.
+    """
 
     path: Path
     nbytes: int
     used_us: int
     uses: int
-
-    @property
-    def name(self) -> str:
-        """Its name in the folder."""
-        return self.path.name.removesuffix(SUFFIX)
+    trouble: str = ""
 
     @staticmethod
-    def of(path: Path, status: os.stat_result) -> Entry:
-        """From what the file system says of it."""
+    def of(path: Path, status: os.stat_result, trouble: str = "") -> Entry:
+        """Build one from what the file system says of it."""
         used_us, uses = divmod(status.st_mtime_ns, 1000)
-        return Entry(path, status.st_size, used_us, uses)
+        return Entry(path, status.st_size, used_us, uses, trouble)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +110,8 @@ class StateFolder:
         path = self.path(name)
         self.create()
         path.parent.mkdir(mode=0o700, exist_ok=True)
+        if path.parent.is_symlink():
+            raise NotADirectoryError(f"{path.parent} is a link out of the folder")
         temporary = path.parent / f"{name}.{os.getpid()}.{secrets.token_hex(4)}{_TEMPORARY}"
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
         descriptor = os.open(temporary, flags, 0o600)
@@ -109,6 +122,8 @@ class StateFolder:
                 file.flush()
                 os.fsync(file.fileno())
             _stamp(temporary, uses=0)
+            if path.is_dir() and not path.is_symlink():
+                path.rmdir()
             os.replace(temporary, path)
         except BaseException:
             with suppress(OSError):
@@ -121,45 +136,70 @@ class StateFolder:
             _stamp(entry.path, uses=min(entry.uses + 1, _MOST_USES))
 
     def remove(self, path: Path) -> bool:
-        """Remove a file; whether it was there. Raises: OSError: it is there and can't be."""
+        """Remove a file, or an empty folder in its place, and say whether it was there.
+
+        Raises: OSError: it is there and can't be removed.
+        """
         try:
             path.unlink()
         except FileNotFoundError:
             return False
+        except (IsADirectoryError, PermissionError):
+            if not path.is_dir() or path.is_symlink():
+                raise
+            path.rmdir()
         return True
 
-    def entries(self) -> Iterator[Entry]:
-        """Every complete file, in no order. Raises: OSError: the folder can't be read."""
-        for shard in self._shard_folders():
-            yield from _files(Path(shard.path))
+    def listing(self) -> Iterator[Entry]:
+        """List everything but what is being written, in no order; what is not a state says why.
+
+        Raises: OSError: the folder itself can't be read.
+        """
+        for item in _items(self.root):
+            if not _is_shard(item):
+                yield from _entries([item], "")
+                continue
+            try:
+                yield from _entries(_items(item.path), item.name)
+            except OSError as error:
+                trouble = f"it can't be read: {error.strerror or error}"
+                yield Entry(Path(item.path), 0, 0, 0, trouble)
 
     def usage(self) -> Usage:
-        """Files and bytes now. Only shards that changed since the last call are listed again."""
+        """Count states and their bytes. Only shards that changed since the last call are listed.
+
+        Raises: OSError: the folder itself can't be read.
+        """
         with self._lock:
             current: dict[str, _Shard] = {}
-            for folder in self._shard_folders():
-                with suppress(FileNotFoundError):
-                    current[folder.name] = self._shard(folder)
+            for item in filter(_is_shard, _items(self.root)):
+                with suppress(OSError):
+                    current[item.name] = self._shard(item)
             self._shards = current
             usages = [shard.usage for shard in current.values()]
         return Usage(sum(u.states for u in usages), sum(u.nbytes for u in usages))
 
     def evict(self, budget_bytes: int) -> int:
-        """Remove least recently used files until the rest fits the budget; how many.
+        """Remove least recently used states until the rest fits the budget; how many.
 
-        A little more goes if whole files fit into that little, so that a full folder of many files
-        is not listed anew for every one that is added.
+        A state that was used in the future goes first: its date says nothing. One that can't be
+        removed is passed over. A little more goes if whole files fit into that little, so that a
+        full folder of many files is not listed anew for every one that is added.
         """
         excess = self.usage().nbytes - budget_bytes
         if excess <= 0:
             return 0
         slack = budget_bytes // 64
+        states = [entry for entry in self.listing() if not entry.trouble]
+        latest_us = time.time_ns() // 1000 + _SKEW_US
+        states.sort(key=lambda entry: entry.used_us if entry.used_us <= latest_us else 0)
         removed = 0
-        for entry in sorted(self.entries(), key=lambda entry: entry.used_us):
+        for entry in states:
             if excess <= 0 and entry.nbytes > excess + slack:
                 break
-            removed += self.remove(entry.path)
-            excess -= entry.nbytes
+            with suppress(OSError):
+                removed += self.remove(entry.path)
+                excess -= entry.nbytes
         return removed
 
     def _shard(self, folder: os.DirEntry[str]) -> _Shard:
@@ -168,40 +208,78 @@ class StateFolder:
         if known and known.changed_ns == changed_ns and known.listed_ns - changed_ns > _RACY_NS:
             return known
         listed_ns = time.time_ns()
-        files = list(_files(Path(folder.path)))
+        items = _items(folder.path)
+        files = [entry for entry in _entries(items, folder.name) if not entry.trouble]
         usage = Usage(len(files), sum(file.nbytes for file in files))
-        if _sweep(Path(folder.path), listed_ns):
+        if _sweep(items, listed_ns):
             changed_ns = 0
         return _Shard(changed_ns, listed_ns, usage)
 
-    def _shard_folders(self) -> list[os.DirEntry[str]]:
-        try:
-            with os.scandir(self.root) as items:
-                return [i for i in items if len(i.name) == 2 and i.is_dir(follow_symlinks=False)]
-        except FileNotFoundError:
-            return []
+
+def open_file(path: Path) -> io.FileIO:
+    """Open a regular file for reading. No link is followed, and nothing is waited for.
+
+    Raises: OSError: it is not there or can't be read. StateMismatchError: it is not a file.
+    """
+    trouble = _trouble(os.lstat(path))
+    if trouble:
+        raise StateMismatchError(trouble)
+    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    descriptor = os.open(path, flags)
+    trouble = _trouble(os.fstat(descriptor))  # something else may have taken its place
+    if trouble:
+        os.close(descriptor)
+        raise StateMismatchError(trouble)
+    return io.FileIO(descriptor, "rb")
 
 
-def _files(folder: Path) -> Iterator[Entry]:
+def _trouble(status: os.stat_result) -> str:
+    if stat.S_ISREG(status.st_mode):
+        return ""
+    return f"it is {_KINDS.get(stat.S_IFMT(status.st_mode), 'a device')}"
+
+
+def _items(folder: str | Path) -> list[os.DirEntry[str]]:
+    """Raises: OSError: the folder can't be read."""
     try:
         with os.scandir(folder) as items:
-            found = [item for item in items if item.name.endswith(SUFFIX)]
+            return list(items)
     except FileNotFoundError:
-        return
-    for item in found:
-        with suppress(FileNotFoundError):
-            yield Entry.of(Path(item.path), item.stat(follow_symlinks=False))
+        return []
 
 
-def _sweep(folder: Path, now_ns: int) -> bool:
+def _is_shard(item: os.DirEntry[str]) -> bool:
+    return bool(_SHARD.fullmatch(item.name)) and item.is_dir(follow_symlinks=False)
+
+
+def _entries(items: Iterable[os.DirEntry[str]], shard: str) -> Iterator[Entry]:
+    for item in items:
+        try:
+            status = item.stat(follow_symlinks=False)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            trouble = f"it can't be read: {error.strerror or error}"
+            yield Entry(Path(item.path), 0, 0, 0, trouble)
+            continue
+        if item.name.endswith(_TEMPORARY) and stat.S_ISREG(status.st_mode):
+            continue
+        name = item.name.removesuffix(SUFFIX)
+        named = name != item.name and name[:2] == shard and _NAME.fullmatch(name)
+        trouble = _trouble(status) or ("" if named else "it has not the name of a state")
+        yield Entry.of(Path(item.path), status, trouble)
+
+
+def _sweep(items: Iterable[os.DirEntry[str]], now_ns: int) -> bool:
     """Remove temporary files of writers that were killed; whether there are younger ones."""
     younger = False
-    with suppress(OSError):
-        for path in folder.glob(f"*{_TEMPORARY}"):
-            if now_ns - path.stat().st_mtime_ns > _ABANDONED_NS:
-                path.unlink()
-            else:
-                younger = True
+    for item in items:
+        if item.name.endswith(_TEMPORARY):
+            with suppress(OSError):
+                if now_ns - item.stat(follow_symlinks=False).st_mtime_ns > _ABANDONED_NS:
+                    os.unlink(item.path)
+                else:
+                    younger = True
     return younger
 
 

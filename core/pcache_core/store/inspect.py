@@ -1,25 +1,32 @@
-"""Looking at a folder of states, and clearing it, without a model."""
+"""Looking at a store's states, and clearing a folder of them, without a model."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pcache_core.errors import OptionError, StateMismatchError, StoreError
+from pcache_core.kv.key import KeySpace, ModuleKey
 from pcache_core.store import serde
-from pcache_core.store.folder import Entry, StateFolder
+from pcache_core.store.base import ModuleStore
+from pcache_core.store.disk import DiskStore
+from pcache_core.store.folder import Entry, StateFolder, open_file
+from pcache_core.store.memory import MemoryStore
 from pcache_core.store.record import Record
+from pcache_core.store.tiered import TieredStore
 
 
 @dataclass(frozen=True, slots=True)
 class StoredState:
-    """A file of a store.
+    """Something in a store's folder.
 
-    record: what its header says; None if it is damaged or of another version. The numbers behind
-        the header are not read: only `get` finds damage there.
-    age_s: since it was written; for a damaged file, since it was last used.
+    record: what its header says; None if it has none. The numbers after the header are not read:
+        only `get` finds damage there.
+    trouble: why there is no record: damage, another version, or that it is not a state at all.
+    is_state: whether it is a state's file, whole or damaged; what is not is never removed.
+    age_s: since it was written; without a record, since it was last used.
     idle_s: since it was last used.
     hits: look-ups it served, by any process; 999 means that many or more.
     """
@@ -30,6 +37,8 @@ class StoredState:
     age_s: float
     idle_s: float
     hits: int
+    trouble: str = ""
+    is_state: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +79,7 @@ class Selection:
 
 
 def stored_states(path: str | Path, selection: Selection | None = None) -> Iterator[StoredState]:
-    """The states in a folder, in no order. Only headers are read.
+    """List what a folder holds, in no order. Only headers are read.
 
     Raises: StoreError: there is no such folder, or it can't be read.
     """
@@ -82,49 +91,80 @@ def stored_states(path: str | Path, selection: Selection | None = None) -> Itera
     now_s = time.time()
     selection = selection or Selection()
     try:
-        for entry in StateFolder(folder).entries():
-            state = _read(entry, now_s)
-            if state is not None and selection.covers(state):
-                yield state
+        entries = list(StateFolder(folder).listing())
     except OSError as error:
         raise StoreError(f"{str(folder)!r} can't be read: {error.strerror or error}") from error
+    for entry in entries:
+        state = _read(entry, now_s)
+        if state is not None and selection.covers(state):
+            yield state
 
 
 def clear_states(path: str | Path, selection: Selection) -> Sequence[StoredState]:
-    """Remove the selected states; returns those that are gone.
+    """Remove the selected states; return those that are gone.
 
     A process that is using one keeps what it has loaded, in its memory tier as well.
-    Raises: StoreError: the folder is not there, or a file can't be removed.
+    Raises: StoreError: the folder is not there, or states can't be removed; the others are.
     """
     folder = StateFolder(Path(path).expanduser())
-    removed = []
+    removed, failed = [], []
     for state in list(stored_states(path, selection)):
-        try:
-            if folder.remove(state.path):
-                removed.append(state)
-        except OSError as error:
-            raise StoreError(
-                f"{state.path.name} can't be removed: {error.strerror or error}; "
-                f"{len(removed)} others were"
-            ) from error
+        if state.is_state:
+            try:
+                if folder.remove(state.path):
+                    removed.append(state)
+            except OSError as error:
+                failed.append(f"{state.path.name} can't be removed: {error.strerror or error}")
+    if failed:
+        more = f" and {len(failed) - 1} more can't" if failed[1:] else ""
+        raise StoreError(f"{failed[0]}{more}; {len(removed)} others were")
     return removed
+
+
+def find_stored(
+    store: ModuleStore, space: KeySpace, texts: Container[tuple[int, ...]] | None = None
+) -> Iterator[ModuleKey]:
+    """Find the states of these token sequences, or all, in a store's memory and folders.
+
+    They may have been written by any process, after any preamble: they say what they are. Servers
+    are not searched. Reads every file's header once.
+
+    Raises: StoreError: a folder can't be read.
+    """
+    if isinstance(store, TieredStore):
+        for tier in store.tiers:
+            yield from find_stored(tier, space, texts)
+    elif isinstance(store, MemoryStore):
+        for key in store.held_keys():
+            if key.space == space and (texts is None or key.token_ids in texts):
+                yield key
+    elif isinstance(store, DiskStore) and store.path.is_dir():  # it may have been removed meanwhile
+        for state in stored_states(
+            store.path, Selection(model=space.model, namespace=space.namespace)
+        ):
+            record = state.record
+            if record is not None and (texts is None or record.token_ids in texts):
+                yield ModuleKey(record.digest, record.token_ids)
 
 
 def _read(entry: Entry, now_s: float) -> StoredState | None:
     """None if the file went away meanwhile."""
-    try:
-        with open(entry.path, "rb") as file:
-            prefix = file.read(serde.PREFIX_BYTES)
-            length = serde.header_nbytes(prefix)
-            header = prefix + file.read(min(length, entry.nbytes) - len(prefix))
-        record = serde.read_layout(header, entry.nbytes).record
-    except FileNotFoundError:
-        return None
-    except StateMismatchError:
-        record = None
+    record, trouble = None, entry.trouble
+    if not trouble:
+        try:
+            with open_file(entry.path) as file:
+                record = serde.read_layout(serde.read_header(file), entry.nbytes).record
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            trouble = f"it can't be read: {error.strerror or error}"
+        except StateMismatchError as error:
+            trouble = str(error)
     idle_s = max(0.0, now_s - entry.used_us / 1e6)
     age_s = idle_s if record is None else max(0.0, now_s - record.created)
-    return StoredState(entry.path, entry.nbytes, record, age_s, idle_s, entry.uses)
+    return StoredState(
+        entry.path, entry.nbytes, record, age_s, idle_s, entry.uses, trouble, not entry.trouble
+    )
 
 
 _MIN_DIGITS = 8

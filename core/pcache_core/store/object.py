@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from typing import Any, TypeVar
-
-import torch
 
 from pcache_core.errors import DependencyError, OptionError, StateMismatchError, StoreError
 from pcache_core.kv.key import ModuleKey
 from pcache_core.kv.state import KVState
 from pcache_core.store import serde
-from pcache_core.store.base import (
-    Hit,
-    Opened,
-    StoreStats,
-    milliseconds_since,
-    read,
-)
+from pcache_core.store.base import Opened, OpeningReads, StoreStats, milliseconds_since
 from pcache_core.store.counters import Counters, Outage
 from pcache_core.store.folder import SUFFIX
 from pcache_core.store.packing import check_storage_dtype, stored_name
@@ -41,12 +35,12 @@ T = TypeVar("T")
 
 _FIRST_READ_BYTES = 2**20
 _PARALLEL_READS = 8
-_RETRY_S = 1.0
+RETRY_S = 1.0  # how long an outage is believed before the next try
 # Where an object appears when all of it has arrived. Elsewhere it is renamed when it has.
 _ATOMIC = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "oss", "r2", "memory"}
 
 
-class ObjectStore:
+class ObjectStore(OpeningReads):
     """A store at an fsspec URL, one object a state: `s3://bucket/states`, `gs://…`, `memory://…`.
 
     storage_options: passed to the file system, such as keys, endpoints and time-outs.
@@ -75,15 +69,7 @@ class ObjectStore:
         self._is_atomic = bool(names & _ATOMIC)
         self._counters = Counters("remote", None)
         self._place = url.partition("?")[0]
-        self._storage = Outage(f"the store at {self._place}", self._counters, retry_s=_RETRY_S)
-
-    def get(self, key: ModuleKey) -> Hit | None:
-        """The state if its object is there and whole."""
-        return self.get_many([key])[0]
-
-    def get_many(self, keys: Sequence[ModuleKey]) -> list[Hit | None]:
-        """What `get` returns for each key; several are read at a time."""
-        return [read(each) for each in self.open_many(keys)]
+        self._storage = Outage(f"the store at {self._place}", self._counters, retry_s=RETRY_S)
 
     def open_many(self, keys: Sequence[ModuleKey]) -> list[Opened | None]:
         """The states that are there, their bytes read; several at a time."""
@@ -100,8 +86,7 @@ class ObjectStore:
             if content is None:
                 self._counters.missed()
                 return None
-            raw = torch.frombuffer(content, dtype=torch.uint8)
-            rows = serde.open_state(raw, key, self._seal)
+            rows = serde.SealedState(partial(io.BytesIO, content), key, self._seal)
         except StateMismatchError as error:
             self._drop(key, error)
             return None
@@ -176,16 +161,16 @@ class ObjectStore:
         self._storage.worked()
         return answer
 
-    def _read(self, path: str, key: ModuleKey) -> bytearray:
+    def _read(self, path: str, key: ModuleKey) -> bytes:
         """The object's bytes: its beginning, then as much as its header says, and no more.
 
         Raises: StateMismatchError: the header is not that of a state of this key.
         """
-        content = bytearray(self._files.cat_file(path, start=0, end=_FIRST_READ_BYTES))
-        header_nbytes = serde.header_nbytes(bytes(content[: serde.PREFIX_BYTES]))
+        content: bytes = self._files.cat_file(path, start=0, end=_FIRST_READ_BYTES)
+        header_nbytes = serde.header_nbytes(content[: serde.PREFIX_BYTES])
         if header_nbytes > len(content):
             content += self._files.cat_file(path, start=len(content), end=header_nbytes)
-        layout = serde.parse_header(bytes(content[:header_nbytes]))
+        layout = serde.parse_header(content[:header_nbytes])
         layout.record.check_is_of(key)
         if len(content) == _FIRST_READ_BYTES or layout.nbytes > len(content):
             content += self._files.cat_file(path, start=len(content), end=layout.nbytes + 1)

@@ -13,11 +13,13 @@ to be exactly theirs, before a tensor is made.
 
 from __future__ import annotations
 
+import io
 import json
 import struct
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from typing import cast
 
 import torch
@@ -27,7 +29,7 @@ from pcache_core.kv.key import ModuleKey
 from pcache_core.kv.state import Block, KVState, Part, Stack, layer_blocks
 from pcache_core.store import packing
 from pcache_core.store.record import Record, StorageDtype
-from pcache_core.store.seal import SEAL_BYTES, Hash, Seal
+from pcache_core.store.seal import SEAL_BYTES, Seal
 
 PREFIX_BYTES = 8
 MAX_HEADER_BYTES = 64 * 2**20
@@ -60,36 +62,50 @@ def encode(
     if state.token_ids != key.token_ids or not (state.keys and state.token_ids):
         raise StateMismatchError("the state to be stored is empty or of other tokens than its key")
     state.check(state.stacks, state.keys[0].dtype)
-    layout = _layout(Record.of(key, state, storage, seal.name, created))
+    layout = layout_of(Record.of(key, state, storage, seal.name, created))
     packed = packing.pack(state, layout.record)
     buffers = [memoryview(layout.header)]
     buffers += [_bytes_of(packed[name]) for name in layout.offsets if name != _SEAL]
     return [*buffers, memoryview(seal.of(buffers))]
 
 
+Source = Callable[[], io.RawIOBase | io.BytesIO]
+"""Opens the stored bytes of a state for reading from the first."""
+
+_Fill = Callable[[torch.Tensor], None]
+
+
 class SealedState:
     """A stored state that is read when it is used, and checked while it is.
 
-    Its header was compared with the key. Every byte is hashed each time it is read, block by block
-    right before the block is handed out, so that copying finds it in the cache; the last block is
-    followed by the comparison with the seal. To hash once for each version of a file would save a
+    Its header was compared with the key. It is read into memory that nobody else can change, and
+    what was read is hashed right before it is handed out, so that copying finds it in the cache;
+    after the last of it the seal is compared. To hash once for each version of a file would save a
     quarter of the time, but a bit that flips later, on the disk, changes no size and no date.
 
-    raw: [bytes] uint8, all of it; not copied.
+    Raises: OSError: it can't be read. StateMismatchError: cut short, of another key, or sealed
+        otherwise.
     """
 
-    def __init__(self, raw: torch.Tensor, layout: Layout, seal: Seal) -> None:
-        self.stacks: tuple[Stack, ...] = layout.record.stacks
-        self.token_ids: tuple[int, ...] = layout.record.token_ids
-        self.position: int = layout.record.position
-        self._raw = raw
-        self._layout = layout
+    def __init__(self, source: Source, key: ModuleKey, seal: Seal) -> None:
+        self._source = source
+        self._key = key
         self._seal = seal
+        with source() as file:
+            self._layout = self._read_layout(file)
+        self.stacks: tuple[Stack, ...] = self._layout.record.stacks
+        self.token_ids: tuple[int, ...] = self._layout.record.token_ids
+        self.position: int = self._layout.record.position
 
     @property
     def num_tokens(self) -> int:
         """Tokens in the module."""
         return len(self.token_ids)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes as it is kept."""
+        return self._layout.nbytes
 
     def check(self, stacks: tuple[Stack, ...], dtype: torch.dtype) -> None:
         """Raises: StateMismatchError: shapes or dtype are not this model's."""
@@ -101,64 +117,131 @@ class SealedState:
             )
 
     def blocks(self) -> Iterator[Block]:
-        """As kept: int8 with scales where the store has int8.
+        """As kept: int8 with scales where the store has int8. A block is good until the next.
 
-        Raises: StateMismatchError: behind the last block, if a byte is not as it was written.
+        Raises: StateMismatchError: after the last block, if a byte is not as it was written.
         """
-        view, done, checked = self._raw.numpy().data, 0, self._seal.start()
-        for name, (field, start) in self._layout.offsets.items():
-            part, _, index = name.partition(".")
-            if part not in ("keys", "values") or not index.isdecimal():
-                continue  # scales and the seal
-            rows = self._tensor(name)
-            scale = self._tensor(f"{name}.scale") if field.dtype == torch.int8 else None
-            layer_nbytes = field.nbytes // len(rows)
-            for layers in layer_blocks(rows):
-                end = start + layers.stop * layer_nbytes
-                checked.update(view[done:end])
-                done = end
-                own = None if scale is None else scale[layers]
-                yield Block(int(index), cast(Part, part), layers, rows[layers], own)
-        self._compare(checked, view[done:])
+        with self._reading() as (layout, fill):
+            rows = {name: field for name, (field, _) in layout.offsets.items() if _is_rows(name)}
+            scales = _new(layout.offsets[next(iter(rows))][1] - len(layout.header))
+            fill(scales)
+            pieces = [(name, layers) for name, field in rows.items() for layers in _pieces(field)]
+            fields = [
+                replace(rows[name], shape=(layers.stop - layers.start, *rows[name].shape[1:]))
+                for name, layers in pieces
+            ]
+            buffer = _new(max(field.nbytes for field in fields))
+            for (name, layers), field in zip(pieces, fields, strict=True):
+                raw = buffer[: field.nbytes]
+                fill(raw)
+                part, _, index = name.partition(".")
+                scale = None
+                if field.dtype == torch.int8:
+                    scale = _tensor(scales, layout, f"{name}.scale")[layers]
+                yield Block(int(index), cast(Part, part), layers, _shaped(raw, field), scale)
 
     def whole(self) -> KVState:
-        """The state in the dtype it was put in; views of `raw` where that is how it is kept."""
-        view, checked = self._raw.numpy().data, self._seal.start()
-        end = self._layout.nbytes - self._seal.nbytes
-        checked.update(view[:end])
-        self._compare(checked, view[end:])
-        return packing.unpack(self._layout.record, self._tensor)
+        """Return the state in the dtype it was put in.
 
-    def _compare(self, checked: Hash, rest: memoryview) -> None:
-        """rest: what was not hashed. Were it more than the seal, it would not fit."""
-        if not self._seal.fits(checked, rest):
-            raise StateMismatchError("its bytes are not those that were written")
+        Raises: StateMismatchError: a byte is not as it was written.
+        """
+        with self._reading() as (layout, fill):
+            raw = _new(layout.nbytes - len(layout.header) - self._seal.nbytes)
+            fill(raw)
+        return packing.unpack(layout.record, lambda name: _tensor(raw, layout, name))
 
-    def _tensor(self, name: str) -> torch.Tensor:
-        field, start = self._layout.offsets[name]
-        return self._raw[start : start + field.nbytes].view(field.dtype).reshape(field.shape)
+    @contextmanager
+    def _reading(self) -> Iterator[tuple[Layout, _Fill]]:
+        """Read from the beginning; compare the seal when everything before it was asked for.
+
+        Yields: where things are, and what fills tensors with the bytes after the header, in order.
+        Raises: StateMismatchError: caused by an OSError where it could not be read.
+        """
+        try:
+            with self._source() as file:
+                layout = self._read_layout(file)
+                # It may have been replaced by another writing of the same state.
+                if replace(layout.record, created=0) != replace(self._layout.record, created=0):
+                    raise StateMismatchError("it was changed after it was opened")
+                checked = self._seal.start()
+                checked.update(memoryview(layout.header))
+
+                def fill(raw: torch.Tensor) -> None:
+                    view = raw.numpy().data
+                    _read_into(file, view)
+                    checked.update(view)
+
+                yield layout, fill
+                rest = memoryview(file.read(self._seal.nbytes + 1) or b"")
+                if not self._seal.fits(checked, rest):
+                    raise StateMismatchError("its bytes are not those that were written")
+        except OSError as error:
+            raise StateMismatchError(f"it can't be read: {error.strerror or error}") from error
+
+    def _read_layout(self, file: io.RawIOBase | io.BytesIO) -> Layout:
+        nbytes = file.seek(0, io.SEEK_END)
+        layout = read_layout(read_header(file), nbytes)
+        record = layout.record
+        record.check_is_of(self._key)
+        if record.seal != self._seal.name:
+            raise StateMismatchError(
+                f"it is sealed with {record.seal}, this store's is {self._seal.name}"
+            )
+        return layout
 
 
-def open_state(raw: torch.Tensor, key: ModuleKey, seal: Seal) -> SealedState:
-    """The state in `raw`, [bytes] uint8; its header and length are right, its numbers unread.
-
-    Raises: StateMismatchError: cut short, of another key, or sealed otherwise.
-    """
-    view = raw.numpy().data
-    layout = read_layout(view[: header_nbytes(view[:PREFIX_BYTES])], len(view))
-    record = layout.record
-    record.check_is_of(key)
-    if record.seal != seal.name:
-        raise StateMismatchError(f"it is sealed with {record.seal}, this store's is {seal.name}")
-    return SealedState(raw, layout, seal)
-
-
-def decode(raw: torch.Tensor, key: ModuleKey, seal: Seal) -> KVState:
-    """The state in `raw`, [bytes] uint8; its tensors are views of `raw` where no dtype changes.
+def decode(raw: torch.Tensor | bytes, key: ModuleKey, seal: Seal) -> KVState:
+    """Return the state that is stored in `raw`: its bytes, or [bytes] uint8.
 
     Raises: StateMismatchError: damaged, of another key, or sealed otherwise.
     """
-    return open_state(raw, key, seal).whole()
+    content = raw.numpy().data if isinstance(raw, torch.Tensor) else raw
+    return SealedState(partial(io.BytesIO, content), key, seal).whole()
+
+
+def read_header(file: io.RawIOBase | io.BytesIO) -> bytes:
+    """Read a file's header, from its first byte to its first tensor's.
+
+    Raises: OSError. StateMismatchError: cut short, or longer than any header of ours.
+    """
+    nbytes = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    prefix = file.read(PREFIX_BYTES) or b""
+    length = header_nbytes(prefix)
+    return prefix + (file.read(min(length, nbytes) - len(prefix)) or b"")
+
+
+def _read_into(file: io.RawIOBase | io.BytesIO, view: memoryview) -> None:
+    done = 0
+    while done < len(view):
+        count = file.readinto(view[done:])
+        if not count:
+            raise StateMismatchError("it is cut short")
+        done += count
+
+
+def _is_rows(name: str) -> bool:
+    part, _, index = name.partition(".")
+    return part in ("keys", "values") and index.isdecimal()  # others are scales and the seal
+
+
+def _new(nbytes: int) -> torch.Tensor:
+    return torch.empty(nbytes, dtype=torch.uint8)
+
+
+def _pieces(field: packing.Field) -> Iterator[slice]:
+    return layer_blocks(torch.empty(()).expand(field.shape))
+
+
+def _tensor(raw: torch.Tensor, layout: Layout, name: str) -> torch.Tensor:
+    """A tensor of a file; `raw` holds the bytes after its header, [bytes] uint8."""
+    field, start = layout.offsets[name]
+    start -= len(layout.header)
+    return _shaped(raw[start : start + field.nbytes], field)
+
+
+def _shaped(raw: torch.Tensor, field: packing.Field) -> torch.Tensor:
+    return raw.view(field.dtype).reshape(field.shape)
 
 
 def header_nbytes(prefix: bytes | memoryview) -> int:
@@ -200,7 +283,7 @@ def parse_header(header: bytes | memoryview) -> Layout:
 def _parse_header(header: bytes) -> Layout:
     try:
         metadata = json.loads(header[PREFIX_BYTES:])["__metadata__"]
-        layout = _layout(Record.parse(metadata))
+        layout = layout_of(Record.parse(metadata))
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise StateMismatchError(f"its header is not a state's ({type(error).__name__})") from None
     if layout.header != header:
@@ -212,7 +295,8 @@ def _parse_header(header: bytes) -> Layout:
 _parse_again = lru_cache(maxsize=256)(_parse_header)
 
 
-def _layout(record: Record) -> Layout:
+def layout_of(record: Record) -> Layout:
+    """Lay out a state's tensors: the header that describes them, and where each begins."""
     seal = packing.Field(_SEAL, torch.uint8, (SEAL_BYTES[record.seal],))
     table: dict[str, object] = {"__metadata__": record.metadata()}
     starts: dict[str, tuple[packing.Field, int]] = {}

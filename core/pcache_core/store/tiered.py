@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
 from pcache_core.errors import BudgetError, OptionError, StateMismatchError
 from pcache_core.kv.key import ModuleKey
-from pcache_core.kv.state import KVState
-from pcache_core.store.base import (
-    Hit,
-    ModuleStore,
-    Opened,
-    StoreStats,
-    Tier,
-    open_many,
-    read,
-)
+from pcache_core.kv.state import Block, KVState, StateSource
+from pcache_core.store.base import ModuleStore, Opened, OpeningReads, StoreStats, open_many
 from pcache_core.store.counters import Counters
 from pcache_core.store.write_behind import WriteBehind
 
 DEFAULT_QUEUE_BYTES = 512 * 2**20
 
 
-class TieredStore:
+class TieredStore(OpeningReads):
     """Looks states up in each tier in turn, and brings what it finds to the tiers before it.
 
     tiers: any stores, such as `[MemoryStore(), DiskStore("states"), RedisStore(url)]`. The first is
@@ -45,16 +37,6 @@ class TieredStore:
         self._writer = WriteBehind(queue_bytes)
         self._counters = Counters("memory", None)
         weakref.finalize(self, self._writer.close)
-
-    def get(self, key: ModuleKey) -> Hit | None:
-        """The state from the first tier that has it."""
-        return self.get_many([key])[0]
-
-    def get_many(self, keys: Sequence[ModuleKey]) -> list[Hit | None]:
-        """What `get` returns for each key; each tier is asked once, for what is still missing."""
-        found = self._find(list(dict.fromkeys(keys)))
-        hits = {key: self._hit(key, *place) for key, place in found.items()}
-        return [hits.get(key) for key in keys]
 
     def open_many(self, keys: Sequence[ModuleKey]) -> list[Opened | None]:
         """The states of the first tier that has each; what was used is then in the tiers before."""
@@ -139,49 +121,46 @@ class TieredStore:
                 found[key] = (opened, 0)
         return found
 
-    def _hit(self, key: ModuleKey, opened: Opened, index: int) -> Hit | None:
-        hit = read(opened)
-        if hit is None or index == 0:
-            return hit
-        return Hit(self._promote(key, hit.state, hit.tier, index), hit.tier)
-
     def _promoting(self, key: ModuleKey, opened: Opened, index: int) -> Opened:
         """The same, brought to the tiers before `index` when it has been used and is whole."""
         if index == 0:
             return opened
+        rows = _ReadOnce(opened.rows)
 
         def settle(load_ms: float, error: StateMismatchError | None) -> None:
             opened.settle(load_ms, error)
             if error is None and not self.tiers[0].contains(key):
                 # Damaged since it was used, a moment ago: the next look-up finds that.
                 with suppress(StateMismatchError):
-                    self._promote(key, opened.rows.whole(), opened.tier, index)
+                    state = rows.whole()
+                    self.tiers[0].put(key, state)
+                    if self.tiers[1:index]:
+                        self._writer.add(key, state, self.tiers[1:index])
 
-        return replace(opened, settle=settle)
+        return replace(opened, rows=rows, settle=settle)
 
-    def _promote(self, key: ModuleKey, state: KVState, tier: Tier, index: int) -> KVState:
-        """Bring a state to the tiers before `index`; returns what they keep.
 
-        A state that is mapped from a file is copied: what memory keeps must not change, or end,
-        with the file.
-        """
-        state = _copied(state) if tier == "disk" else state
-        self.tiers[0].put(key, state)
-        if self.tiers[1:index]:
-            self._writer.add(key, state, self.tiers[1:index])
-        return state
+class _ReadOnce:
+    """A state of a slow tier. One reading serves the request and the tiers before."""
+
+    def __init__(self, rows: StateSource) -> None:
+        self.stacks, self.token_ids, self.position = rows.stacks, rows.token_ids, rows.position
+        self.num_tokens = rows.num_tokens
+        self.check = rows.check
+        self._rows = rows
+
+    def blocks(self) -> Iterator[Block]:
+        """See `StateSource`."""
+        return self.whole().blocks()
+
+    def whole(self) -> KVState:
+        """See `StateSource`."""
+        self._rows = self._rows.whole()
+        return self._rows
 
 
 _Place = tuple[Opened, int]
 """A state and the tier that has it, by index."""
-
-
-def _copied(state: KVState) -> KVState:
-    return replace(
-        state,
-        keys=tuple(tensor.clone() for tensor in state.keys),
-        values=tuple(tensor.clone() for tensor in state.values),
-    )
 
 
 def _checked(tiers: Sequence[ModuleStore]) -> tuple[ModuleStore, ...]:
