@@ -107,17 +107,20 @@ class CausalLM(TextModel):
         dtype: str = "auto",
         device: str = "auto",
         gguf_file: str | os.PathLike[str] | None = None,
+        *,
+        trust_remote_code: bool = False,
     ) -> CausalLM:
         """Load a model: `builtin:smollm2`, a directory, a hub id, a GGUF file or `ollama:NAME`.
 
         dtype: float32, float16 or bfloat16; auto is as saved, and for a GGUF file bfloat16 where
         the device computes in it, else float32. device: auto, cpu, cuda, cuda:1 … gguf_file: the
-        file's name in the directory or on the hub.
+        file's name in the directory or on the hub. trust_remote_code: run Python code that comes
+        with the model; nothing of it is run otherwise, and nobody is asked.
         Raises: ModelError: it can't be loaded. OptionError: unknown dtype or device.
             DependencyError: a GGUF file, and a package that reads it is not installed.
         """
         name = full_name(name, gguf_file)
-        return cls(*load(name, dtype, device), name=name)
+        return cls(*load(name, dtype, device, trust_remote_code=trust_remote_code), name=name)
 
     @property
     def device(self) -> torch.device:
