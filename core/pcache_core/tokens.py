@@ -45,9 +45,19 @@ class TokenisedPrompt:
 def tokenise(
     prompt: Prompt, ids_of: Callable[[Segment], Sequence[int]], bos_ids: Sequence[int]
 ) -> TokenisedPrompt:
-    """Tokenise a prompt segment by segment (invariant 2 of the design)."""
+    """Tokenise a prompt segment by segment (invariant 2 of the design).
+
+    A text that begins with the beginning-of-sequence token gets no second one.
+    """
     placement = prompt.placement
-    ids = map(ids_of, prompt.segments) if placement is None else placement.token_ids
+    ids: Sequence[Sequence[int]]
+    if placement is None:
+        ids = [ids_of(segment) for segment in prompt.segments]
+        first = next((own for own in ids if own), ())
+        if tuple(first[: len(bos_ids)]) == tuple(bos_ids):
+            bos_ids = ()
+    else:
+        ids = placement.token_ids
     token_ids = list(bos_ids)
     pieces = []
     for segment, own in zip(prompt.segments, ids, strict=True):
