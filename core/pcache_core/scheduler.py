@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
 from weakref import WeakSet
 
+import torch
+
 from pcache_core.errors import DeadlineExceededError, OverloadedError, RequestCancelledError
 from pcache_core.lm import CausalLM
 from pcache_core.threads import Flag, renew_in_child
@@ -249,7 +251,8 @@ class Scheduler:
                 with deadline.over(self._lm):
                     place.start(self._lm.check_cancelled)
                 while True:
-                    with deadline.over(self._lm):
+                    # What a request made is used by later ones, in the caller's mode or not.
+                    with torch.inference_mode(mode=False), deadline.over(self._lm):
                         item = next(items, None)
                     if item is None:
                         return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -85,7 +85,7 @@ class CausalLM(TextModel):
         path = getattr(model.config, "_name_or_path", "")
         super().__init__(tokenizer, name or path or type(model).__name__, context_length(model))
         self.model: PreTrainedModel = model.eval()
-        with _lock_of(model):
+        with _lock_of(model), torch.inference_mode(mode=False):
             self.support: Support = probe(model)
         self._lock = _lock_of(model)
         self._weights = Weights(model)
@@ -226,9 +226,19 @@ class CausalLM(TextModel):
 
         May be called from several threads at once, and then computes their batches together.
 
-        Raises: RequestCancelledError: inside `cancelled_by`, when it says so.
+        Raises: RequestCancelledError: inside `cancelled_by`, when it says so. ModelError: the
+            logits are no numbers.
         """
-        return self._forwards.run(batch)
+        return self._checked(self._forwards.run(batch))
+
+    def _checked(self, logits: torch.Tensor) -> torch.Tensor:
+        """Raises: ModelError: a logit is not a number, or infinite."""
+        if not bool((logits < torch.inf).all()):  # minus infinity forbids a token
+            raise ModelError(
+                f"{self.name} gives logits that are NaN or infinite: its weights are damaged, or "
+                f"overflow in {self.dtype}; load it again, or with dtype='float32'"
+            )
+        return logits
 
     def cancelled_by(self, is_cancelled: IsCancelled) -> AbstractContextManager[None]:
         """Inside, this thread's forwards are given up when `is_cancelled` says so."""
@@ -270,9 +280,10 @@ class CausalLM(TextModel):
         with self._lock:
             return own_cache_works(self.model, self.token_ids("a b c d e f")[:6])
 
-    def stock_run(self) -> LockedStockRun:
+    def stock_run(self) -> Callable[[Sequence[int]], torch.Tensor]:
         """A request through the model's own forward, for models without rows per token."""
-        return LockedStockRun(StockRun(self.model, use_cache=self._own_cache_works), self._lock)
+        run = LockedStockRun(StockRun(self.model, use_cache=self._own_cache_works), self._lock)
+        return lambda token_ids: self._checked(run(token_ids))
 
 
 class LockedStockRun:
