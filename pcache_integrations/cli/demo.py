@@ -11,6 +11,7 @@ from rich.console import Console
 
 from pcache_core.errors import ModelError
 from pcache_core.params import DEFAULT_MODEL
+from pcache_core.picture import shown
 from pcache_integrations.cli.errors import INTERRUPTED, explain
 from pcache_integrations.cli.options import CORPUS_DOCUMENTS, MODEL_HELP, TOY, AsJson
 
@@ -67,14 +68,14 @@ def _demo_model(name: str | None) -> CausalLM:
 
     Raises: ModelError: the one that was named can't be loaded.
     """
-    from pcache_core import CausalLM
+    from pcache_integrations._engines import load_lm
 
     if name is not None:
-        return CausalLM.from_pretrained(name)
+        return load_lm(name)
     try:
-        return CausalLM.from_pretrained(DEFAULT_MODEL)
+        return load_lm(DEFAULT_MODEL)
     except ModelError as error:
         stderr = Console(stderr=True)
-        stderr.print(explain(error), markup=False, highlight=False)
+        stderr.print(shown(explain(error) or ""), markup=False, highlight=False)
         stderr.print(f"The demo goes on with {TOY}, which needs no download.\n", style="bold")
-        return CausalLM.from_pretrained(TOY)
+        return load_lm(TOY)
