@@ -122,3 +122,16 @@ def test_docstrings_become_lists_and_links(written: str, shown: str) -> None:
     assert module.fenced("A:\n>>> f()\n1\n\nB.") == "A:\n\n```pycon\n>>> f()\n1\n```\n\nB."
     assert module.one_a_line("x: a. y: b; z: c.", {"x", "y"}) == "x: a.\ny: b; z: c."
     assert "\n".join(docstrings._lines(written)) == shown
+
+
+def test_every_test_that_the_security_page_names_is_there() -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", PAGES["security.md"])
+    assert len(named) > 20
+    for path, test in named:
+        source = (DOCS.parent / path).read_text("utf-8")
+        assert re.search(rf"^(async )?def {test}\(", source, flags=re.MULTILINE), f"{path}::{test}"
+
+
+def test_every_promise_of_the_security_page_names_a_test() -> None:
+    rows = PAGES["security.md"].partition("| promise | test |")[2].strip().splitlines()[1:]
+    assert all(re.fullmatch(r"\| [^|]+ \| (`tests/[^`]+`(, )?)+ \|", row) for row in rows)

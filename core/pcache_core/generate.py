@@ -9,6 +9,8 @@ import torch
 from pcache_core.results import Chunk, FinishReason, TokenLogprob
 
 _CONTEXT_TOKENS = 4  # decoded again before a token, for spaces between words
+_CHARACTER_BYTES = 4
+_MOST_HELD = 8  # tokens that may be waiting to become a character
 
 Step = Callable[[int], torch.Tensor]
 """Appends one token; logits of the next, [vocab]."""
@@ -40,13 +42,21 @@ class AnswerText:
         """The text that is certain now that this token has come; often empty."""
         self._token_ids.append(token_id)
         new = self._new_text()
-        if new.endswith("\ufffd"):
+        if not new.endswith("\ufffd"):
+            return self._release(new, len(self._token_ids))
+        if len(self._token_ids) - self._shown < _MOST_HELD:
             return ""
-        return self._release(new)
+        # Broken bytes, or the character itself: no character has more bytes than are kept here.
+        text = self._decode(self._token_ids[self._context :])
+        for end in range(len(self._token_ids) - _CHARACTER_BYTES, self._shown, -1):
+            sure = self._decode(self._token_ids[self._context : end])
+            if text.startswith(sure):
+                return self._release(sure[len(text) - len(new) :], end)
+        return ""
 
     def finish(self) -> str:
         """The rest, when no token will follow."""
-        text = self._release(self._new_text())
+        text = self._release(self._new_text(), len(self._token_ids))
         if self.stopped:
             return text
         text, self._waiting = text + self._waiting, ""
@@ -56,9 +66,10 @@ class AnswerText:
         before = self._decode(self._token_ids[self._context : self._shown])
         return self._decode(self._token_ids[self._context :])[len(before) :]
 
-    def _release(self, new: str) -> str:
+    def _release(self, new: str, end: int) -> str:
+        """Give out `new`, the text of the tokens before `end` that is not out yet."""
         if new:
-            self._context, self._shown = self._shown, len(self._token_ids)
+            self._context, self._shown = self._shown, end
         text = self._waiting + new
         found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
         if found:
@@ -145,7 +156,7 @@ class TokenScorer:
     def _add(self, token_id: int) -> str:
         text = self._text(token_id)
         self._waiting.append(token_id)
-        if text.endswith("\ufffd"):
+        if text.endswith("\ufffd") and len(self._waiting) < _MOST_HELD:
             return ""
         self._shown = (self._shown + self._waiting)[-_CONTEXT_TOKENS:]
         self._waiting = []

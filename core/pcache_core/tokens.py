@@ -21,6 +21,8 @@ class Piece:
 class TokenisedPrompt:
     """The prompt's ids: a beginning-of-sequence token if the model has one, then the segments'.
 
+    A flat prompt whose markup begins with that token gets no second one.
+
     token_ids: every segment tokenised alone, joined; the same for every reuse mode.
     positions: of each token. In a flat prompt the token's row; a schema may leave gaps, and let
         tokens share a position. Rows say who sees whom, positions what the model is told.
@@ -47,7 +49,9 @@ def tokenise(
 ) -> TokenisedPrompt:
     """Tokenise a prompt segment by segment (invariant 2 of the design)."""
     placement = prompt.placement
-    ids = map(ids_of, prompt.segments) if placement is None else placement.token_ids
+    ids = list(map(ids_of, prompt.segments)) if placement is None else placement.token_ids
+    if placement is None and next((tuple(own[:1]) for own in ids if own), None) == tuple(bos_ids):
+        bos_ids = ()
     token_ids = list(bos_ids)
     pieces = []
     for segment, own in zip(prompt.segments, ids, strict=True):

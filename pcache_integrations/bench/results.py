@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pcache_core import Prompt
+from pcache_core.picture import shown
 
 Order = Literal["cold", "same", "new", "floor"]
 """What is known of a prompt: nothing; its documents in this order; in another; all but its end."""
@@ -115,14 +116,15 @@ class Benchmark:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         asked = (f"{name} {value}" for name, value in self.options.items())
-        yield Text(f"{self.model}, {self.parameters / 1e9:.2f}B parameters, {', '.join(asked)}")
+        model = f"{shown(self.model)}, {self.parameters / 1e9:.2f}B parameters"
+        yield Text(f"{model}, {', '.join(asked)}")
         for size in self.options["sizes"]:
             rows = [row for row in self.rows if row.cached_size == size]
             yield Text(f"\n{size:,} tokens of documents, prompts of {rows[0].prompt_tokens:,}\n")
             yield _table(rows)
         facts = (f"{name} {value}" for name, value in self.environment.items())
         for note in ("", _LEGEND, *self.notes, ", ".join(facts)):
-            yield Text(note, style="dim")
+            yield Text(shown(note), style="dim")
 
 
 def rows_of(cached_size: int, ways: Sequence[Way], samples: Samples) -> Iterator[Row]:

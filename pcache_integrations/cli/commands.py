@@ -7,6 +7,7 @@ import sys
 import typer
 from rich.console import Console
 
+from pcache_core.picture import shown
 from pcache_integrations.cli.bench import bench
 from pcache_integrations.cli.demo import demo
 from pcache_integrations.cli.encode import encode
@@ -47,5 +48,5 @@ def main() -> None:
         if message is None:
             raise
         Console(stderr=True).print("[red]error:[/] ", end="")
-        print(message, file=sys.stderr)
+        print(shown(message), file=sys.stderr)
         raise SystemExit(USER_ERROR) from None

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from pcache_core.errors import ModelError
 from pcache_core.params import DEFAULT_MODEL
+from pcache_core.picture import shown
 from pcache_integrations.cli.errors import INTERRUPTED, explain
 from pcache_integrations.cli.options import CORPUS_DOCUMENTS, MODEL_HELP, TOY, AsJson
 
@@ -75,6 +76,6 @@ def _demo_model(name: str | None) -> CausalLM:
         return load_lm(DEFAULT_MODEL)
     except ModelError as error:
         stderr = Console(stderr=True)
-        stderr.print(explain(error), markup=False, highlight=False)
+        stderr.print(shown(explain(error) or ""), markup=False, highlight=False)
         stderr.print(f"The demo goes on with {TOY}, which needs no download.\n", style="bold")
         return load_lm(TOY)

@@ -13,6 +13,7 @@ import typer
 
 from pcache_core import Preamble, PromptCacheEngine, Segment
 from pcache_core.params import DEFAULT_MODEL
+from pcache_core.picture import shown
 from pcache_integrations._engines import load_lm
 from pcache_integrations._stores import lasting_store
 from pcache_integrations.cli.errors import INTERRUPTED, NOT_ALL_DONE
@@ -81,7 +82,8 @@ def encode(  # noqa: PLR0913 (each is an option of the command)
         report = engine.encode([each.text for each in fitting])
     except KeyboardInterrupt:
         print(
-            f"interrupted; what was encoded is in {store}, the same command goes on from there",
+            f"interrupted; what was encoded is in {shown(store)}, "
+            "the same command goes on from there",
             file=sys.stderr,
         )
         raise typer.Exit(INTERRUPTED) from None
@@ -89,7 +91,7 @@ def encode(  # noqa: PLR0913 (each is an option of the command)
         figures = asdict(report) | {"tokens_per_second": report.tokens_per_second}
         print(json.dumps({"model": model, "store": store, **figures, "left_out": left_out}))
     else:
-        print(report)
+        print(shown(str(report)))
     if left_out or report.reason is not None or report.kept != report.encoded:
         raise typer.Exit(NOT_ALL_DONE)
 
@@ -115,7 +117,7 @@ def _sort_out(
         more = f" and {len(places) - _NAMED} more" if len(places) > _NAMED else ""
         print(
             "warning: left out, as too long for the store or, after a preamble, for the model "
-            f"({context:,} tokens): {', '.join(places[:_NAMED])}{more}; "
+            f"({context:,} tokens): {shown(', '.join(places[:_NAMED]))}{more}; "
             "split them into shorter documents",
             file=sys.stderr,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Annotated
 import typer
 
 from pcache_core.errors import OptionError, TemplateError
+from pcache_core.picture import shown
 from pcache_templates import (
     BraceTemplate,
     FormatTemplate,
@@ -49,11 +51,16 @@ def schema(
     ] = None,
     length: Annotated[
         list[str] | None,
-        typer.Option("--len", metavar="NAME=TOKENS", help="The most tokens of a parameter."),
+        typer.Option(
+            "--len",
+            metavar="NAME=TOKENS",
+            help="The most tokens of a parameter or of a loop's slot.",
+        ),
     ] = None,
 ) -> None:
     """Print the schema of a prompt template as PML."""
-    typer.echo(template_of(file, template_format, name, _lengths(length or ())).pml, nl=False)
+    pml = template_of(file, template_format, name, _lengths(length or ())).pml
+    typer.echo(shown(pml) if sys.stdout.isatty() else pml, nl=False)
 
 
 def template_of(

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.filesize import decimal
-from rich.table import Table
 from rich.text import Text
 
 from pcache_core.errors import OptionError
+from pcache_core.picture import shown
 from pcache_core.store.inspect import Selection, StoredState, clear_states, stored_states
 from pcache_integrations.cli.options import AsJson
 
@@ -51,8 +52,9 @@ def inspect(  # noqa: PLR0913 (one parameter an option)
         for state in states[:limit]:
             print(json.dumps(_row(state)))
         return
-    console = Console()
-    console.print(_table(states[:limit]))
+    console = Console(highlight=False)
+    for line in _table(states[:limit], console.width):
+        console.print(Text(line, no_wrap=True))  # text of documents is never markup
     console.print(_summary(states) + _unshown(len(states), limit))
 
 
@@ -92,27 +94,48 @@ def _check_folder(path: Path) -> None:
         )
 
 
-def _table(states: Sequence[StoredState]) -> Table:
-    table = Table(box=None, pad_edge=False)
-    table.add_column("text", ratio=1, no_wrap=True, overflow="ellipsis")
-    for name in ("model", "namespace"):
-        table.add_column(name, no_wrap=True)
-    for name in ("tokens", "bytes", "age", "hits"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for state in states:
-        record = state.record
-        if record is None:
-            what = "unreadable" if state.is_state else "not a state"
-            start = f"({what}) {state.path.name}: {state.trouble}"
-            model, namespace, tokens = "", "", ""
-        else:
-            start = " ".join(record.text.split()) or record.digest[:16]
-            model, namespace = record.model_name or record.model[:12], record.namespace
-            tokens = str(len(record.token_ids))
-        hits = f"{state.hits}+" if state.hits == _MOST_HITS else str(state.hits)
-        cells = (start, model, namespace, tokens, decimal(state.nbytes), _age(state.age_s), hits)
-        table.add_row(*(Text(cell) for cell in cells))  # text of documents is never markup
-    return table
+_NAMES = ("text", "model", "namespace")
+_NUMBERS = ("tokens", "bytes", "age", "hits")
+_MOST_MODEL, _MOST_NAMESPACE = 24, 16
+
+
+def _table(states: Sequence[StoredState], width: int) -> Iterator[str]:
+    """Lay out lines of `width` columns. Numbers stay whole, text is cut to what they leave."""
+    rows = [(*_NAMES, *_NUMBERS), *map(_cells, states)]
+    widest = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
+    numbers = widest[len(_NAMES) :]
+    room = max(width - sum(numbers) - 2 * (len(widest) - 1), 3)
+    model = min(widest[1], _MOST_MODEL, room // 3)
+    namespace = min(widest[2], _MOST_NAMESPACE, room // 5 + 1)
+    text = min(widest[0], room - model - namespace)
+    for row in rows:
+        if any(row[1 : len(_NAMES)]):
+            names = "  ".join(map(_fitted, row, (text, model, namespace)))
+        else:  # what is wrong with an entry takes all the room there is
+            names = _fitted(row[0], text + model + namespace + 4)
+        yield "  ".join((names, *map(str.rjust, row[len(_NAMES) :], numbers)))
+
+
+def _cells(state: StoredState) -> tuple[str, ...]:
+    record = state.record
+    if record is None:
+        what = "unreadable" if state.is_state else "not a state"
+        names = (f"({what}) {state.path.name}: {state.trouble}", "", "")
+        tokens = ""
+    else:
+        text = " ".join(record.text.split()) or record.digest[:16]
+        names = (text, record.model_name or record.model[:12], record.namespace)
+        tokens = str(len(record.token_ids))
+    hits = f"{state.hits}+" if state.hits == _MOST_HITS else str(state.hits)
+    own = (" ".join(shown(name).split()) for name in names)
+    return (*own, tokens, decimal(state.nbytes), _age(state.age_s), hits)
+
+
+def _fitted(text: str, columns: int) -> str:
+    """Cut or fill a text to so many columns of a terminal, of which some letters take two."""
+    if cell_len(text) > columns:
+        text = set_cell_size(text, columns - 1) + "…"
+    return text + " " * (columns - cell_len(text))
 
 
 def _row(state: StoredState) -> dict[str, object]:

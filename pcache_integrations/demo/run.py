@@ -14,6 +14,7 @@ from rich.text import Text
 from pcache_core import CausalLM, EncodeReport, MemoryStore, PromptCacheEngine, Report
 from pcache_core.evaluation.metrics import contains
 from pcache_core.params import DEFAULT_REUSE, ReuseMode
+from pcache_core.picture import shown
 from pcache_integrations.demo.corpus import Corpus, Question
 from pcache_integrations.demo.pipelines import Pipeline, langchain_pipeline, llama_index_pipeline
 
@@ -82,7 +83,7 @@ def run_demo(
     demo = Demo()
     try:
         console.print(
-            f"[bold]{escape(lm.name)}[/] on {lm.device}: {len(questions)} questions, "
+            f"[bold]{escape(shown(lm.name))}[/] on {lm.device}: {len(questions)} questions, "
             f"{top_k} of {len(corpus.documents)} documents in each prompt, "
             "through LangChain and through LlamaIndex"
         )
@@ -103,7 +104,7 @@ def _run_pipeline(
     console.print()
     console.rule(pipeline.name)
     demo.encoded[pipeline.name] = encoded = pipeline.cache()
-    console.print(f"encoded ahead: {escape(str(encoded))}", style="dim")
+    console.print(f"encoded ahead: {escape(shown(str(encoded)))}", style="dim")
     for mode in MODES:  # first calls pay for imports and memory; measure no mode with them
         pipeline.ask("Is anybody there?", mode)
     for number, question in enumerate(questions):
@@ -113,7 +114,9 @@ def _run_pipeline(
         asked = Asked(pipeline.name, question, replies)
         demo.asked.append(asked)
         console.print()
-        console.print(f"[dim]{number + 1}/{len(questions)}[/]  [bold]{escape(question.text)}[/]")
+        console.print(
+            f"[dim]{number + 1}/{len(questions)}[/]  [bold]{escape(shown(question.text))}[/]"
+        )
         console.print(_replies(asked))
 
 
@@ -130,7 +133,7 @@ def _replies(asked: Asked) -> Table:
     grid.add_column(ratio=1)
     grid.add_column(justify="right", no_wrap=True)
     for mode, reply in asked.replies.items():
-        answer = Text(reply.answer) if reply.answer else Text("(no answer)", style="dim")
+        answer = Text(shown(reply.answer)) if reply.answer else Text("(no answer)", style="dim")
         grid.add_row(f"  {mode}", _mark(reply), answer, f"{_time(reply.report.ttft_ms)}")
     return grid
 

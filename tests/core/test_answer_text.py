@@ -67,3 +67,33 @@ def test_a_waiting_part_of_a_stop_comes_out_when_nothing_follows() -> None:
     assert [answer.add(byte) for byte in b"xEN"] == ["x", "", ""]
     assert answer.finish() == "EN"
     assert not answer.stopped
+
+
+@given(st.lists(st.one_of(st.binary(min_size=1, max_size=12), words.map(str.encode)), max_size=6))
+def test_broken_bytes_cost_no_character_around_them(parts: list[bytes]) -> None:
+    content = b"".join(parts)
+    answer = AnswerText(decode, ())
+    pieces = [answer.add(byte) for byte in content] + [answer.finish()]
+    assert "".join(pieces) == decode(content)
+
+
+def test_broken_bytes_come_out_while_they_come_and_a_stop_after_them_ends() -> None:
+    answer = AnswerText(decode, ["stop"])
+    assert any(answer.add(0xFF) for _ in range(20))
+    said = [answer.add(byte) for byte in b"\xff\xffstop"]
+    assert answer.stopped
+    assert "s" not in "".join(said)
+
+
+def test_a_run_of_broken_bytes_is_decoded_a_few_tokens_at_a_time() -> None:
+    longest = 0
+
+    def counting(token_ids: Sequence[int]) -> str:
+        nonlocal longest
+        longest = max(longest, len(token_ids))
+        return decode(token_ids)
+
+    answer = AnswerText(counting, ())
+    for _ in range(3000):
+        answer.add(0xFF)
+    assert longest < 40

@@ -66,6 +66,20 @@ def test_a_token_that_is_only_marked_as_special_is_one() -> None:
     assert not text.holds_special("a<list>b")
 
 
+def test_a_prompt_that_begins_with_the_beginning_token_gets_no_second() -> None:
+    tokenizer = tiny_models.tiny_tokenizer()
+    text, bos = SegmentTokenizer(tokenizer), tokenizer.bos_token_id
+
+    def begun(written: Prompt) -> int:
+        return tokenise(written, text.ids, [bos]).token_ids.count(bos)
+
+    assert begun(Prompt.from_text("<bos>So: bees")) == 1
+    assert begun(Prompt([Segment("<bos>So: ", "literal"), Segment("bees", "argument")])) == 1
+    assert begun(Prompt.from_text("So: bees")) == 1
+    data = tokenise(Prompt([Segment("<bos>So", "argument")]), text.ids, [bos]).token_ids
+    assert (data[0], data.count(bos)) == (bos, 1), "in data it is plain text"
+
+
 def test_data_and_markup_of_the_same_text_are_remembered_apart() -> None:
     text = SegmentTokenizer(tiny_models.tiny_tokenizer())
     segment = Segment("<eos>", "document")

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TypeVar
 
 import pytest
-from pcache_integrations.cli_store import app
 from typer.testing import CliRunner
 
 from pcache_core import CausalLM, DiskStore, PromptCacheEngine
 from pcache_core.store.inspect import Selection, clear_states, stored_states
+from pcache_integrations.cli.commands import app
 from stored_states import make, same
 
 T = TypeVar("T")

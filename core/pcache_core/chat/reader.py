@@ -11,6 +11,7 @@ from pcache_core.chat.calls import InvalidToolCall, ToolAnswer, ToolCall
 
 _DECODER = json.JSONDecoder()
 _BARE = re.compile(r"\s*(\{|\[\s*\{)")
+_SPACE = re.compile(r"\s*")
 _MAY_BECOME_BARE = re.compile(r"\s*(\[\s*)?")
 
 
@@ -29,20 +30,22 @@ class ToolReader:
         self._closing = closing
         self._names = frozenset(names)
         self._held = ""
+        self._at = 0  # how far what is held was read
         self._in_call = False
         self._shown = False  # content has begun, so that no bare call can follow
         self._had_call = False
         self._shown_since_call = False
 
     def add(self, text: str) -> ToolAnswer:
-        """What is certain now that this piece has come."""
-        self._held += text
+        """Return what is certain now that this piece has come."""
+        self._held = self._held[self._at :] + text
+        self._at = 0
         return _joined(self._steps())
 
     def finish(self) -> ToolAnswer:
-        """The rest, when nothing will follow."""
+        """Return the rest, when nothing will follow."""
         answers = list(self._steps())
-        held, self._held = self._held, ""
+        held, self._held, self._at = self._held[self._at :], "", 0
         if self._in_call:
             answers.append(self._call(held.removesuffix(self._closing.strip()), held))
         elif _BARE.match(held) and not self._shown:
@@ -53,24 +56,27 @@ class ToolReader:
 
     def _steps(self) -> Iterator[ToolAnswer]:
         while True:
-            before = (len(self._held), self._in_call)
+            before = (self._at, self._in_call)
             yield self._step_in_call() if self._in_call else self._step_in_text()
-            if (len(self._held), self._in_call) == before:
+            if (self._at, self._in_call) == before:
                 return
 
     def _step_in_text(self) -> ToolAnswer:
-        """Content up to the next marker, less what may yet become one."""
-        if self._marker and self._marker in self._held:
-            content, _, self._held = self._held.partition(self._marker)
+        """Return content up to the next marker, less what may yet become one."""
+        found = self._held.find(self._marker, self._at) if self._marker else -1
+        if found >= 0:
+            content = self._held[self._at : found]
+            self._at = found + len(self._marker)
             self._in_call = True
             return self._content(content.rstrip())
-        if not self._shown and (_BARE.match(self._held) or _MAY_BECOME_BARE.fullmatch(self._held)):
+        rest = self._held[self._at :]
+        if not self._shown and (_BARE.match(rest) or _MAY_BECOME_BARE.fullmatch(rest)):
             return ToolAnswer("")
-        keep = _overlap(self._held, self._marker)
-        content = self._held[: len(self._held) - keep]
+        keep = _overlap(rest, self._marker)
+        content = rest[: len(rest) - keep]
         # Space before a marker belongs to neither.
         content = content.rstrip() if keep or self._marker else content
-        self._held = self._held[len(content) :]
+        self._at += len(content)
         return self._content(content)
 
     def _content(self, text: str) -> ToolAnswer:
@@ -81,18 +87,17 @@ class ToolReader:
         return ToolAnswer(text)
 
     def _step_in_call(self) -> ToolAnswer:
-        """A call, if its end is there."""
+        """Return a call, if its end is there."""
         closing = self._closing.strip()
         if closing:
-            text, found, rest = self._held.partition(closing)
-            if not found:
-                return ToolAnswer("")
+            end = self._held.find(closing, self._at)
+            stop = end + len(closing)
         else:
-            end = _json_end(self._held)
-            if end is None:
-                return ToolAnswer("")
-            text, rest = self._held[:end], self._held[end:]
-        raw, self._held, self._in_call = self._held[: len(self._held) - len(rest)], rest, False
+            end = stop = _json_end(self._held, self._at)
+        if end < 0:
+            return ToolAnswer("")
+        text, raw = self._held[self._at : end], self._held[self._at : stop]
+        self._at, self._in_call = stop, False
         return self._call(text, raw)
 
     def _call(self, text: str, raw: str) -> ToolAnswer:
@@ -140,13 +145,13 @@ def _as_call(item: Any, written: str, names: Collection[str]) -> ToolCall | Inva
     return ToolCall(name, arguments)
 
 
-def _json_end(text: str) -> int | None:
-    """Where a JSON value ends that the text begins with; None if it has not ended."""
-    start = len(text) - len(text.lstrip())
+def _json_end(text: str, start: int) -> int:
+    """Find where the JSON value ends that begins at `start`; -1 if it has not ended."""
+    space = _SPACE.match(text, start)
     try:
-        return _DECODER.raw_decode(text, start)[1]
+        return _DECODER.raw_decode(text, space.end() if space else start)[1]
     except (ValueError, RecursionError):
-        return None
+        return -1
 
 
 def _overlap(text: str, marker: str) -> int:

@@ -16,6 +16,7 @@ from pcache_core.evaluation.data import Item, QuestionSet
 from pcache_core.evaluation.metrics import contains, exact_match, rouge_l, token_f1
 from pcache_core.evaluation.prompts import Layout
 from pcache_core.evaluation.run import Outcome, Outcomes
+from pcache_core.picture import shown
 
 _MATCH = {
     "whole": "exact match compares whole answers, case and punctuation included",
@@ -108,11 +109,13 @@ class Evaluation:
         """The answers to the first questions, as text to print."""
         text = Text()
         for item, answers in self._first(show):
-            text.append(f"{item.question}\n", style="bold")
-            text.append(f"  expected: {' | '.join(item.answers)}\n", style="dim")
+            text.append(f"{shown(item.question)}\n", style="bold")
+            text.append(f"  expected: {shown(' | '.join(item.answers))}\n", style="dim")
             for name, answer in answers.items():
                 mark = ("✓", "green") if contains(answer, item.answers) else ("✗", "red")
-                text.append_text(Text.assemble("  ", mark, f" {name:9}{answer.strip() or '–'}\n"))
+                text.append_text(
+                    Text.assemble("  ", mark, f" {name:9}{shown(answer.strip()) or '–'}\n")
+                )
         return text
 
     def _first(self, count: int) -> Iterator[tuple[Item, dict[str, str]]]:
@@ -121,16 +124,17 @@ class Evaluation:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         seed = "" if self.questions.seed is None else f", seed {self.questions.seed}"
         count = len(self.questions.items)
-        yield Text(f"{self.model}: {count} questions of {self.questions.description}{seed}\n")
+        asked_of = shown(f"{self.model}: {count} questions of {self.questions.description}{seed}")
+        yield Text(f"{asked_of}\n")
         yield self._table()
         yield Text()
         if self.unasked:
             yield Text(f"interrupted: {self.unasked} more questions were not asked", style="bold")
         asked = "through the model's chat template" if self.layout == "chat" else "as plain text"
         for note in (*_UNITS, _MATCH[self.questions.match], f"asked {asked}", *self.notes):
-            yield Text(note, style="dim")
+            yield Text(shown(note), style="dim")
         versions = (f"{name} {value}" for name, value in self.environment.items())
-        yield Text(", ".join(versions), style="dim")
+        yield Text(shown(", ".join(versions)), style="dim")
 
     def _table(self) -> Table:
         table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))

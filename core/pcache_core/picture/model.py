@@ -62,13 +62,14 @@ class Picture:
 _SHOWN_CONTROLS = {
     **{code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\n\t"},
     0x7F: "\u2421",
-    **dict.fromkeys((*range(0x80, 0xA0), 0x202D, 0x202E), "\ufffd"),
+    **dict.fromkeys((*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)), "\ufffd"),
+    **dict.fromkeys((0x2028, 0x2029, *range(0xD800, 0xE000)), "\ufffd"),
 }
 
 
 def shown(text: str) -> str:
-    """The text with control characters made visible, so that none reaches a terminal or a page.
+    """Make control characters visible, so that none reaches a terminal or a page.
 
-    Those that reverse what follows them are among these.
+    Those that reverse what follows them are among these, and what no encoding has.
     """
     return text.replace("\r\n", "\n").translate(_SHOWN_CONTROLS)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from unicodedata import normalize
 
 from pcache_core.errors import OptionError, StateMismatchError, StoreError
 from pcache_core.kv.key import KeySpace, ModuleKey
@@ -175,9 +176,14 @@ def _is_model(wanted: str, record: Record) -> bool:
 
 
 def _is_document(wanted: str, record: Record) -> bool:
-    words, text = wanted.strip(), record.text.strip()
+    words, text = _plain(wanted.rstrip("…")), _plain(record.text)
     by_text = bool(text) and (text.startswith(words) or words.startswith(text))
     return by_text or _is_start(wanted, record.digest)
+
+
+def _plain(text: str) -> str:
+    """Return a text's words, however they are spaced and their letters composed."""
+    return " ".join(normalize("NFC", text.rstrip("\ufffd")).split())
 
 
 def _is_start(wanted: str, digest: str) -> bool:

@@ -130,7 +130,8 @@ class Record:
 def _start_of_text(key: ModuleKey) -> str:
     if key.space is None or key.space.decode is None:
         return ""
-    return key.space.decode(key.token_ids[:_TEXT_TOKENS])[:_TEXT_CHARACTERS]
+    text = key.space.decode(key.token_ids[:_TEXT_TOKENS])[:_TEXT_CHARACTERS]
+    return text.rstrip("\ufffd")  # the last token may end inside a character
 
 
 def _stack_to_list(stack: Stack) -> list[object]:
