@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,7 @@ from llama_index.core.instrumentation.event_handlers import BaseEventHandler
 from llama_index.core.instrumentation.events.llm import LLMChatEndEvent, LLMCompletionEndEvent
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.llms.custom import CustomLLM
+from llama_index.core.llms.llm import LLM
 from llama_index.core.retrievers import BaseRetriever
 from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode
 from llama_index_instrumentation import get_dispatcher
@@ -152,3 +153,53 @@ def argument_of(report: Report, name: str) -> str:
     """The text that a variable was filled with, as far as it is no document."""
     parts = [s.text for s in report.segments if (s.kind, s.name) == ("argument", name)]
     return "".join(parts).strip()
+
+
+# Every way to ask for one answer: what is handed out, one part or many.
+
+TEXT = f"{OPENING}{DOCUMENTS[6]}\n\nQuestion: Where was Jerome Fertden born?\nAnswer:"
+MESSAGES = [ChatMessage(TEXT.removesuffix("\nAnswer:"))]
+Ask = Callable[..., Awaitable[list[Any]]]
+
+
+async def complete(llm: LLM, text: str = TEXT, **options: Any) -> list[Any]:
+    return [llm.complete(text, **options)]
+
+
+async def stream_complete(llm: LLM, text: str = TEXT, **options: Any) -> list[Any]:
+    return list(llm.stream_complete(text, **options))
+
+
+async def acomplete(llm: LLM, text: str = TEXT, **options: Any) -> list[Any]:
+    return [await llm.acomplete(text, **options)]
+
+
+async def astream_complete(llm: LLM, text: str = TEXT, **options: Any) -> list[Any]:
+    return [part async for part in await llm.astream_complete(text, **options)]
+
+
+async def chat(llm: LLM, messages: Any = MESSAGES, **options: Any) -> list[Any]:
+    return [llm.chat(messages, **options)]
+
+
+async def stream_chat(llm: LLM, messages: Any = MESSAGES, **options: Any) -> list[Any]:
+    return list(llm.stream_chat(messages, **options))
+
+
+async def achat(llm: LLM, messages: Any = MESSAGES, **options: Any) -> list[Any]:
+    return [await llm.achat(messages, **options)]
+
+
+async def astream_chat(llm: LLM, messages: Any = MESSAGES, **options: Any) -> list[Any]:
+    return [part async for part in await llm.astream_chat(messages, **options)]
+
+
+COMPLETIONS = [complete, stream_complete, acomplete, astream_complete]
+CHATS = [chat, stream_chat, achat, astream_chat]
+ALL = [*COMPLETIONS, *CHATS]
+ASYNC = [acomplete, astream_complete, achat, astream_chat]
+
+
+def answer(parts: list[Any]) -> str:
+    last = parts[-1]
+    return str(last.message.content if hasattr(last, "message") else last.text)

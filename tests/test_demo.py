@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
 from pcache_core import CausalLM
 from pcache_core.evaluation.metrics import contains
@@ -47,13 +48,9 @@ def test_every_question_is_asked_through_both_frameworks_in_three_modes() -> Non
 
 
 def test_the_command_prints_answers_as_they_come_a_table_and_the_figures_in_words() -> None:
-    done = subprocess.run(
-        [*_COMMAND, "--model", "builtin:tiny-rag", "--questions", "2"],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=_ENVIRONMENT,
-    )
+    arguments = ["demo", "--model", "builtin:tiny-rag", "--questions", "2"]
+    done = CliRunner().invoke(cli.app, arguments, env={"COLUMNS": "100"})
+    assert done.exit_code == 0
     lines = done.stdout.splitlines()
     answers = [line for line in lines if re.match(r"  (off|balanced|fast) +[✓✗] .+ ms$", line)]
     assert len(answers) == 2 * 2 * 3

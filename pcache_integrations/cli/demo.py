@@ -68,14 +68,14 @@ def _demo_model(name: str | None) -> CausalLM:
 
     Raises: ModelError: the one that was named can't be loaded.
     """
-    from pcache_core import CausalLM
+    from pcache_integrations._engines import load_lm
 
     if name is not None:
-        return CausalLM.from_pretrained(name)
+        return load_lm(name)
     try:
-        return CausalLM.from_pretrained(DEFAULT_MODEL)
+        return load_lm(DEFAULT_MODEL)
     except ModelError as error:
         stderr = Console(stderr=True)
         stderr.print(shown(explain(error) or ""), markup=False, highlight=False)
         stderr.print(f"The demo goes on with {TOY}, which needs no download.\n", style="bold")
-        return CausalLM.from_pretrained(TOY)
+        return load_lm(TOY)

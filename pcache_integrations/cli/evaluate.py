@@ -109,11 +109,11 @@ def evaluate(  # noqa: PLR0913 (each is an option of the command)
 
     Interrupted by ctrl-C, it prints what the questions until then gave.
     """
-    from pcache_core import CausalLM
     from pcache_core.evaluation.curve import check_plot, plot, sweep
     from pcache_core.evaluation.evaluate import evaluate as ask
     from pcache_core.params import REUSE_MODES, check_reuse
     from pcache_core.store.packing import check_storage_dtype
+    from pcache_integrations._engines import load_lm
 
     names = REUSE_MODES if modes is None else modes.split(",")
     chosen = [check_reuse(name.strip()) for name in names]
@@ -127,7 +127,7 @@ def evaluate(  # noqa: PLR0913 (each is an option of the command)
     model = model or (TOY if given.keys() - {"documents"} else DEFAULT_MODEL)
     asked = _questions(model, data, given, questions)
     result = ask(
-        CausalLM.from_pretrained(model, dtype=dtype, device=device),
+        load_lm(model, dtype, device),
         asked,
         modes=chosen,
         sweep=() if curve is None else sweep(),

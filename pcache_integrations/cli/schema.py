@@ -51,7 +51,11 @@ def schema(
     ] = None,
     length: Annotated[
         list[str] | None,
-        typer.Option("--len", metavar="NAME=TOKENS", help="The most tokens of a parameter."),
+        typer.Option(
+            "--len",
+            metavar="NAME=TOKENS",
+            help="The most tokens of a parameter or of a loop's slot.",
+        ),
     ] = None,
 ) -> None:
     """Print the schema of a prompt template as PML."""

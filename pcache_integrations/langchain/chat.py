@@ -12,7 +12,7 @@
 
 **Output flow (engine → LangChain)**
 
-`ChatAnswer.whole()` or, for each chunk of a stream, `ChatAnswer.piece()`:
+`MessageAnswer.whole()` or, for each chunk of a stream, `MessageAnswer.piece()`:
 
 - `Call.read()` or `AnswerReader.parts()` tell text and tool calls apart.
 - `usage_metadata()`, `generation_info()` and `chat_logprobs()` say what the answer took.
@@ -40,7 +40,7 @@ from pcache_core.lm import context_length_on_disk
 from pcache_integrations.calls import Call, as_choice, check_names, core_tool, make_call
 from pcache_integrations.langchain.messages import as_openai, chat_prompt
 from pcache_integrations.langchain.model import CachedModel, as_sampling, standard_errors
-from pcache_integrations.langchain.results import ChatAnswer
+from pcache_integrations.langchain.results import MessageAnswer
 from pcache_integrations.langchain.structured import Method, as_format, structured
 
 if TYPE_CHECKING:
@@ -214,7 +214,7 @@ class ChatPromptCache(CachedModel, BaseChatModel):
         with standard_errors():
             prompt, call = self._call(messages, stop, kwargs)
             generation = self.engine.generate(prompt, call.params, reuse=call.reuse)
-        return ChatAnswer(call, self.model).whole(generation)
+        return MessageAnswer(call, self.model).whole(generation)
 
     async def _agenerate(
         self,
@@ -226,7 +226,7 @@ class ChatPromptCache(CachedModel, BaseChatModel):
         with standard_errors():
             prompt, call = await asyncio.to_thread(self._call, messages, stop, kwargs)
             generation = await self.engine.agenerate(prompt, call.params, reuse=call.reuse)
-        return ChatAnswer(call, self.model).whole(generation)
+        return MessageAnswer(call, self.model).whole(generation)
 
     def _stream(
         self,
@@ -237,7 +237,7 @@ class ChatPromptCache(CachedModel, BaseChatModel):
     ) -> Iterator[ChatGenerationChunk]:
         with standard_errors():
             prompt, call = self._call(messages, stop, kwargs)
-            answer = ChatAnswer(call, self.model)
+            answer = MessageAnswer(call, self.model)
             with closing(self.engine.stream(prompt, call.params, reuse=call.reuse)) as stream:
                 for piece in stream:
                     chunk = answer.piece(piece)
@@ -254,7 +254,7 @@ class ChatPromptCache(CachedModel, BaseChatModel):
     ) -> AsyncIterator[ChatGenerationChunk]:
         with standard_errors():
             prompt, call = await asyncio.to_thread(self._call, messages, stop, kwargs)
-            answer = ChatAnswer(call, self.model)
+            answer = MessageAnswer(call, self.model)
             pieces = self.engine.astream(prompt, call.params, reuse=call.reuse)
             async with aclosing(pieces) as stream:
                 async for piece in stream:

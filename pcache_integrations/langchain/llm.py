@@ -24,7 +24,7 @@ from pcache_core.base_engine import Engine
 from pcache_integrations.calls import usage
 from pcache_integrations.documents import as_data, holds_markup
 from pcache_integrations.langchain.model import CachedModel, standard_errors
-from pcache_integrations.langchain.results import CompletionAnswer
+from pcache_integrations.langchain.results import TextAnswer
 from pcache_integrations.langchain.watch import WATCHER
 
 _OF_A_RUN = ("tags", "metadata", "run_name", "run_id")
@@ -213,7 +213,7 @@ class PromptCacheLLM(CachedModel, BaseLLM):
     ) -> Iterator[GenerationChunk]:
         with standard_errors():
             params, reuse = self._call_options(stop, kwargs)
-            answer = CompletionAnswer()
+            answer = TextAnswer()
             for piece in self.engine.stream(self._prompt(prompt), params, reuse):
                 chunk = answer.piece(piece)
                 if run_manager:
@@ -230,7 +230,7 @@ class PromptCacheLLM(CachedModel, BaseLLM):
         with standard_errors():
             params, reuse = self._call_options(stop, kwargs)
             mapped = await asyncio.to_thread(self._prompt, prompt)
-            answer = CompletionAnswer()
+            answer = TextAnswer()
             async for piece in self.engine.astream(mapped, params, reuse):
                 chunk = answer.piece(piece)
                 if run_manager:
@@ -264,7 +264,7 @@ class PromptCacheLLM(CachedModel, BaseLLM):
 
     def _result(self, answers: Sequence[Generation]) -> LLMResult:
         return LLMResult(
-            generations=[[CompletionAnswer().whole(answer)] for answer in answers],
+            generations=[[TextAnswer().whole(answer)] for answer in answers],
             llm_output={
                 "token_usage": usage([answer.report for answer in answers]),
                 "model_name": self.model,

@@ -28,7 +28,7 @@ from pcache_core.results import FinishReason
 from pcache_integrations.calls import AnswerReader, Call, reuse_figures
 
 
-class ChatAnswer:
+class MessageAnswer:
     """An answer as an assistant's message: whole, or in pieces. Counts come with the last piece."""
 
     def __init__(self, call: Call, model_name: str) -> None:
@@ -86,7 +86,7 @@ class ChatAnswer:
         return metadata
 
 
-class CompletionAnswer:
+class TextAnswer:
     """An answer of the completion model: whole, or in pieces."""
 
     def __init__(self) -> None:

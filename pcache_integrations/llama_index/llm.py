@@ -23,13 +23,14 @@ from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_ca
 from llama_index.core.llms.llm import ToolSelection, default_completion_to_prompt
 from llama_index.core.tools import BaseTool
 
-from pcache_core import Chunk, Prompt, Tool
+from pcache_core import Chunk, Generation, Prompt, Tool
 from pcache_core.base_engine import Engine
 from pcache_core.errors import AnswerError
 from pcache_integrations.calls import Call, make_call
 from pcache_integrations.documents import holds_markup
 from pcache_integrations.llama_index.messages import (
     ChatTemplate,
+    as_openai,
     calls_of,
     chat_prompt,
     text_prompt,
@@ -38,9 +39,10 @@ from pcache_integrations.llama_index.messages import (
 from pcache_integrations.llama_index.model import CachedLLM
 from pcache_integrations.llama_index.nodes import note_documents
 from pcache_integrations.llama_index.predict import Predicts, response_format
-from pcache_integrations.llama_index.responses import ChatAnswer, CompletionAnswer
+from pcache_integrations.llama_index.responses import ChatAnswer, CompletionAnswer, loud_refusals
 from pcache_integrations.llama_index.templates import segments_of
 
+_PLACE = "a call of PromptCacheLLM"
 # Code written for any LLM passes these; a call changes nothing about the server, if there is one.
 _OF_HOSTED_MODELS = ("extra_headers", "extra_query", "timeout", "max_retries", "user")
 _R = TypeVar("_R")
@@ -89,7 +91,7 @@ class PromptCacheLLM(Predicts, CachedLLM):
     the model, started by `pcache serve`.
 
     Raises: OptionError: an unknown option, a value out of range, or both `engine` and an option
-        that it has settled.
+        that it has settled. Calls raise CallRefusedError: what they ask can't be done.
     """
 
     def __init__(
@@ -111,8 +113,7 @@ class PromptCacheLLM(Predicts, CachedLLM):
     ) -> CompletionResponse:
         """Answer a prompt. `formatted` says that nothing is to be put around it."""
         mapped, call = self._completion_call(prompt, kwargs, formatted=formatted)
-        generation = self.engine.generate(mapped, call.params, reuse=call.reuse)
-        return CompletionAnswer().whole(generation)
+        return CompletionAnswer().whole(self._generate(mapped, call))
 
     @llm_completion_callback()
     def stream_complete(
@@ -136,8 +137,7 @@ class PromptCacheLLM(Predicts, CachedLLM):
         mapped, call = await asyncio.to_thread(
             self._completion_call, prompt, kwargs, formatted=formatted
         )
-        generation = await self.engine.agenerate(mapped, call.params, reuse=call.reuse)
-        return CompletionAnswer().whole(generation)
+        return CompletionAnswer().whole(await self._agenerate(mapped, call))
 
     @llm_completion_callback()
     async def astream_complete(
@@ -160,8 +160,7 @@ class PromptCacheLLM(Predicts, CachedLLM):
         `additional_kwargs["tool_calls"]`.
         """
         prompt, call = self._chat_call(messages, kwargs)
-        generation = self.engine.generate(prompt, call.params, reuse=call.reuse)
-        return ChatAnswer(call).whole(generation)
+        return ChatAnswer(call).whole(self._generate(prompt, call))
 
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
@@ -173,8 +172,7 @@ class PromptCacheLLM(Predicts, CachedLLM):
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """`chat` without blocking the event loop."""
         prompt, call = await asyncio.to_thread(self._chat_call, messages, kwargs)
-        generation = await self.engine.agenerate(prompt, call.params, reuse=call.reuse)
-        return ChatAnswer(call).whole(generation)
+        return ChatAnswer(call).whole(await self._agenerate(prompt, call))
 
     @llm_chat_callback()
     async def astream_chat(
@@ -220,7 +218,7 @@ class PromptCacheLLM(Predicts, CachedLLM):
             messages.append(ChatMessage(user_msg) if isinstance(user_msg, str) else user_msg)
         return {
             "messages": messages,
-            "tools": [_as_openai(tool) for tool in tools],
+            "tools": [as_openai(tool) for tool in tools],
             "tool_required": tool_required,
             "parallel_tool_calls": allow_parallel_tool_calls,
             **kwargs,
@@ -230,15 +228,19 @@ class PromptCacheLLM(Predicts, CachedLLM):
         self, text: str, given: Mapping[str, Any], *, formatted: bool
     ) -> tuple[Prompt, Call]:
         """Check a call and map its prompt; loads the model if that has not happened."""
-        call = self._call(given, takes_tools=False)
-        return self._text_prompt(text, formatted=formatted), call.on(self.engine)
+        with loud_refusals():
+            call = self._call(given, takes_tools=False)
+            prompt = self._text_prompt(text, formatted=formatted)
+            return note_documents(self.engine, prompt), call.on(self.engine)
 
     def _chat_call(
         self, messages: Sequence[ChatMessage], given: Mapping[str, Any]
     ) -> tuple[Prompt, Call]:
         """Check and map as `_completion_call` does."""
-        call = self._call(given, takes_tools=True)
-        return self._chat_prompt(messages, call.tools), call.on(self.engine)
+        with loud_refusals():
+            call = self._call(given, takes_tools=True)
+            prompt = self._chat_prompt(messages, call.tools)
+            return note_documents(self.engine, prompt), call.on(self.engine)
 
     def _call(self, given: Mapping[str, Any], *, takes_tools: bool) -> Call:
         asked = {name: v for name, v in given.items() if name not in _OF_HOSTED_MODELS}
@@ -246,13 +248,12 @@ class PromptCacheLLM(Predicts, CachedLLM):
         if isinstance(wanted, type) and issubclass(wanted, BaseModel):
             asked["response_format"] = response_format(wanted)
         if takes_tools:
-            asked["tools"] = [_as_openai(tool) for tool in asked.get("tools") or ()]
-        place = "a call of PromptCacheLLM"
-        return make_call(self._own_options, asked, place, takes_tools=takes_tools)
+            asked["tools"] = [as_openai(tool) for tool in asked.get("tools") or ()]
+        return make_call(self._own_options, asked, _PLACE, takes_tools=takes_tools)
 
     def _text_prompt(self, text: str, *, formatted: bool) -> Prompt:
         if formatted:
-            return note_documents(self.engine, text_prompt(text))
+            return text_prompt(text)
         wrap = self.completion_to_prompt or default_completion_to_prompt
         if (
             self.chat_template
@@ -262,23 +263,31 @@ class PromptCacheLLM(Predicts, CachedLLM):
         ):
             # To a chat model, a bare text is what the user says.
             return self._chat_prompt([ChatMessage(role=MessageRole.USER, content=text)])
-        wrapped = wrapped_prompt(text, lambda bare: self._extend_prompt(wrap(bare)))
-        return note_documents(self.engine, wrapped)
+        return wrapped_prompt(text, lambda bare: self._extend_prompt(wrap(bare)))
 
     def _chat_prompt(self, messages: Sequence[ChatMessage], tools: Sequence[Tool] = ()) -> Prompt:
         system = (MessageRole.SYSTEM, self.system_prompt)
         if all((message.role, message.content) != system for message in messages):
             messages = self._extend_messages(list(messages))
         to_prompt = self.messages_to_prompt or ChatTemplate(self.engine_handle)
-        return note_documents(self.engine, chat_prompt(self.engine, messages, to_prompt, tools))
+        return chat_prompt(self.engine, messages, to_prompt, tools)
+
+    def _generate(self, prompt: Prompt, call: Call) -> Generation:
+        with loud_refusals():
+            return self.engine.generate(prompt, call.params, reuse=call.reuse)
+
+    async def _agenerate(self, prompt: Prompt, call: Call) -> Generation:
+        with loud_refusals():
+            return await self.engine.agenerate(prompt, call.params, reuse=call.reuse)
 
     def _pieces(
         self, prompt: Prompt, call: Call, piece: Callable[[Chunk], _R]
     ) -> Generator[_R, None, None]:
-        chunks = self.engine.stream(prompt, call.params, reuse=call.reuse)
+        with loud_refusals():
+            chunks = self.engine.stream(prompt, call.params, reuse=call.reuse)
 
         def run() -> Generator[_R, None, None]:
-            with closing(chunks):
+            with loud_refusals(), closing(chunks):
                 for chunk in chunks:
                     yield piece(chunk)
 
@@ -287,14 +296,8 @@ class PromptCacheLLM(Predicts, CachedLLM):
     async def _apieces(
         self, prompt: Prompt, call: Call, piece: Callable[[Chunk], _R]
     ) -> AsyncGenerator[_R, None]:
-        chunks = self.engine.astream(prompt, call.params, reuse=call.reuse)
-        async with aclosing(chunks):
-            async for chunk in chunks:
-                yield piece(chunk)
-
-
-def _as_openai(tool: Any) -> Any:
-    """Return a tool of LlamaIndex's in OpenAI's shape; anything else as it is."""
-    if not isinstance(tool, BaseTool):
-        return tool
-    return tool.metadata.to_openai_tool(skip_length_check=True)
+        with loud_refusals():
+            chunks = self.engine.astream(prompt, call.params, reuse=call.reuse)
+            async with aclosing(chunks):
+                async for chunk in chunks:
+                    yield piece(chunk)

@@ -10,6 +10,7 @@ from typing import Any
 
 from llama_index.core.base.llms.generic_utils import messages_to_prompt as joined_with_roles
 from llama_index.core.base.llms.types import ChatMessage, MessageRole, TextBlock
+from llama_index.core.tools import BaseTool
 
 from pcache_core import Message, Prompt, Segment, Tool, ToolCall
 from pcache_core.base_engine import Engine
@@ -267,3 +268,10 @@ def _call(name: str, arguments: Any, call_id: str | None) -> ToolCall:
     if not isinstance(arguments, Mapping):
         arguments = {"arguments": arguments}
     return ToolCall(name, arguments, call_id) if call_id else ToolCall(name, arguments)
+
+
+def as_openai(tool: Any) -> Any:
+    """Return a tool of LlamaIndex's in OpenAI's shape; anything else as it is."""
+    if not isinstance(tool, BaseTool):
+        return tool
+    return tool.metadata.to_openai_tool(skip_length_check=True)

@@ -1,10 +1,13 @@
-"""The engine's results in LlamaIndex's types."""
+"""The engine's results and refusals in LlamaIndex's types."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+from llama_index import core
 from llama_index.core.base.llms import types
 from llama_index.core.base.llms.types import (
     ChatMessage,
@@ -16,11 +19,43 @@ from llama_index.core.base.llms.types import (
 )
 
 from pcache_core import Chunk, Generation, ToolAnswer, ToolCall
+from pcache_core.errors import ContextLengthError, PromptCacheError
 from pcache_core.results import FinishReason, TokenLogprob
 from pcache_integrations.calls import AnswerReader, Call, reuse_figures, usage
+from pcache_integrations.llama_index.model import Tokenizer
+
+_logger = logging.getLogger(__name__)
 
 # Newer versions have calls as blocks, older ones in `additional_kwargs` alone.
 _CallBlock: Any = getattr(types, "ToolCallBlock", None)
+
+
+class CallRefusedError(PromptCacheError):
+    """What was asked of the LLM can't be done; the cause is the error that says why.
+
+    LlamaIndex's engines take a ValueError or a TypeError for an answer that they can't parse, and
+    go on without it. This is neither.
+    """
+
+
+@contextmanager
+def loud_refusals() -> Iterator[None]:
+    """Raise what LlamaIndex would swallow as `CallRefusedError`.
+
+    It is logged as well, as some engines swallow every exception.
+    """
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        remedy = ""
+        counts_alike = isinstance(getattr(core, "global_tokenizer", None), Tokenizer)
+        if isinstance(error, ContextLengthError) and not counts_alike:
+            remedy = (
+                ". LlamaIndex counts tokens with another tokenizer: call "
+                "llm.set_global_tokenizer() before documents are split"
+            )
+        _logger.warning("a call was refused: %s%s", error, remedy)
+        raise CallRefusedError(f"{error}{remedy}") from error
 
 
 class CompletionAnswer:

@@ -57,7 +57,7 @@ def _inline(node: Schema | SchemaNode) -> str:
     if isinstance(node, Text):
         return xml_text(node.text)
     tag, attributes = _tag(node)
-    if isinstance(node, Param | Scaffold):
+    if isinstance(node, Param):
         return f"<{tag}{attributes}/>"
     return f"<{tag}{attributes}>{''.join(map(_inline, children_of(node)))}</{tag}>"
 

@@ -20,8 +20,8 @@ from llama_index.core.prompts import ChatPromptTemplate
 import chat_templates
 import tiny_models
 from llama_index_parts import chat_lm, text_of
-from pcache_core import CausalLM, PromptCacheEngine, PromptError
-from pcache_integrations.llama_index import PromptCacheLLM
+from pcache_core import CausalLM, PromptCacheEngine
+from pcache_integrations.llama_index import CallRefusedError, PromptCacheLLM
 
 POINT = CachePoint(cache_control=CacheControl(type="ephemeral"))
 ONE = "The harbour of Blockhaven was closed in 1907, and its lighthouse was sold to a baker."
@@ -111,7 +111,9 @@ class TestBlocks:
         ids=["image", "audio", "file"],
     )
     def test_what_is_no_text_is_refused(self, llm: PromptCacheLLM, block: Any) -> None:
-        with pytest.raises(PromptError, match=f"{type(block).__name__}; the model reads text only"):
+        with pytest.raises(
+            CallRefusedError, match=f"{type(block).__name__}; the model reads text only"
+        ):
             llm.chat([of_blocks("Look:", block)])
 
     @pytest.mark.skipif(not hasattr(types, "CitableBlock"), reason="no such block")

@@ -13,7 +13,7 @@ import llama_index.core
 import pytest
 from llama_index.core import Document, PromptTemplate, SummaryIndex
 from llama_index.core.base.llms.base import BaseLLM
-from llama_index.core.base.llms.types import ChatMessage, MessageRole
+from llama_index.core.base.llms.types import MessageRole
 from llama_index.core.callbacks import CallbackManager
 from llama_index.core.extractors import DocumentContextExtractor
 from llama_index.core.llms.function_calling import FunctionCallingLLM
@@ -23,57 +23,29 @@ from llama_index.core.storage.docstore import SimpleDocumentStore
 
 import chat_templates
 import tiny_models
-from corpus import DOCUMENTS, OPENING
-from llama_index_parts import chat_lm, documents_of, text_of
+from corpus import DOCUMENTS
+from llama_index_parts import (
+    ALL,
+    CHATS,
+    COMPLETIONS,
+    MESSAGES,
+    TEXT,
+    Ask,
+    achat,
+    acomplete,
+    answer,
+    chat_lm,
+    documents_of,
+    text_of,
+)
 from llama_index_watch import Callbacks, watched
-from pcache_core import CausalLM, Grammar, OptionError, PromptCacheEngine
+from pcache_core import CausalLM, Grammar, PromptCacheEngine
 from pcache_integrations._engines import load_lm
-from pcache_integrations.llama_index import PromptCacheLLM
+from pcache_integrations.llama_index import CallRefusedError, PromptCacheLLM
 
 pytestmark = pytest.mark.usefixtures("closed_loops")
 
-TEXT = f"{OPENING}{DOCUMENTS[6]}\n\nQuestion: Where was Jerome Fertden born?\nAnswer:"
-MESSAGES = [ChatMessage("Be brief.", role="system"), ChatMessage(TEXT)]
 READ = PromptTemplate("Read {text} now.")
-
-Ask = Callable[..., Awaitable[list[Any]]]
-
-
-async def complete(llm: LLM, **options: Any) -> list[Any]:
-    return [llm.complete(TEXT, **options)]
-
-
-async def stream_complete(llm: LLM, **options: Any) -> list[Any]:
-    return list(llm.stream_complete(TEXT, **options))
-
-
-async def acomplete(llm: LLM, **options: Any) -> list[Any]:
-    return [await llm.acomplete(TEXT, **options)]
-
-
-async def astream_complete(llm: LLM, **options: Any) -> list[Any]:
-    return [part async for part in await llm.astream_complete(TEXT, **options)]
-
-
-async def chat(llm: LLM, **options: Any) -> list[Any]:
-    return [llm.chat(MESSAGES, **options)]
-
-
-async def stream_chat(llm: LLM, **options: Any) -> list[Any]:
-    return list(llm.stream_chat(MESSAGES, **options))
-
-
-async def achat(llm: LLM, **options: Any) -> list[Any]:
-    return [await llm.achat(MESSAGES, **options)]
-
-
-async def astream_chat(llm: LLM, **options: Any) -> list[Any]:
-    return [part async for part in await llm.astream_chat(MESSAGES, **options)]
-
-
-COMPLETIONS = [complete, stream_complete, acomplete, astream_complete]
-CHATS = [chat, stream_chat, achat, astream_chat]
-ALL = [*COMPLETIONS, *CHATS]
 
 
 async def predict(llm: LLM) -> None:
@@ -91,11 +63,6 @@ async def stream(llm: LLM) -> None:
 async def astream(llm: LLM) -> None:
     async for _ in await llm.astream(READ, text=TEXT):
         pass
-
-
-def answer(parts: list[Any]) -> str:
-    last = parts[-1]
-    return str(last.message.content if hasattr(last, "message") else last.text)
 
 
 @pytest.fixture(scope="module", params=["completion", "chat"])
@@ -159,7 +126,7 @@ class TestTwins:
             assert bytes(chosen.bytes).decode() == chosen.token
             assert all(other.logprob <= chosen.logprob for other in others)  # greedy
         assert all(part.logprobs is None for part in await ask(llm))
-        with pytest.raises(OptionError, match="True with top_logprobs"):
+        with pytest.raises(CallRefusedError, match="True with top_logprobs"):
             await ask(llm, top_logprobs=2)
 
 
@@ -203,10 +170,10 @@ class TestInstrumentation:
     async def test_a_failure_ends_the_callback_too(self, llm: PromptCacheLLM, ask: Ask) -> None:
         callbacks = Callbacks()
         llm.callback_manager = CallbackManager([callbacks])
-        with pytest.raises(OptionError):
+        with pytest.raises(CallRefusedError):
             await ask(llm, temperature=-1)
         assert len(callbacks.ended) == 1
-        assert isinstance(callbacks.ended[0]["exception"], OptionError)
+        assert isinstance(callbacks.ended[0]["exception"], CallRefusedError)
 
 
 class OpenStreams(PromptCacheEngine):

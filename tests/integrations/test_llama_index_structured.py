@@ -20,9 +20,9 @@ from pydantic import BaseModel, Field
 import chat_templates
 import tiny_models
 from llama_index_parts import FixedRetriever, chat_lm, nodes, text_of
-from pcache_core import CausalLM, OptionError, PromptCacheEngine
+from pcache_core import CausalLM, PromptCacheEngine
 from pcache_integrations._engines import load_lm
-from pcache_integrations.llama_index import PromptCacheLLM
+from pcache_integrations.llama_index import CallRefusedError, PromptCacheLLM
 
 pytestmark = pytest.mark.usefixtures("closed_loops")
 
@@ -153,7 +153,7 @@ class TestPredictions:
     ) -> None:
         await ask(one_llm, reuse="off", seed=3, temperature=1.0)
         assert one_llm.engine.reports[-1].reuse == "off"
-        with pytest.raises(OptionError, match="raise max_tokens"):
+        with pytest.raises(CallRefusedError, match="raise max_tokens"):
             await ask(one_llm, max_tokens=2)
 
     def test_the_llms_own_stop_strings_do_not_cut_an_object(
@@ -242,5 +242,5 @@ class TestResponseFormat:
 
     @pytest.mark.parametrize("form", [3, dict, {"type": "xml"}, {"type": "json_schema"}, "json"])
     def test_what_is_no_format_is_refused(self, one_llm: PromptCacheLLM, form: Any) -> None:
-        with pytest.raises(OptionError, match="response_format"):
+        with pytest.raises(CallRefusedError, match="response_format"):
             one_llm.complete("Ann?", response_format=form)

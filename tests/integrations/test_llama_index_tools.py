@@ -17,8 +17,8 @@ from llama_index.core.tools import FunctionTool, ToolMetadata
 import chat_templates
 import tiny_models
 from llama_index_parts import text_of
-from pcache_core import AnswerError, CausalLM, ChatTemplateError, OptionError, PromptCacheEngine
-from pcache_integrations.llama_index import PromptCacheLLM
+from pcache_core import AnswerError, CausalLM, ChatTemplateError, PromptCacheEngine
+from pcache_integrations.llama_index import CallRefusedError, PromptCacheLLM
 
 pytestmark = [
     pytest.mark.usefixtures("closed_loops"),
@@ -165,7 +165,7 @@ class TestCalls:
     def test_what_can_not_be_called_is_refused(
         self, caller: PromptCacheLLM, options: dict[str, Any], message: str
     ) -> None:
-        with pytest.raises(OptionError, match=message):
+        with pytest.raises(CallRefusedError, match=message):
             caller.chat([ChatMessage("Hello")], **options)
 
     def test_without_a_chat_template_nothing_tells_of_tools(

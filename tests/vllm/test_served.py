@@ -179,7 +179,7 @@ def test_a_key_that_is_not_the_prompts_own_is_not_used(cluster: Cluster, tiny: C
     version_1 = [[0, 64, before.key_space.key((), ids[:64], None).digest, 0]]
     plain = post(cluster.first, ids)["choices"][0]["text"]
     unknown = [[0, 64, "f" * 64, "xx"]]
-    too_large = [[0, 64, "f" * 64, "en", [2**63]]]  # an error here would end the server
+    too_large = [[0, len(ids), "f" * 64, "en", [2**63]]]  # an error here would end the server
     beyond = [[0, 10_000, "f" * 64, ""]]
     for runs in (foreign, version_1, unknown, too_large, beyond, [["x"]], "nonsense"):
         answer = post(
