@@ -1,74 +1,78 @@
-"""A store's history in numbers, and its troubles in few words."""
+"""A store's history in numbers, its troubles in few words, and the lock around both."""
 
 from __future__ import annotations
 
 import logging
+import os
+import threading
 import time
+from dataclasses import replace
+from types import TracebackType
+from typing import Any
+from weakref import WeakSet
 
 from pcache_core.store.base import StoreStats, Tier
-from pcache_core.store.fork import ForkSafeLock
 
 logger = logging.getLogger(__name__)
+
+
+class ForkSafeLock:
+    """A lock that is free in a forked child, where the thread that held it does not exist.
+
+    What that thread was changing stays as it was at that moment, so this is for counters and
+    indexes that may be a little off, and for nothing that must be whole.
+    """
+
+    __slots__ = ("__weakref__", "_lock")
+
+    def __init__(self) -> None:
+        self._renew()
+        _locks.add(self)
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._lock.release()
+
+    def _renew(self) -> None:
+        self._lock = threading.Lock()
+
+
+_locks: WeakSet[ForkSafeLock] = WeakSet()
+
+
+def _renew_all() -> None:
+    for lock in _locks:
+        lock._renew()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which doesn't fork
+    os.register_at_fork(after_in_child=_renew_all)
 
 
 class Counters:
     """Counts of one store. Thread-safe."""
 
     def __init__(self, tier: Tier, budget_bytes: int | None) -> None:
-        self.tier: Tier = tier
-        self.budget_bytes = budget_bytes
         self._lock = ForkSafeLock()
-        self._hits = 0
-        self._misses = 0
-        self._evictions = 0
-        self._damaged = 0
-        self._failures = 0
-        self._load_ms = 0.0
-        self._loaded_nbytes = 0
+        self._counted = StoreStats(tier, None, None, budget_bytes, 0, 0, 0)
 
-    def hit(self, load_ms: float, nbytes: int) -> None:
-        """A look-up read `nbytes` of a state in so many milliseconds."""
+    def add(self, **more: float) -> None:
+        """Count something. more: by the names of `StoreStats`."""
         with self._lock:
-            self._hits += 1
-            self._load_ms += load_ms
-            self._loaded_nbytes += nbytes
-
-    def missed(self) -> None:
-        """A look-up found nothing it could use."""
-        with self._lock:
-            self._misses += 1
-
-    def evicted(self, states: int) -> None:
-        """States were given up for room."""
-        with self._lock:
-            self._evictions += states
-
-    def dropped(self) -> None:
-        """An entry was damaged or another model's."""
-        with self._lock:
-            self._damaged += 1
-
-    def failed(self) -> None:
-        """A call could not be carried out."""
-        with self._lock:
-            self._failures += 1
+            sums: dict[str, Any] = {n: getattr(self._counted, n) + more[n] for n in more}
+            self._counted = replace(self._counted, **sums)
 
     def stats(self, states: int | None, nbytes: int | None) -> StoreStats:
-        """Everything counted so far, beside what the store holds now."""
+        """Return everything counted so far, beside what the store holds now."""
         with self._lock:
-            return StoreStats(
-                tier=self.tier,
-                states=states,
-                nbytes=nbytes,
-                budget_bytes=self.budget_bytes,
-                hits=self._hits,
-                misses=self._misses,
-                evictions=self._evictions,
-                damaged=self._damaged,
-                failures=self._failures,
-                load_ms=self._load_ms,
-                loaded_nbytes=self._loaded_nbytes,
-            )
+            return replace(self._counted, states=states, nbytes=nbytes)
 
 
 class Outage:
@@ -94,7 +98,7 @@ class Outage:
 
     def failed(self, error: BaseException) -> None:
         """Note a failure; the first since the store last worked is a warning."""
-        self._counters.failed()
+        self._counters.add(failures=1)
         with self._lock:
             self._retry_at = time.monotonic() + self._retry_s
             is_new, self._is_out = not self._is_out, True
