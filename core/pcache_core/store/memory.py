@@ -9,6 +9,7 @@ from pcache_core.errors import BudgetError
 from pcache_core.kv.key import ModuleKey
 from pcache_core.kv.state import KVState
 from pcache_core.store.base import Hit, StoreStats
+from pcache_core.store.counters import Counters
 from pcache_core.threads import fork_safe
 
 DEFAULT_BUDGET_BYTES = 2 * 2**30
@@ -38,9 +39,7 @@ class MemoryStore:
         # Least recently used first.
         self._states: OrderedDict[str, tuple[ModuleKey, KVState]] = OrderedDict()
         self._nbytes = 0
-        self._hits = 0
-        self._misses = 0
-        self._evictions = 0
+        self._counters = Counters("memory", self._budget_bytes)
         self._lock = fork_safe(threading.Lock())
 
     def get(self, key: ModuleKey) -> Hit | None:
@@ -48,10 +47,10 @@ class MemoryStore:
         with self._lock:
             _, state = self._states.get(key.digest, (key, None))
             if state is None or state.token_ids != key.token_ids:
-                self._misses += 1
+                self._counters.add(misses=1)
                 return None
             self._states.move_to_end(key.digest)
-            self._hits += 1
+            self._counters.add(hits=1)
             return Hit(state, "memory")
 
     def put(self, key: ModuleKey, state: KVState) -> bool:
@@ -62,7 +61,7 @@ class MemoryStore:
             self._remove(key.digest)
             while self._nbytes + state.nbytes > self._budget_bytes:
                 self._remove(next(iter(self._states)))
-                self._evictions += 1
+                self._counters.add(evictions=1)
             self._states[key.digest] = (key, state)
             self._nbytes += state.nbytes
         return True
@@ -85,15 +84,7 @@ class MemoryStore:
     def stats(self) -> StoreStats:
         """Counts so far."""
         with self._lock:
-            return StoreStats(
-                tier="memory",
-                states=len(self._states),
-                nbytes=self._nbytes,
-                budget_bytes=self._budget_bytes,
-                hits=self._hits,
-                misses=self._misses,
-                evictions=self._evictions,
-            )
+            return self._counters.stats(len(self._states), self._nbytes)
 
     def _remove(self, digest: str) -> None:
         if digest in self._states:

@@ -61,11 +61,6 @@ def check_storage_dtype(storage_dtype: object) -> StorageDtype:
     )
 
 
-def stored_name(digest: str, storage_dtype: StorageDtype) -> str:
-    """What a store calls a state: one kept in another dtype is another."""
-    return digest if storage_dtype == "auto" else f"{digest}.{storage_dtype}"
-
-
 def fields(record: Record) -> list[Field]:
     """The tensors that a state of this record is kept as, in the file's order.
 

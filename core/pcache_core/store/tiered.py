@@ -15,6 +15,7 @@ from pcache_core.store.counters import Counters
 from pcache_core.store.write_behind import WriteBehind
 
 DEFAULT_QUEUE_BYTES = 512 * 2**20
+_SUMMED = ("hits", "evictions", "damaged", "failures", "load_ms", "loaded_nbytes")
 
 
 class TieredStore(OpeningReads):
@@ -56,7 +57,7 @@ class TieredStore(OpeningReads):
                     found[key] = (opened, index)
         for key in keys:
             if key not in found:
-                self._counters.missed()
+                self._counters.add(misses=1)
         return found
 
     def put(self, key: ModuleKey, state: KVState) -> bool:
@@ -93,12 +94,7 @@ class TieredStore(OpeningReads):
             states=max((tier.states for tier in tiers if tier.states is not None), default=None),
             nbytes=sum(tier.nbytes or 0 for tier in tiers),
             budget_bytes=None if None in budgets else max(b for b in budgets if b is not None),
-            hits=sum(tier.hits for tier in tiers),
-            evictions=sum(tier.evictions for tier in tiers),
-            damaged=sum(tier.damaged for tier in tiers),
-            failures=sum(tier.failures for tier in tiers),
-            load_ms=sum(tier.load_ms for tier in tiers),
-            loaded_nbytes=sum(tier.loaded_nbytes for tier in tiers),
+            **{name: sum(getattr(tier, name) for tier in tiers) for name in _SUMMED},
             tiers=tiers,
         )
 
