@@ -75,20 +75,24 @@ def context_length_on_disk(name: str) -> int | None:
     """
     try:
         source = resolve(name)
-        if Path(source).is_file():
-            return _gguf_context_length(source, os.stat(source).st_mtime_ns)
-        return context_length_by(
-            AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
-        )
+        path = Path(source)
+        if path.is_dir():
+            path = path / "config.json"
+        elif not path.is_file():
+            path = Path(str(try_to_load_from_cache(source, "config.json")))
+        return _context_length_in(path, path.stat().st_mtime_ns)
     except Exception:  # whatever is wrong with it is said when it is loaded
         return None
 
 
 @lru_cache(maxsize=64)
-def _gguf_context_length(file: str, mtime_ns: int) -> int | None:
+def _context_length_in(file: Path, mtime_ns: int) -> int | None:
+    """Read a configuration or a GGUF file's header; again only when the file has changed."""
+    if file.name == "config.json":
+        return context_length_by(AutoConfig.from_pretrained(file.parent, trust_remote_code=False))
     from pcache_core.lm.gguf_file import read_header
 
-    length = read_header(Path(file)).get("context_length")
+    length = read_header(file).get("context_length")
     return None if length is None else int(length)
 
 
