@@ -23,12 +23,14 @@ from pcache_integrations._stores import build_store, check_store
 if TYPE_CHECKING:
     from pcache_integrations.vllm.client_http import Address
 
-_loaded: WeakValueDictionary[tuple[str, str, str], CausalLM] = WeakValueDictionary()
+_loaded: WeakValueDictionary[tuple[str, str, str, bool], CausalLM] = WeakValueDictionary()
 _loading = threading.Lock()
 _building = threading.RLock()
 
 
-def load_lm(model: str, dtype: str = "auto", device: str = "auto") -> CausalLM:
+def load_lm(
+    model: str, dtype: str = "auto", device: str = "auto", *, trust_remote_code: bool = False
+) -> CausalLM:
     """Load a model, or share the one that is loaded: its weights are in memory once.
 
     Thread-safe. The weights go when nobody uses them any more; those that are only kept for the
@@ -37,18 +39,22 @@ def load_lm(model: str, dtype: str = "auto", device: str = "auto") -> CausalLM:
     Raises: ModelError: the model can't be loaded.
     """
     with _loading:
-        lm = _loaded.get((model, dtype, device))
+        name = model, dtype, device, trust_remote_code
+        lm = _loaded.get(name)
         if lm is None:
             if _kept:
                 _kept.clear()
                 gc.collect()
-            lm = CausalLM.from_pretrained(model, dtype=dtype, device=device)
-            _loaded[model, dtype, device] = lm
+            lm = CausalLM.from_pretrained(
+                model, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+            )
+            _loaded[name] = lm
         return lm
 
 
 ENGINE_OPTIONS = (
     "model", "store", "dtype", "device", "namespace", "preamble", "repair", "storage_dtype",
+    "trust_remote_code",
 )  # fmt: skip
 """Options of a language model that decide which engine it gets."""
 
@@ -106,12 +112,15 @@ class EngineOptions:
     reuse: str = field(compare=False)
     preamble: Preamble | None = None
     storage_dtype: str = "auto"
+    trust_remote_code: bool = False
     server: Address | None = None
 
     def __post_init__(self) -> None:
         for name in ("model", "dtype", "device", "namespace"):
             if not isinstance(getattr(self, name), str):
                 raise OptionError(f"{name} must be a text, got {getattr(self, name)!r:.80}")
+        if not isinstance(self.trust_remote_code, bool):
+            raise OptionError(f"trust_remote_code={self.trust_remote_code!r} must be True or False")
         check_reuse(self.reuse)
         check_repair(self.repair)
         check_store(self.store, self.storage_dtype)
@@ -198,7 +207,12 @@ def _new(options: EngineOptions) -> Engine:
 
         return RemoteEngine(options.server, options.model, **own)
     return PromptCacheEngine(
-        load_lm(options.model, options.dtype, options.device),
+        load_lm(
+            options.model,
+            options.dtype,
+            options.device,
+            trust_remote_code=options.trust_remote_code,
+        ),
         store=build_store(options.store, options.storage_dtype),
         repair=options.repair,
         **own,

@@ -22,6 +22,7 @@ from pcache_core.lm.closing import (
     shortest_plan,
     token_mask,
 )
+from pcache_core.threads import fork_safe
 
 Pick = Callable[[torch.Tensor], int]
 """Chooses a token by its score, [vocab]; those of -inf are out."""
@@ -74,7 +75,7 @@ class GrammarCompiler:
         self.tokenizer: LLTokenizer = from_tokenizer(tokenizer, eos_token=self.end_ids)
         self.vocabulary = Vocabulary.of(self.tokenizer)
         self._compiled: OrderedDict[Grammar, CompiledGrammar] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock = fork_safe(threading.Lock())
 
     def compile(self, grammar: Grammar) -> CompiledGrammar:
         """The grammar for this tokenizer. Raises: OptionError: no text can follow it."""

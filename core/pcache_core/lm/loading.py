@@ -39,9 +39,12 @@ _DTYPES = {
 }
 
 
-def load(name: str, dtype: str, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load(
+    name: str, dtype: str, device: str, *, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model and its tokenizer.
 
+    trust_remote_code: whether code that comes with the model may be run.
     Raises: ModelError, OptionError. DependencyError: a package that GGUF files need is missing.
     """
     source = resolve(name)
@@ -54,14 +57,15 @@ def load(name: str, dtype: str, device: str) -> tuple[PreTrainedModel, PreTraine
 
         with _bar_on_terminals_only():
             return load_gguf(Path(source), name, torch_dtype, torch_device)
-    tokenizer = load_tokenizer(name, source)
+    tokenizer = load_tokenizer(name, source, trust_remote_code=trust_remote_code)
     try:
         with _bar_on_terminals_only():
             model = AutoModelForCausalLM.from_pretrained(
-                source, dtype=torch_dtype or "auto", trust_remote_code=False
+                source, dtype=torch_dtype or "auto", trust_remote_code=trust_remote_code
             )
         return model.eval().to(torch_device), tokenizer
     except Exception as error:
+        _check_needs_no_code(name, error)
         raise ModelError(
             f"model {name!r} can't be loaded: {_first_line(error)}. Give a causal language model: "
             f"a directory written by save_pretrained, a hub id, or {_builtin_names()}"
@@ -239,15 +243,27 @@ def _from_hub(name: str, source: str) -> str:
         ) from error
 
 
-def load_tokenizer(name: str, source: str) -> PreTrainedTokenizerBase:
-    """A model's tokenizer, from where its name was resolved to. Raises: ModelError."""
+def _check_needs_no_code(name: str, error: Exception) -> None:
+    """Raises: ModelError: loading failed because code that comes with the model was not run."""
+    if "trust_remote_code" in str(error):
+        raise ModelError(
+            f"model {name!r} comes with code of its own, which was not run; read it, and if you "
+            "trust it, load the model with trust_remote_code=True (--trust-remote-code)"
+        ) from error
+
+
+def load_tokenizer(
+    name: str, source: str, *, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """Load a model's tokenizer from where its name was resolved to. Raises: ModelError."""
     if Path(source).is_file():
         from pcache_core.lm.gguf import load_gguf_tokenizer
 
         return load_gguf_tokenizer(Path(source), name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as error:
+        _check_needs_no_code(name, error)
         raise ModelError(
             f"model {name!r} has no tokenizer that can be loaded: {_first_line(error)}. Save it "
             "there with tokenizer.save_pretrained, or use CausalLM(model, tokenizer)"

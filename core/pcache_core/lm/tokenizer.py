@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pcache_core.errors import ChatTemplateError
 from pcache_core.prompt import Segment
+from pcache_core.threads import fork_safe
 
 _MEMORY_TOKENS = 500_000
 # Stands before a template and takes the place of the function that gives it today's date.
@@ -46,7 +47,7 @@ class SegmentTokenizer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
-        self._lock = threading.Lock()
+        self._lock = fork_safe(threading.Lock())
         self._memory: OrderedDict[tuple[str, bool], tuple[int, ...]] = OrderedDict()
         self._remembered = 0
         self._markup: dict[str, tuple[str, tuple[str, ...]]] = {}  # of one chat template

@@ -1,66 +1,24 @@
-"""A store's history in numbers, its troubles in few words, and the lock around both."""
+"""A store's history in numbers, and its troubles in few words."""
 
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from dataclasses import replace
-from types import TracebackType
 from typing import Any
-from weakref import WeakSet
 
 from pcache_core.store.base import StoreStats, Tier
+from pcache_core.threads import fork_safe
 
 logger = logging.getLogger(__name__)
-
-
-class ForkSafeLock:
-    """A lock that is free in a forked child, where the thread that held it does not exist.
-
-    What that thread was changing stays as it was at that moment, so this is for counters and
-    indexes that may be a little off, and for nothing that must be whole.
-    """
-
-    __slots__ = ("__weakref__", "_lock")
-
-    def __init__(self) -> None:
-        self._renew()
-        _locks.add(self)
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._lock.release()
-
-    def _renew(self) -> None:
-        self._lock = threading.Lock()
-
-
-_locks: WeakSet[ForkSafeLock] = WeakSet()
-
-
-def _renew_all() -> None:
-    for lock in _locks:
-        lock._renew()
-
-
-if hasattr(os, "register_at_fork"):  # not on Windows, which doesn't fork
-    os.register_at_fork(after_in_child=_renew_all)
 
 
 class Counters:
     """Counts of one store. Thread-safe."""
 
     def __init__(self, tier: Tier, budget_bytes: int | None) -> None:
-        self._lock = ForkSafeLock()
+        self._lock = fork_safe(threading.Lock())
         self._counted = StoreStats(tier, None, None, budget_bytes, 0, 0, 0)
 
     def add(self, **more: float) -> None:
@@ -89,7 +47,7 @@ class Outage:
         self._retry_s = retry_s
         self._retry_at = 0.0
         self._is_out = False
-        self._lock = ForkSafeLock()
+        self._lock = fork_safe(threading.Lock())
 
     @property
     def is_over(self) -> bool:

@@ -12,6 +12,7 @@ import os
 import re
 import secrets
 import stat
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pcache_core.errors import StateMismatchError, StoreError
-from pcache_core.store.counters import ForkSafeLock
+from pcache_core.threads import fork_safe
 
 SUFFIX = ".safetensors"
 _TEMPORARY = ".tmp"
@@ -81,7 +82,7 @@ class StateFolder:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._shards: dict[str, _Shard] = {}
-        self._lock = ForkSafeLock()
+        self._lock = fork_safe(threading.Lock())
 
     def create(self) -> None:
         """Make the folder if it is not there. Raises: OSError: it can't be made."""

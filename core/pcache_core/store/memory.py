@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 
 from pcache_core.errors import BudgetError
 from pcache_core.kv.key import ModuleKey
 from pcache_core.kv.state import KVState
 from pcache_core.store.base import Hit, StoreStats
-from pcache_core.store.counters import Counters, ForkSafeLock
+from pcache_core.store.counters import Counters
+from pcache_core.threads import fork_safe
 
 DEFAULT_BUDGET_BYTES = 2 * 2**30
 
@@ -38,7 +40,7 @@ class MemoryStore:
         self._states: OrderedDict[str, tuple[ModuleKey, KVState]] = OrderedDict()
         self._nbytes = 0
         self._counters = Counters("memory", self._budget_bytes)
-        self._lock = ForkSafeLock()
+        self._lock = fork_safe(threading.Lock())
 
     def get(self, key: ModuleKey) -> Hit | None:
         """The state if it is there and holds the key's tokens; it counts as used."""
