@@ -69,7 +69,7 @@ _OF_A_GIVEN_ENGINE = ("namespace", "preamble", "repair")
 def server_address(
     base_url: str | None, api_key: str | None, timeout: float | None, max_retries: int | None
 ) -> Address | None:
-    """The server that the options name; None for a model in this process.
+    """Return the server that the options name; None for a model in this process.
 
     Without `base_url` the others have no effect: code written for any model passes them.
 
@@ -141,7 +141,7 @@ class EngineOptions:
 
 
 def engine_options(llm: Any) -> EngineOptions:
-    """What the fields of a language model say about its engine.
+    """Return what the fields of a language model say about its engine.
 
     Raises: OptionError: a value that no engine can be built from.
     """
@@ -178,7 +178,7 @@ def build_engine(options: EngineOptions) -> Engine:
 
 
 def _living(options: EngineOptions) -> Engine | None:
-    """The engine of these options, if there is one."""
+    """Return the engine of these options, if there is one."""
     with _building:
         engine = _built.get(options)
         if engine is not None:
@@ -285,11 +285,11 @@ class EngineHandle:
         gc.collect()  # an engine and its parts know each other
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EngineHandle:
-        """Itself: copies of a language model share weights and states."""
+        """Return itself: copies of a language model share weights and states."""
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A pickle holds how to build the engine, not its weights and states."""
+        """Return a pickle holds how to build the engine, not its weights and states."""
         return type(self), (self.options,)
 
 

@@ -38,7 +38,7 @@ class AnswerText:
         self.stopped = False
 
     def add(self, token_id: int) -> str:
-        """The text that is certain now that this token has come; often empty."""
+        """Return the text that is certain now that this token has come; often empty."""
         self._token_ids.append(token_id)
         new = self._new_text()
         if not new or new.endswith("\ufffd"):
@@ -47,11 +47,11 @@ class AnswerText:
         return self._release(new)
 
     def peek(self, token_id: int) -> str:
-        """What `token_id` and the tokens that wait for it would add to the text."""
+        """Return what `token_id` and the tokens that wait for it would add to the text."""
         return self._new_text(token_id)
 
     def finish(self) -> str:
-        """The rest, when no token will follow."""
+        """Return the rest, when no token will follow."""
         text = self._release(self._new_text())
         self._note_shown(len(self._token_ids))
         if self.stopped:
@@ -64,7 +64,7 @@ class AnswerText:
         return len(self._token_ids) - self._shown
 
     def _new_text(self, *more: int, end: int | None = None) -> str:
-        """The text of the tokens that wait, up to `end`, and of some more."""
+        """Return the text of the tokens that wait, up to `end`, and of some more."""
         before = self._decode(self._token_ids[self._context : self._shown])
         text = self._decode([*self._token_ids[self._context : end], *more])
         if text.startswith(before):
@@ -78,7 +78,7 @@ class AnswerText:
             self._context, self._shown = self._shown, end
 
     def _release_settled(self) -> str:
-        """The text that tokens to come can't change: all but that of the last few tokens.
+        """Return the text that tokens to come can't change: all but that of the last few tokens.
 
         A character that is not complete yet has three bytes at most, so it began no earlier. Where
         one was completed by the last tokens, the text before it is cut one token earlier.
@@ -161,7 +161,7 @@ class TokenScorer:
         self._count = count
 
     def __call__(self, token_id: int, logits: torch.Tensor) -> tuple[TokenLogprob, ...]:
-        """The next token. logits: [vocab], fp32, that it was chosen from."""
+        """Return the next token. logits: [vocab], fp32, that it was chosen from."""
         if self._count is None:
             return ()
         logprobs = torch.log_softmax(logits, dim=-1)

@@ -161,7 +161,7 @@ def _checked(texts: Iterable[str], name: str) -> list[str]:
 def _fitting(
     library: ModuleLibrary, passage: Passage, text: str, position: int
 ) -> list[ModuleTokens]:
-    """The states that prompts may want of a passage.
+    """Return the states that prompts may want of a passage.
 
     Raises: ContextLengthError, BudgetError: none can ever be used, or one can never be kept.
     """

@@ -222,7 +222,7 @@ def _common(one: list[int], other: list[int], most: int) -> int:
 def _continues(
     sequence: KVSequence, token_ids: list[int], positions: list[int], repair: float | None
 ) -> bool:
-    """Whether the prompt is the one that rows were repaired for, or goes on after it."""
+    """Return whether the prompt is the one that rows were repaired for, or goes on after it."""
     if repair is None or not _same_budget(sequence.repair, repair):
         return False
     count = sequence.repaired_for

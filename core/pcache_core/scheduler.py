@@ -168,7 +168,7 @@ class Place:
 
 
 def too_late(timeout_s: float | None) -> DeadlineExceededError:
-    """What a request ends with whose time has passed."""
+    """Return what a request ends with whose time has passed."""
     return DeadlineExceededError(
         f"the answer was not done within timeout_s={timeout_s}; allow more time, ask for fewer "
         "max_tokens, or run fewer requests at once"
@@ -269,7 +269,7 @@ class Scheduler:
     async def run_in_thread(
         self, start: Callable[[], Generator[T, None, None]], timeout_s: float | None = None
     ) -> AsyncGenerator[T, None]:
-        """The items of the stream that `start` makes; raises what it raises.
+        """Yield the items of the stream that `start` makes; raises what it raises.
 
         timeout_s: seconds within which the stream has to be begun; once it is, its own matter.
         Raises: OverloadedError: too many requests wait. DeadlineExceededError: it was not begun.

@@ -72,7 +72,7 @@ class Reports(deque[Report]):
                 self._totals[name] += getattr(report, name)
 
     def __getitem__(self, index: Any) -> Any:
-        """One report, or a list for a slice such as `[-3:]`."""
+        """Return one report, or a list for a slice such as `[-3:]`."""
         with self._lock:
             return list(self)[index] if isinstance(index, slice) else super().__getitem__(index)
 

@@ -52,7 +52,7 @@ class Message:
         return "".join(segment.text for segment in self.segments)
 
     def as_dict(self, content: str) -> dict[str, Any]:
-        """The message as chat templates take it, with another content."""
+        """Return the message as chat templates take it, with another content."""
         fields: dict[str, Any] = {"role": self.role, "content": content}
         if self.tool_calls:
             fields["tool_calls"] = [
@@ -222,7 +222,7 @@ def _set_apart(segments: Sequence[Segment], data: Sequence[str]) -> list[Segment
 
 
 def strip_segments(segments: Sequence[Segment]) -> list[Segment]:
-    """The segments of `text.strip()`: many templates trim their contents."""
+    """Return the segments of `text.strip()`: many templates trim their contents."""
     kept = list(segments)
     while kept and not kept[0].text.lstrip():
         kept.pop(0)

@@ -161,7 +161,7 @@ class ModuleLibrary:
         return self._now.keys.key(module.preamble_ids, passage.kept_ids, fixed, passage.shape)
 
     def contains(self, key: ModuleKey) -> bool:
-        """Whether the store has it."""
+        """Return whether the store has it."""
         return self._store.contains(key)
 
     def load(self, states: Sequence[PlannedState], sequence: KVSequence, rows: int) -> Loaded:
@@ -394,7 +394,7 @@ def _use(stored: Opened, use: Callable[[StateSource], T]) -> T | None:
 
 
 def _may_stay(planned: PlannedState, state: KVState, sequence: KVSequence) -> bool:
-    """Whether a state is one run of rows, long enough to be worth a product of its own."""
+    """Return whether a state is one run of rows, long enough to be worth a product of its own."""
     return (
         not planned.is_opening
         and len(planned.runs) == 1
@@ -405,7 +405,7 @@ def _may_stay(planned: PlannedState, state: KVState, sequence: KVSequence) -> bo
 
 
 def _parts(planned: PlannedState, rows: StateSource) -> Iterator[tuple[StateSource, int, int]]:
-    """A state's runs, each without a gap, with the first row and position of each."""
+    """Yield a state's runs, each without a gap, with the first row and position of each."""
     passage = planned.module.passage
     if len(planned.runs) == 1:
         yield rows, planned.start, planned.position

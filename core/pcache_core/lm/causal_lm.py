@@ -40,7 +40,7 @@ _locks_lock = fork_safe(threading.Lock())
 
 
 def _lock_of(model: PreTrainedModel) -> threading.RLock:
-    """One lock for each model, however many `CausalLM` objects run it."""
+    """Return one lock for each model, however many `CausalLM` objects run it."""
     with _locks_lock:
         if model not in _locks:
             _locks[model] = fork_safe(threading.RLock())
@@ -48,7 +48,7 @@ def _lock_of(model: PreTrainedModel) -> threading.RLock:
 
 
 def _part_tokens(model: PreTrainedModel) -> int:
-    """How many tokens of a prompt one forward reads, while running answers wait for a step.
+    """Return how many tokens of a prompt one forward reads, while running answers wait for a step.
 
     A matter of the model and its device, never of measured speed, so that answers stand still.
     """
@@ -197,7 +197,7 @@ class CausalLM(TextModel):
         return KVBuffers(self.stacks, capacity, dtype=self.dtype, device=self.device)
 
     def sampler(self, params: SamplingParams) -> Sampler:
-        """A token chooser for one request."""
+        """Return a token chooser for one request."""
         if params.grammar is None:
             return Sampler(params, self.device)
         constraint = self._grammars.constraint(params.grammar, params.max_tokens)
@@ -259,7 +259,7 @@ class CausalLM(TextModel):
             )
 
     def _joins(self, batch: Batch) -> bool:
-        """Whether a batch may be cut, and share a forward with others."""
+        """Return whether a batch may be cut, and share a forward with others."""
         forward = self.support.forward
         return (
             forward is not None and forward.merges and not self.support.is_beyond_stable(batch.end)
@@ -281,7 +281,7 @@ class CausalLM(TextModel):
             return own_cache_works(self.model, self.token_ids("a b c d e f")[:6])
 
     def stock_run(self) -> Callable[[Sequence[int]], torch.Tensor]:
-        """A request through the model's own forward, for models without rows per token."""
+        """Return a request through the model's own forward, for models without rows per token."""
         run = LockedStockRun(StockRun(self.model, use_cache=self._own_cache_works), self._lock)
         return lambda token_ids: self._checked(run(token_ids))
 

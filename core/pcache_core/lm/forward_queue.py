@@ -193,7 +193,7 @@ class ForwardQueue:
         return self._leader is not None and not self._leader.has_left
 
     def _expects_others(self, job: _Job) -> bool:
-        """Whether the last forward's other batches will be back in a moment."""
+        """Return whether the last forward's other batches will be back in a moment."""
         return bool(self._expected - {job.owner}) and time.perf_counter() < self._patience_ends
 
     def _leave(self, own: _Job) -> None:

@@ -101,7 +101,7 @@ def _context_length_in(file: Path, mtime_ns: int) -> int | None:
 
 
 def full_name(name: str | os.PathLike[str], gguf_file: str | os.PathLike[str] | None = None) -> str:
-    """A name that says all: with the file of a folder or hub id, and which SmolLM2 is meant.
+    """Return a name that says all: with the file of a folder or hub id, and which SmolLM2 is meant.
 
     The two are different weights: the package's are quantised.
     """
@@ -118,7 +118,7 @@ def _smollm2_from(place: str) -> str:
 
 
 def _smollm2_file() -> Path | None:
-    """The GGUF file in the installed package, none of whose code is run."""
+    """Return the GGUF file in the installed package, none of whose code is run."""
     found = importlib.util.find_spec(_SMOLLM2_PACKAGE.replace("-", "_"))
     folders = list(found.submodule_search_locations or ()) if found else []
     files = [file for folder in folders for file in Path(folder).glob("*.gguf")]
@@ -139,7 +139,7 @@ def _bar_on_terminals_only() -> Iterator[None]:
 
 
 def resolve(name: str) -> str:
-    """The directory or GGUF file that a name stands for, or the hub id as it is.
+    """Return the directory or GGUF file that a name stands for, or the hub id as it is.
 
     Raises: ModelError: no such built-in model or file; a directory without configuration or
         weights, or with several GGUF files; Ollama has no such model.
@@ -217,7 +217,7 @@ def _check_directory(folder: Path) -> None:
 
 
 def _from_hub(name: str, source: str) -> str:
-    """The hub id, or the local copy of the one file that `owner/model/file.gguf` names.
+    """Return the hub id, or the local copy of the one file that `owner/model/file.gguf` names.
 
     Asked once and first, because loading retries for a minute where there is no network.
     Raises: ModelError: neither the hub nor its local copies have the model.
@@ -277,7 +277,7 @@ def load_tokenizer(
 
 
 def _dtype(name: str) -> torch.dtype | None:
-    """None where the model decides."""
+    """Return None where the model decides."""
     if name == "auto":
         return None
     if name not in _DTYPES:

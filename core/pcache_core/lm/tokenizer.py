@@ -172,7 +172,7 @@ class SegmentTokenizer:
                 yield self.apply_chat_template([{"role": r, "content": "Hello"} for r in roles])
 
     def marks_roles(self) -> bool:
-        """Whether the chat template writes a user's turn and an assistant's differently.
+        """Return whether the chat template writes a user's turn and an assistant's differently.
 
         One that doesn't is no dialogue format: it only joins the contents, and a completion prompt
         says the same.
@@ -265,7 +265,7 @@ class SegmentTokenizer:
         return str(text).removeprefix(bos) if self.bos_ids and bos else str(text)
 
     def _find_bos(self) -> tuple[int, ...]:
-        """The one token the tokenizer puts before every text, if it does."""
+        """Return the one token the tokenizer puts before every text, if it does."""
         bos = self._tokenizer.bos_token_id
         if bos is None:
             return ()

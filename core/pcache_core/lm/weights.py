@@ -86,7 +86,7 @@ class _Sight:
         self._bytes = [torch.cat(samples) for samples in self._samples]
 
     def is_outdated(self) -> bool:
-        """Whether a look would see something else now."""
+        """Return whether a look would see something else now."""
         objects = self._read_objects()
         return (
             len(objects) != len(self._objects)

@@ -133,7 +133,7 @@ class DiskStore(serde.SealedStore):
         return True
 
     def contains(self, key: ModuleKey) -> bool:
-        """Whether a file of this name is there; what is in it, only `get` finds out."""
+        """Return whether a file of this name is there; what is in it, only `get` finds out."""
         try:
             status = os.lstat(self._path(key))
         except OSError:

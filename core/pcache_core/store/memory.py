@@ -43,7 +43,7 @@ class MemoryStore:
         self._lock = fork_safe(threading.Lock())
 
     def get(self, key: ModuleKey) -> Hit | None:
-        """The state if it is there and holds the key's tokens; it counts as used."""
+        """Return the state if it is there and holds the key's tokens; it counts as used."""
         with self._lock:
             _, state = self._states.get(key.digest, (key, None))
             if state is None or state.token_ids != key.token_ids:
@@ -67,7 +67,7 @@ class MemoryStore:
         return True
 
     def contains(self, key: ModuleKey) -> bool:
-        """Whether the state is there."""
+        """Return whether the state is there."""
         with self._lock:
             return key.digest in self._states
 
@@ -77,7 +77,7 @@ class MemoryStore:
             self._remove(key.digest)
 
     def held_keys(self) -> list[ModuleKey]:
-        """The keys of all states."""
+        """Return the keys of all states."""
         with self._lock:
             return [key for key, _ in self._states.values()]
 

@@ -68,7 +68,7 @@ class ObjectStore(serde.SealedStore):
         self._storage = Outage(f"the store at {self._place}", self._counters, retry_s=RETRY_S)
 
     def open_many(self, keys: Sequence[ModuleKey]) -> list[Opened | None]:
-        """The states that are there, their bytes read; several at a time."""
+        """Return the states that are there, their bytes read; several at a time."""
         if len(keys) < 2:
             return [self._open(key) for key in keys]
         with ThreadPoolExecutor(min(_PARALLEL_READS, len(keys))) as pool:
@@ -92,7 +92,7 @@ class ObjectStore(serde.SealedStore):
         return bool(content and self._ask(lambda: self._write(self._path(key), content)))
 
     def contains(self, key: ModuleKey) -> bool:
-        """Whether its object is there; False if that can't be found out."""
+        """Return whether its object is there; False if that can't be found out."""
         return bool(self._ask(lambda: self._files.exists(self._path(key))))
 
     def delete(self, key: ModuleKey) -> None:
@@ -115,7 +115,7 @@ class ObjectStore(serde.SealedStore):
         return f"{self._root}/{key.digest[:2]}/{self._name(key)}{SUFFIX}"
 
     def _ask(self, question: Callable[[], T]) -> T | None:
-        """The answer; None if there is no such object, or the storage can't be reached."""
+        """Return the answer; None if there is no such object, or the storage can't be reached."""
         if not self._storage.is_over:
             return None
         answer = None
@@ -132,7 +132,7 @@ class ObjectStore(serde.SealedStore):
         return answer
 
     def _read(self, path: str, key: ModuleKey) -> bytes:
-        """The object's bytes: its beginning, then as much as its header says, and no more.
+        """Return the object's bytes: its beginning, then as much as its header says, and no more.
 
         Raises: StateMismatchError: the header is not that of a state of this key.
         """

@@ -112,7 +112,7 @@ class RedisStore(serde.SealedStore):
         self._writing = Outage(f"writing states to {self._place}", self._counters)
 
     def open_many(self, keys: Sequence[ModuleKey]) -> list[Opened | None]:
-        """The states that the server has whole: one question for all, then their bytes.
+        """Return the states that the server has whole: one question for all, then their bytes.
 
         Round trips: one for the manifests, and one for every 16 MiB of all states together.
         """
@@ -142,7 +142,7 @@ class RedisStore(serde.SealedStore):
         return bool(self._ask(lambda: self._written(self._name(key), manifest, buffers)))
 
     def contains(self, key: ModuleKey) -> bool:
-        """Whether the server names it; False if the server can't be asked."""
+        """Return whether the server names it; False if the server can't be asked."""
         return self._ask(lambda: self._client.type(self._name(key))) == b"string"
 
     def delete(self, key: ModuleKey) -> None:
@@ -164,7 +164,7 @@ class RedisStore(serde.SealedStore):
         return f"pcache:{super()._name(key)}"
 
     def _ask(self, question: Callable[[], T]) -> T | None:
-        """The server's answer; None while it can't be reached."""
+        """Return the server's answer; None while it can't be reached."""
         if not self._server.is_over:
             return None
         try:
@@ -176,7 +176,7 @@ class RedisStore(serde.SealedStore):
         return answer
 
     def _contents(self, names: Sequence[str]) -> dict[str, bytes]:
-        """The stored bytes of those that are there and complete."""
+        """Return the stored bytes of those that are there and complete."""
         contents: dict[str, bytes] = {}
         wanted: dict[str, Manifest] = {}
         texts = cast(_Answers, self._client.mget(names))
@@ -190,13 +190,13 @@ class RedisStore(serde.SealedStore):
         return contents | self._joined(wanted)
 
     def _joined(self, manifests: Mapping[str, Manifest]) -> dict[str, bytes]:
-        """The chunks of each state, joined; those of which a chunk is gone are left out."""
+        """Return the chunks of each state, joined; those of which a chunk is gone are left out."""
         joined: dict[str, list[bytes]] = {name: [] for name in manifests}
 
         def names() -> Iterator[tuple[str, str]]:
             for name, manifest in manifests.items():
                 for chunk_name in manifest.names(name):
-                    # However many its manifest claims, nothing behind a missing one is asked for.
+                    # However many its manifest claims, nothing after a missing one is asked for.
                     if name not in joined:
                         break
                     yield name, chunk_name

@@ -61,7 +61,7 @@ class Layout:
 def encode(
     key: ModuleKey, state: KVState, storage: StorageDtype, seal: Seal, created: int
 ) -> list[memoryview]:
-    """The stored form, as buffers to be written one after another.
+    """Return the stored form, as buffers to be written one after another.
 
     Raises: StateMismatchError: the state is not of the key's tokens, its tensors do not fit its
         shapes, or their dtype can't be kept.
@@ -310,7 +310,7 @@ def _pieces(field: packing.Field) -> Iterator[slice]:
 
 
 def _tensor(raw: torch.Tensor, layout: Layout, name: str) -> torch.Tensor:
-    """A tensor of a file; `raw` holds the bytes after its header, [bytes] uint8."""
+    """Return a tensor of a file; `raw` holds the bytes after its header, [bytes] uint8."""
     field, start = layout.offsets[name]
     start -= len(layout.header)
     return _shaped(raw[start : start + field.nbytes], field)
@@ -395,5 +395,5 @@ def layout_of(record: Record) -> Layout:
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    """A contiguous CPU tensor's bytes, not copied."""
+    """Return a contiguous CPU tensor's bytes, not copied."""
     return tensor.reshape(-1).view(torch.uint8).numpy().data

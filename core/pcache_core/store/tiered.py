@@ -68,7 +68,7 @@ class TieredStore(OpeningReads):
         return kept or len(self.tiers) > 1
 
     def contains(self, key: ModuleKey) -> bool:
-        """Whether a tier has it, or will."""
+        """Return whether a tier has it, or will."""
         if self.tiers[0].contains(key) or self._writer.find(key) is not None:
             return True
         return any(tier.contains(key) for tier in self.tiers[1:])
@@ -80,7 +80,7 @@ class TieredStore(OpeningReads):
             tier.delete(key)
 
     def stats(self) -> StoreStats:
-        """All tiers together, each one's own in `tiers`.
+        """Return all tiers together, each one's own in `tiers`.
 
         hits, evictions, damaged, failures, load_ms, loaded_nbytes: summed. misses: of
         this store, a look-up that no tier could serve. states: of the tier that has most. nbytes:

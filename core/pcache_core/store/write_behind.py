@@ -63,7 +63,7 @@ class WriteBehind:
         self._start()
 
     def find(self, key: ModuleKey) -> KVState | None:
-        """The state if it waits to be written and is of the key's tokens."""
+        """Return the state if it waits to be written and is of the key's tokens."""
         item = self._items.get(key.digest)
         return item.state if item is not None and item.state.token_ids == key.token_ids else None
 
@@ -95,7 +95,7 @@ class WriteBehind:
         self._added.set()
 
     def _first(self) -> _Item | None:
-        """The item that is being written, or is to be next."""
+        """Return the item that is being written, or is to be next."""
         return next(iter(self._items.values()), None)
 
     def _wait_until_gone(self, item: _Item) -> None:
