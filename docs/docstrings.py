@@ -44,7 +44,7 @@ def names_in(obj: Object) -> set[str]:
 
 
 def one_a_line(text: str, names: set[str]) -> str:
-    """The text with `name:` on a new line where it stands behind another item in one line."""
+    """The text with `name:` on a new line where it stands after another item in one line."""
     lines = []
     for line in text.splitlines():
         parts = [line]

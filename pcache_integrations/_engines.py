@@ -23,12 +23,14 @@ from pcache_integrations._stores import build_store, check_store
 if TYPE_CHECKING:
     from pcache_integrations.vllm.client_http import Address
 
-_loaded: WeakValueDictionary[tuple[str, str, str], CausalLM] = WeakValueDictionary()
+_loaded: WeakValueDictionary[tuple[str, str, str, bool], CausalLM] = WeakValueDictionary()
 _loading = threading.Lock()
 _building = threading.RLock()
 
 
-def load_lm(model: str, dtype: str = "auto", device: str = "auto") -> CausalLM:
+def load_lm(
+    model: str, dtype: str = "auto", device: str = "auto", *, trust_remote_code: bool = False
+) -> CausalLM:
     """Load a model, or share the one that is loaded: its weights are in memory once.
 
     Thread-safe. The weights go when nobody uses them any more; those that are only kept for the
@@ -37,18 +39,22 @@ def load_lm(model: str, dtype: str = "auto", device: str = "auto") -> CausalLM:
     Raises: ModelError: the model can't be loaded.
     """
     with _loading:
-        lm = _loaded.get((model, dtype, device))
+        name = model, dtype, device, trust_remote_code
+        lm = _loaded.get(name)
         if lm is None:
             if _kept:
                 _kept.clear()
                 gc.collect()
-            lm = CausalLM.from_pretrained(model, dtype=dtype, device=device)
-            _loaded[model, dtype, device] = lm
+            lm = CausalLM.from_pretrained(
+                model, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+            )
+            _loaded[name] = lm
         return lm
 
 
 ENGINE_OPTIONS = (
     "model", "store", "dtype", "device", "namespace", "preamble", "repair", "storage_dtype",
+    "trust_remote_code",
 )  # fmt: skip
 """Options of a language model that decide which engine it gets."""
 
@@ -63,7 +69,7 @@ _OF_A_GIVEN_ENGINE = ("namespace", "preamble", "repair")
 def server_address(
     base_url: str | None, api_key: str | None, timeout: float | None, max_retries: int | None
 ) -> Address | None:
-    """The server that the options name; None for a model in this process.
+    """Return the server that the options name; None for a model in this process.
 
     Without `base_url` the others have no effect: code written for any model passes them.
 
@@ -106,12 +112,15 @@ class EngineOptions:
     reuse: str = field(compare=False)
     preamble: Preamble | None = None
     storage_dtype: str = "auto"
+    trust_remote_code: bool = False
     server: Address | None = None
 
     def __post_init__(self) -> None:
         for name in ("model", "dtype", "device", "namespace"):
             if not isinstance(getattr(self, name), str):
                 raise OptionError(f"{name} must be a text, got {getattr(self, name)!r:.80}")
+        if not isinstance(self.trust_remote_code, bool):
+            raise OptionError(f"trust_remote_code={self.trust_remote_code!r} must be True or False")
         check_reuse(self.reuse)
         check_repair(self.repair)
         check_store(self.store, self.storage_dtype)
@@ -132,7 +141,7 @@ class EngineOptions:
 
 
 def engine_options(llm: Any) -> EngineOptions:
-    """What the fields of a language model say about its engine.
+    """Return what the fields of a language model say about its engine.
 
     Raises: OptionError: a value that no engine can be built from.
     """
@@ -169,7 +178,7 @@ def build_engine(options: EngineOptions) -> Engine:
 
 
 def _living(options: EngineOptions) -> Engine | None:
-    """The engine of these options, if there is one."""
+    """Return the engine of these options, if there is one."""
     with _building:
         engine = _built.get(options)
         if engine is not None:
@@ -198,7 +207,12 @@ def _new(options: EngineOptions) -> Engine:
 
         return RemoteEngine(options.server, options.model, **own)
     return PromptCacheEngine(
-        load_lm(options.model, options.dtype, options.device),
+        load_lm(
+            options.model,
+            options.dtype,
+            options.device,
+            trust_remote_code=options.trust_remote_code,
+        ),
         store=build_store(options.store, options.storage_dtype),
         repair=options.repair,
         **own,
@@ -271,11 +285,11 @@ class EngineHandle:
         gc.collect()  # an engine and its parts know each other
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EngineHandle:
-        """Itself: copies of a language model share weights and states."""
+        """Return itself: copies of a language model share weights and states."""
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A pickle holds how to build the engine, not its weights and states."""
+        """Return a pickle holds how to build the engine, not its weights and states."""
         return type(self), (self.options,)
 
 

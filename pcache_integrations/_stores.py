@@ -29,7 +29,7 @@ def check_store(spec: str, storage_dtype: str = "auto") -> None:
 
 
 def build_store(spec: str, storage_dtype: str = "auto") -> ModuleStore:
-    """The store that `spec` names: memory alone, or memory before a folder or a server.
+    """Return the store that `spec` names: memory alone, or memory before a folder or a server.
 
     storage_dtype: how the folder or server keeps numbers; memory keeps what comes.
 
@@ -42,7 +42,7 @@ def build_store(spec: str, storage_dtype: str = "auto") -> ModuleStore:
 
 
 def lasting_store(spec: str, storage_dtype: str = "auto") -> LastingStore:
-    """The folder or server alone: what `put` returned for is there when the process ends.
+    """Return the folder or server alone: what `put` returned for is there when the process ends.
 
     Raises: OptionError: `spec` names memory, or is refused by `check_store`. DependencyError: as
         `check_store`. StoreError: the folder can't be made.
@@ -58,7 +58,7 @@ def lasting_store(spec: str, storage_dtype: str = "auto") -> LastingStore:
 
 
 def _remote_store(url: str, storage_dtype: StorageDtype = "auto") -> LastingStore:
-    """A store that connects when it is first used; its package is imported only here."""
+    """Return a store that connects when it is first used; its package is imported only here."""
     if url.partition("://")[0] in ("redis", "rediss", "valkey", "unix"):
         from pcache_core.store.redis import RedisStore
 

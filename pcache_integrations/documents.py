@@ -154,7 +154,7 @@ class WrittenIndex:
 
         values: that were filled in, by variable. Every place where one stands is the value's,
             longer ones first, so that data never counts as template text.
-        sources: what templates say. What is no value and stands word for word in one is template
+        sources: what templates say. What is not a value and stands word for word in one is template
             text; the rest may be anything.
         """
         parts: list[tuple[str, str | None]] = [(text, None)]
@@ -214,7 +214,7 @@ def settle(segments: Iterable[Segment], text: str) -> Prompt:
     """Make a prompt of `segments`; of the plain `text` if they don't join to exactly that.
 
     Neighbours of the same kind and name become one, documents apart. Spaces before a boundary move
-    behind it, because tokenizers make the space a part of the word that follows: "Question: " and
+    after it, because tokenizers make the space a part of the word that follows: "Question: " and
     "Where" are read as "Question:" and " Where". Documents are never touched.
 
     Raises: PromptError: `text` is empty.
@@ -226,12 +226,12 @@ def settle(segments: Iterable[Segment], text: str) -> Prompt:
 
 
 def holds_markup(text: SegmentTokenizer, segments: Iterable[Segment]) -> bool:
-    """Whether a prompt is a chat's rendering already, by what stands outside of its data."""
+    """Return whether a prompt is a chat's rendering already, by what stands outside of its data."""
     return any(text.holds_chat_markup(s.text) for s in segments if s.is_markup)
 
 
 def as_data(text: SegmentTokenizer, segments: Iterable[Segment]) -> list[Segment]:
-    """The parts of what a user says: none of them marks a role."""
+    """Return the parts of what a user says: none of them marks a role."""
     return [
         replace(s, kind="argument")
         if s.kind == "text" or (s.kind == "literal" and text.holds_special(s.text))
@@ -284,7 +284,7 @@ def _find(bucket: list[str], rest: str) -> tuple[str, int]:
 
 
 def _longest_beginning(bucket: list[str], text: str) -> str | None:
-    """The longest document of a sorted `bucket` that `text` begins with."""
+    """Return the longest document of a sorted `bucket` that `text` begins with."""
     while text:
         after = bisect_right(bucket, text)
         if not after:
@@ -298,7 +298,7 @@ def _longest_beginning(bucket: list[str], text: str) -> str | None:
 
 
 def common_prefix_chars(left: str, right: str) -> int:
-    """How many characters both begin with; by bisection, as comparing slices is fast."""
+    """Return how many characters both begin with; by bisection, as comparing slices is fast."""
     low, high = 0, min(len(left), len(right))
     while low < high:
         middle = (low + high + 1) // 2

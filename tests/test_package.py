@@ -39,7 +39,8 @@ def test_the_wheel_holds_types_model_corpus_and_nothing_of_the_tests(unpacked: P
 
 def test_an_installed_package_finds_its_model_and_its_corpus(unpacked: Path) -> None:
     code = (
-        "import pcache_core, pcache_integrations\n"
+        "import sys, pcache_core, pcache_integrations\n"
+        "assert 'llguidance' not in sys.modules, 'it is imported when it is needed'\n"
         "from pcache_integrations.demo.corpus import Corpus, shipped\n"
         "from pcache_core.lm.loading import resolve\n"
         "print(pcache_core.__file__, resolve('builtin:tiny-rag'))\n"

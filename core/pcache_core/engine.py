@@ -275,20 +275,20 @@ class PromptCacheEngine(Engine):
 
         schema: PML text, the path of a file, or a tree. src_root: the folder that `src=` may read
             from; without it `src=` is refused.
-        Raises: PMLError: it is no schema, with file and line.
+        Raises: PMLError: it is not a schema, with file and line.
         """
         return self._schemas.add(schema, src_root)
 
     def prompt_from_pml(
         self, prompt: str | os.PathLike[str] | PromptTree, *, positions: Positions = "schema"
     ) -> Prompt:
-        """A prompt of a schema that was added before.
+        """Return a prompt of a schema that was added before.
 
         prompt: PML text, the path of a file, or a tree. positions: `schema`: as the schema lays
             them out, with gaps where the prompt leaves something out; `compact`: one after the
             other, for models whose states can be moved. What a model can't do is done otherwise,
             and `Report.fallback_reason` says so.
-        Raises: PMLError: it is no prompt, of no known schema, or doesn't fit it. OptionError:
+        Raises: PMLError: it is not a prompt, of no known schema, or doesn't fit it. OptionError:
             unknown `positions`.
         """
         return self._schemas.prompt(prompt, positions)

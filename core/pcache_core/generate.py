@@ -8,9 +8,8 @@ import torch
 
 from pcache_core.results import Chunk, FinishReason, TokenLogprob
 
-_CONTEXT_TOKENS = 4  # decoded again before a token, for spaces between words
-_CHARACTER_BYTES = 4
-_MOST_HELD = 8  # tokens that may be waiting to become a character
+_MOST_BYTES = 3  # of a character that is not complete
+_MOST_WAITING = 8  # tokens whose text is not out yet
 
 Step = Callable[[int], torch.Tensor]
 """Appends one token; logits of the next, [vocab]."""
@@ -26,7 +25,7 @@ class AnswerText:
     """Turns tokens into text piece by piece.
 
     A piece never ends inside a character and never holds a part of a stop string: what may still
-    become one waits until it can't.
+    become one waits until it can't. Of bytes that are no characters, a few tokens wait at most.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str], stop: Sequence[str]) -> None:
@@ -39,37 +38,63 @@ class AnswerText:
         self.stopped = False
 
     def add(self, token_id: int) -> str:
-        """The text that is certain now that this token has come; often empty."""
+        """Return the text that is certain now that this token has come; often empty."""
         self._token_ids.append(token_id)
         new = self._new_text()
-        if not new.endswith("\ufffd"):
-            return self._release(new, len(self._token_ids))
-        if len(self._token_ids) - self._shown < _MOST_HELD:
-            return ""
-        # Broken bytes, or the character itself: no character has more bytes than are kept here.
-        text = self._decode(self._token_ids[self._context :])
-        for end in range(len(self._token_ids) - _CHARACTER_BYTES, self._shown, -1):
-            sure = self._decode(self._token_ids[self._context : end])
-            if text.startswith(sure):
-                return self._release(sure[len(text) - len(new) :], end)
-        return ""
+        if not new or new.endswith("\ufffd"):
+            return self._release_settled() if self._num_waiting > _MOST_WAITING else ""
+        self._note_shown(len(self._token_ids))
+        return self._release(new)
+
+    def peek(self, token_id: int) -> str:
+        """Return what `token_id` and the tokens that wait for it would add to the text."""
+        return self._new_text(token_id)
 
     def finish(self) -> str:
-        """The rest, when no token will follow."""
-        text = self._release(self._new_text(), len(self._token_ids))
+        """Return the rest, when no token will follow."""
+        text = self._release(self._new_text())
+        self._note_shown(len(self._token_ids))
         if self.stopped:
             return text
         text, self._waiting = text + self._waiting, ""
         return text
 
-    def _new_text(self) -> str:
-        before = self._decode(self._token_ids[self._context : self._shown])
-        return self._decode(self._token_ids[self._context :])[len(before) :]
+    @property
+    def _num_waiting(self) -> int:
+        return len(self._token_ids) - self._shown
 
-    def _release(self, new: str, end: int) -> str:
-        """Give out `new`, the text of the tokens before `end` that is not out yet."""
-        if new:
+    def _new_text(self, *more: int, end: int | None = None) -> str:
+        """Return the text of the tokens that wait, up to `end`, and of some more."""
+        before = self._decode(self._token_ids[self._context : self._shown])
+        text = self._decode([*self._token_ids[self._context : end], *more])
+        if text.startswith(before):
+            return text[len(before) :]
+        # A tokenizer of bytes may take a whole run for broken where one of them is.
+        return self._decode([*self._token_ids[self._shown : end], *more])
+
+    def _note_shown(self, end: int) -> None:
+        """Note that the text of the tokens before `end` is out."""
+        if end > self._shown:
             self._context, self._shown = self._shown, end
+
+    def _release_settled(self) -> str:
+        """Return the text that tokens to come can't change: all but that of the last few tokens.
+
+        A character that is not complete yet has three bytes at most, so it began no earlier. Where
+        one was completed by the last tokens, the text before it is cut one token earlier.
+        """
+        new, last = self._new_text(), len(self._token_ids)
+        for end in range(last - _MOST_BYTES, self._shown, -1):
+            settled = self._new_text(end=end)
+            if not settled:
+                del self._token_ids[self._shown : end]  # special tokens, which have no text
+                return ""
+            if new.startswith(settled):
+                self._note_shown(end)
+                return self._release(settled)
+        return ""
+
+    def _release(self, new: str) -> str:
         text = self._waiting + new
         found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
         if found:
@@ -132,13 +157,11 @@ class TokenScorer:
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str], count: int | None) -> None:
-        self._decode = decode
+        self._text = AnswerText(decode, ())
         self._count = count
-        self._shown: list[int] = []
-        self._waiting: list[int] = []  # tokens that end inside a character
 
     def __call__(self, token_id: int, logits: torch.Tensor) -> tuple[TokenLogprob, ...]:
-        """The next token. logits: [vocab], fp32, that it was chosen from."""
+        """Return the next token. logits: [vocab], fp32, that it was chosen from."""
         if self._count is None:
             return ()
         logprobs = torch.log_softmax(logits, dim=-1)
@@ -150,18 +173,6 @@ class TokenScorer:
         self, token_id: int, logprob: float, likeliest: Iterable[tuple[int, float]]
     ) -> TokenLogprob:
         """The next token, with what is known of it already. likeliest: ids, log probabilities."""
-        top = tuple(TokenLogprob(number, self._text(number), value) for number, value in likeliest)
-        return TokenLogprob(token_id, self._add(token_id), logprob, top)
-
-    def _add(self, token_id: int) -> str:
-        text = self._text(token_id)
-        self._waiting.append(token_id)
-        if text.endswith("\ufffd") and len(self._waiting) < _MOST_HELD:
-            return ""
-        self._shown = (self._shown + self._waiting)[-_CONTEXT_TOKENS:]
-        self._waiting = []
-        return text
-
-    def _text(self, token_id: int) -> str:
-        before = self._decode(self._shown)
-        return self._decode([*self._shown, *self._waiting, token_id])[len(before) :]
+        peek = self._text.peek
+        top = tuple(TokenLogprob(number, peek(number), value) for number, value in likeliest)
+        return TokenLogprob(token_id, self._text.add(token_id), logprob, top)

@@ -79,12 +79,12 @@ class Grammar:
 
 
 def json_rule(schema: Mapping[str, Any]) -> str:
-    """The schema as a part of a Lark grammar. Raises: OptionError: it is no JSON."""
+    """Return the schema as a part of a Lark grammar. Raises: OptionError: it is no JSON."""
     return f"%json {_dump({**schema, 'x-guidance': JSON_STYLE})}"
 
 
 def close_objects(schema: Any) -> Any:
-    """The schema with no more properties than it names, where it leaves that open.
+    """Return the schema with no more properties than it names, where it leaves that open.
 
     A model that may invent properties will. Parts of an `allOf` stay open, for each describes
     the same object.

@@ -107,7 +107,7 @@ _Candidate = tuple[tuple[Piece, ...], Passage, int]
 
 
 def _candidates(tokens: TokenisedPrompt) -> list[_Candidate]:
-    """What may be a module, in the prompt's order."""
+    """Return what may be a module, in the prompt's order."""
     kinds = ("document", "literal") if tokens.units is None else ("document",)
     found: list[_Candidate] = [
         (
@@ -129,7 +129,7 @@ def _text(pieces: Sequence[Piece]) -> str:
 
 
 def _needed(tokens: TokenisedPrompt, pieces: Sequence[Piece], min_module_tokens: int) -> int:
-    """How many tokens make a module of these segments; a template's text needs more."""
+    """Return how many tokens make a module of these segments; a template's text needs more."""
     if tokens.units is None and pieces[0].segment.kind == "literal":
         return _MIN_LITERAL_TOKENS
     return min_module_tokens

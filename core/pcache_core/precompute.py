@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+import torch
 from tqdm import tqdm
 
 from pcache_core.errors import BudgetError, ContextLengthError, PromptError
@@ -121,7 +122,10 @@ def _encode_missing(
     }
     total = sum(module.num_tokens for module in modules.values())
     disable = None if progress else True  # None: only on a terminal
-    with tqdm(total=total, desc="encoding", unit="tok", unit_scale=True, disable=disable) as bar:
+    with (
+        torch.inference_mode(mode=False),
+        tqdm(total=total, desc="encoding", unit="tok", unit_scale=True, disable=disable) as bar,
+    ):
         for key, *_ in library.encode(modules):
             bar.update(modules[key].num_tokens)
     encoded = [text for text in wanted if any(key in modules for key in keys[text])]
@@ -157,7 +161,7 @@ def _checked(texts: Iterable[str], name: str) -> list[str]:
 def _fitting(
     library: ModuleLibrary, passage: Passage, text: str, position: int
 ) -> list[ModuleTokens]:
-    """The states that prompts may want of a passage.
+    """Return the states that prompts may want of a passage.
 
     Raises: ContextLengthError, BudgetError: none can ever be used, or one can never be kept.
     """

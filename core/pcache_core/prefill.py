@@ -78,9 +78,11 @@ def append_token(lm: CausalLM, sequence: KVSequence, token_id: int) -> torch.Ten
         token_ids, first = [*sequence.token_ids, token_id], 0
         positions = [*sequence.positions, sequence.end]
     rows = range(first, first + len(token_ids))
+    sequence.is_filled = False
     sequence.reserve(rows.stop)
     logits = lm.forward(Batch.of_rows(sequence.buffers, token_ids, rows, positions))
     sequence.append(token_id, positions[-1])
+    sequence.is_filled = True
     return logits
 
 

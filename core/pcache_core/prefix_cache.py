@@ -5,10 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from weakref import WeakSet, WeakValueDictionary
 
-from pcache_core.kv.sequence import COMPUTED, NO_WEIGHTS, KVSequence, StatesInUse
+from pcache_core.kv.sequence import COMPUTED, NO_WEIGHTS, KVSequence
+from pcache_core.kv.state import KVState
 from pcache_core.lm import CausalLM
 from pcache_core.request import Request
+from pcache_core.threads import renew_in_child
 
 _ROUND_UP = 64
 
@@ -32,9 +35,15 @@ class PrefixCache:
         self._lm = lm
         self._budget_bytes = budget_bytes
         self._idle: list[KVSequence] = []  # least recently used first
-        self._idle_nbytes = 0
-        self._running: set[KVSequence] = set()
-        self._in_use = StatesInUse()
+        self._lent: WeakValueDictionary[str, KVState] = WeakValueDictionary()
+        self._lent_weights = 0
+        self.renew()
+        renew_in_child(self)
+
+    def renew(self) -> None:
+        """Forget other threads' requests: in a forked child, there are none."""
+        # Weak: what an interrupted request could not give back is gone with it.
+        self._running: WeakSet[KVSequence] = WeakSet()
         self._lock = threading.Lock()
 
     @contextmanager
@@ -44,22 +53,16 @@ class PrefixCache:
         The last token is never taken over: it has to be computed for its logits. When the
         request ends, its rows may serve others; none does if it failed before they were filled.
         """
-        keys = {planned.key for planned in request.states}
-        is_shared = self._in_use.enter(keys)
+        sequence = self._acquire(request)
         try:
-            sequence = self._acquire(request, lends=is_shared and self._lm.lends)
-            try:
-                yield sequence
-            finally:
-                self._release(sequence, request)
+            yield sequence
         finally:
-            self._in_use.leave(keys)
+            self._release(sequence, request)
 
     def clear(self) -> None:
         """Forget the sequences of finished requests, and of running ones when these end."""
         with self._lock:
             self._idle.clear()
-            self._idle_nbytes = 0
             for sequence in self._running:
                 sequence.weights = NO_WEIGHTS
 
@@ -71,17 +74,18 @@ class PrefixCache:
         shared = {id(loan.state): loan.state.nbytes for buffers in in_use for loan in buffers.loans}
         return sum(buffers.nbytes for buffers in in_use) + sum(shared.values())
 
-    def _acquire(self, request: Request, *, lends: bool) -> KVSequence:
+    def _acquire(self, request: Request) -> KVSequence:
         if self._lm.support.kind == "no-cache":
             return KVSequence(
                 self._lm.new_buffers, self._lm.new_buffers(0), stock=self._lm.stock_run()
             )
-        # What is on loan needs no room; should it turn out not to be there, the buffers grow.
-        lent = sum(state.num_rows for state in request.states if not state.is_opening)
-        capacity = request.capacity - (lent if lends else 0)
+        uses = frozenset(planned.key.digest for planned in request.states)
         with self._lock:
-            for sequence in [other for other in self._idle if other.weights < request.weights]:
-                self._take(sequence)
+            self._idle = [other for other in self._idle if other.weights >= request.weights]
+            lends = self._lm.lends and any(uses & other.uses for other in self._running)
+            # What is on loan needs no room; should it turn out not to be there, the buffers grow.
+            lent = sum(state.num_rows for state in request.states if not state.is_opening)
+            capacity = request.capacity - (lent if lends else 0)
             best, rows = self._best_match(request)
             if best is not None and _may_continue(best, rows, capacity):
                 sequence = self._take(best)
@@ -90,35 +94,47 @@ class PrefixCache:
                 sequence = self._new(max(capacity, held), keep=best)
                 if best is not None:
                     sequence.copy_from(best, rows)
-            sequence.weights = request.weights
+            sequence.weights, sequence.uses = request.weights, uses
+            sequence.lender = self._lender(request.weights) if lends else None
+            sequence.is_filled = False
             self._running.add(sequence)
         sequence.shorten(whole_prefix(request, rows))
-        sequence.lender = self._in_use if lends else None
-        sequence.is_filled = False
         return sequence
 
+    def _lender(self, weights: int) -> WeakValueDictionary[str, KVState]:
+        """States on loan; where weights changed under a request, its own stay with it."""
+        if self._lent_weights != weights:
+            self._lent_weights, self._lent = weights, WeakValueDictionary()
+        return self._lent
+
     def _release(self, sequence: KVSequence, request: Request) -> None:
-        """Keep the sequence, emptied if nothing in it may serve another request."""
+        """Keep the sequence, emptied if nothing in it may serve another request.
+
+        One that was not filled is not kept at all: an interrupt may have left a forward at work on
+        its buffers.
+        """
         if sequence.stock is not None:
             return
         sequence.lender = None
         is_unstable = self._lm.support.is_beyond_stable(sequence.end)
-        if request.reuse == "off" or is_unstable or not sequence.is_filled:
+        if request.reuse == "off" or is_unstable:
             sequence.shorten(0)
         weights = self._lm.weights_version
         with self._lock:
             self._running.discard(sequence)
-            if sequence.weights != weights:
+            if not sequence.is_filled or sequence.weights != weights:
                 return
             self._idle.insert(len(self._idle) if sequence.token_ids else 0, sequence)
-            self._idle_nbytes += sequence.nbytes
             while len(self._idle) > 1 and self._idle_nbytes > self._budget_bytes:
-                self._take(self._idle[0])
+                del self._idle[0]
+
+    @property
+    def _idle_nbytes(self) -> int:
+        return sum(sequence.nbytes for sequence in self._idle)
 
     def _take(self, sequence: KVSequence) -> KVSequence:
         """Take a finished sequence out."""
         self._idle.remove(sequence)
-        self._idle_nbytes -= sequence.nbytes
         return sequence
 
     def _best_match(self, request: Request) -> tuple[KVSequence | None, int]:
@@ -206,7 +222,7 @@ def _common(one: list[int], other: list[int], most: int) -> int:
 def _continues(
     sequence: KVSequence, token_ids: list[int], positions: list[int], repair: float | None
 ) -> bool:
-    """Whether the prompt is the one that rows were repaired for, or goes on after it."""
+    """Return whether the prompt is the one that rows were repaired for, or goes on after it."""
     if repair is None or not _same_budget(sequence.repair, repair):
         return False
     count = sequence.repaired_for

@@ -55,7 +55,7 @@ class Passage:
     """Tokens that become one state.
 
     token_ids: all that are encoded.
-    offsets: how far each stands behind the first, ascending; empty where they follow each other.
+    offsets: how far each stands after the first, ascending; empty where they follow each other.
     stand_ins: which of them, by index, only stand where an argument will: the others see them,
         but they are no part of the state.
     """
@@ -79,7 +79,7 @@ class Passage:
 
     @property
     def extent(self) -> int:
-        """Positions from the first token to behind the last."""
+        """Positions from the first token to after the last."""
         return self.offsets[-1] + 1 if self.offsets else len(self.token_ids)
 
     @property
@@ -172,7 +172,7 @@ class Prompt:
 
     @classmethod
     def from_text(cls, text: str) -> Prompt:
-        """A prompt without known structure: one `text` segment."""
+        """Return a prompt without known structure: one `text` segment."""
         return cls([Segment(text, "text")])
 
     @property

@@ -107,7 +107,7 @@ class Report:
         return tuple(sorted(shares, key=lambda document: -document.share))
 
     def __str__(self) -> str:
-        """The prompt part by part, marked by source, and figures; long texts are cut."""
+        """Return the prompt part by part, marked by source, and figures; long texts are cut."""
         console = Console(force_jupyter=False)  # which would show it beside what is returned
         with console.capture() as capture:
             console.print(self)
@@ -117,7 +117,7 @@ class Report:
         yield from terminal.draw(self._picture(), console, options)
 
     def _repr_html_(self) -> str:
-        """The prompt coloured by source, for notebooks; readable on dark and light pages."""
+        """Return the prompt coloured by source, for notebooks; readable on dark and light pages."""
         return html.draw(self._picture())
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:  # noqa: FBT001 (IPython's)
@@ -190,7 +190,7 @@ def _first_few(lines: Sequence[str]) -> Iterator[str]:
 
 
 def _cut(text: str, chars: int) -> str:
-    """The text, its end left out where it is longer."""
+    """Return the text, its end left out where it is longer."""
     text = shown(text)
     return text if len(text) <= chars else text[: chars - 1] + "…"
 

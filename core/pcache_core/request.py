@@ -115,7 +115,7 @@ def _check_fits(lm: CausalLM, tokens: TokenisedPrompt, limit: int) -> None:
 
 
 def _possible(lm: CausalLM, mode: ReuseMode, length: int) -> tuple[ReuseMode, str | None]:
-    """The mode that can run, and why not the one asked for (unsupported means exact)."""
+    """Return the mode that can run, and why not the one asked for (unsupported means exact)."""
     if mode == "off":
         return mode, None
     if lm.support.kind == "no-cache":

@@ -57,7 +57,7 @@ class Generation:
 
     @classmethod
     def of(cls, chunks: Sequence[Chunk]) -> Generation:
-        """The answer that a finished stream's chunks make up."""
+        """Return the answer that a finished stream's chunks make up."""
         last = chunks[-1]
         assert last.finish_reason is not None, "the stream has not finished"
         assert last.report is not None

@@ -10,15 +10,18 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections import deque
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
+from weakref import WeakSet
+
+import torch
 
 from pcache_core.errors import DeadlineExceededError, OverloadedError, RequestCancelledError
 from pcache_core.lm import CausalLM
+from pcache_core.threads import Flag, renew_in_child
 
 T = TypeVar("T")
 
@@ -37,21 +40,30 @@ class Gate:
     def __init__(self, max_running: int, max_waiting: int) -> None:
         self.max_running = max_running
         self.max_waiting = max_waiting
-        self._running = 0
-        self._queued = 0
-        self._line: deque[Place] = deque()
-        self._moved = threading.Condition()
         self._thread = _TakenPlace()
+        self.renew()
+        renew_in_child(self)
+
+    def renew(self) -> None:
+        """Begin anew: in a forked child, nobody is at work or waits."""
+        self._lock = threading.RLock()
+        # What a place's state says is true. Weak: one that an interrupt took from its request is
+        # gone with it.
+        self._queued: WeakSet[Place] = WeakSet()
+        self._begun: WeakSet[Place] = WeakSet()
+        self._line: list[Place] = []
 
     @property
     def running(self) -> int:
         """Requests at work."""
-        return self._running
+        with self._lock:
+            return sum(place.state == "working" for place in self._begun)
 
     @property
     def waiting(self) -> int:
         """Requests that are queued."""
-        return self._queued
+        with self._lock:
+            return sum(place.state == "queued" for place in self._queued)
 
     @contextmanager
     def using(self, place: Place) -> Iterator[None]:
@@ -63,76 +75,100 @@ class Gate:
             self._thread.place = None
 
     def queue(self, asked_at: float) -> Place:
-        """A place in the queue. Raises: OverloadedError: the queue is full."""
+        """Return a place in the queue. Raises: OverloadedError: the queue is full."""
         held, self._thread.place = self._thread.place, None
         if held is not None:
             return held
-        with self._moved:
-            if self._running + self._queued >= self.max_running + self.max_waiting:
-                raise OverloadedError(
-                    f"{self._running} requests are at work and {self._queued} wait, the limits are "
-                    f"{self.max_running} and {self.max_waiting}; try again later, or raise "
-                    "max_waiting of the engine"
-                )
-            self._queued += 1
-            return Place(self, asked_at)
+        limit = self.max_running + self.max_waiting
+        place = Place(self, asked_at)
+        with self._lock:
+            if len(self._begun) + len(self._queued) >= limit:
+                running, waiting = self.running, self.waiting
+                if running + waiting >= limit:
+                    raise OverloadedError(
+                        f"{running} requests are at work and {waiting} wait, the limits are "
+                        f"{self.max_running} and {self.max_waiting}; try again later, or raise "
+                        "max_waiting of the engine"
+                    )
+            self._queued.add(place)
+        return place
+
+    def line_up(self, place: Place) -> None:
+        """Let a place have its turn after all that are in the line."""
+        with self._lock:
+            self._line.append(place)
+
+    def admit(self, place: Place) -> bool:
+        """Let a place work if it is the first in the line and there is room."""
+        with self._lock:
+            self._line = [other for other in self._line if other.state == "queued"]
+            if self._line[0] is not place or self.running >= self.max_running:
+                return False
+            self._begun.add(place)
+            place.state = "working"
+            self._queued.discard(place)
+            del self._line[0]
+        return True
+
+    def forget(self, place: Place) -> None:
+        """Clear a place away that was left."""
+        with self._lock:
+            self._begun.discard(place)
+            self._queued.discard(place)
+
+    def wake(self) -> None:
+        """Tell the first in the line that there may be room."""
+        for place in self._line[:1]:
+            place.turn.set()
 
 
 class Place:
-    """One request's: first in the queue, then at work. Left once, whatever happened.
+    """One request's: first in the queue, then at work.
 
     asked_at: when the request came, by `time.perf_counter`.
+    state: to set it to `left` is enough to leave, whatever comes after that.
+    turn: wakes the one who waits to start.
     """
 
     def __init__(self, gate: Gate, asked_at: float) -> None:
         self.asked_at = asked_at
+        self.state: Literal["queued", "working", "paused", "left"] = "queued"
+        self.turn = Flag()
         self._gate = gate
-        self._state: Literal["queued", "working", "paused", "left"] = "queued"
 
     def start(self, check: Callable[[], None]) -> None:
         """Wait until it is this request's turn to work.
 
         check: is asked again and again; ends the waiting by raising.
         """
-        gate = self._gate
-        with gate._moved:
-            gate._line.append(self)
-            try:
-                check()
-                while gate._line[0] is not self or gate._running >= gate.max_running:
-                    gate._moved.wait(_LOOK_S)
-                    check()
-                self._become("working")
-            finally:
-                gate._line.remove(self)
-                gate._moved.notify_all()
+        check()
+        self._gate.line_up(self)
+        while True:
+            self.turn.clear()
+            if self._gate.admit(self):
+                break
+            self.turn.wait(_LOOK_S)
+            check()
+        self._gate.wake()
 
     def pause(self) -> None:
         """Let others work while nobody asks for this request's next piece."""
-        with self._gate._moved:
-            self._become("paused")
+        self.state = "paused"
+        self._gate.wake()
 
     def resume(self) -> None:
         """Go on, at once: what has begun is never kept waiting, so nobody waits for ever."""
-        with self._gate._moved:
-            self._become("working")
+        self.state = "working"
 
     def leave(self) -> None:
         """Be done, or give up."""
-        with self._gate._moved:
-            self._become("left")
-
-    def _become(self, state: Literal["working", "paused", "left"]) -> None:
-        gate = self._gate
-        gate._queued -= self._state == "queued"
-        gate._running += (state == "working") - (self._state == "working")
-        self._state = state
-        if gate._line:
-            gate._moved.notify_all()
+        self.state = "left"
+        self._gate.forget(self)
+        self._gate.wake()
 
 
 def too_late(timeout_s: float | None) -> DeadlineExceededError:
-    """What a request ends with whose time has passed."""
+    """Return what a request ends with whose time has passed."""
     return DeadlineExceededError(
         f"the answer was not done within timeout_s={timeout_s}; allow more time, ask for fewer "
         "max_tokens, or run fewer requests at once"
@@ -143,9 +179,11 @@ class Deadline:
     """The moment a request has to be done by.
 
     timeout_s: None leaves it all the time it needs. asked_at: by `time.perf_counter`.
+    is_over: whether the request has ended, so that nothing else may end by its deadline.
     """
 
     def __init__(self, timeout_s: float | None, asked_at: float) -> None:
+        self.is_over = False
         self._timeout_s = timeout_s
         self._ends = None if timeout_s is None else asked_at + timeout_s
 
@@ -167,7 +205,9 @@ class Deadline:
             raise too_late(self._timeout_s) from None
 
     def _is_passed(self) -> bool:
-        return self._ends is not None and time.perf_counter() >= self._ends
+        if self._ends is None or self.is_over:
+            return False
+        return time.perf_counter() >= self._ends
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -183,7 +223,12 @@ class Scheduler:
     def __init__(self, lm: CausalLM, max_running: int, max_waiting: int) -> None:
         self._lm = lm
         self.gate = Gate(max_running, max_waiting)
-        self._threads = ThreadPoolExecutor(max_running, thread_name_prefix="pcache")
+        self.renew()
+        renew_in_child(self)
+
+    def renew(self) -> None:
+        """Begin anew: in a forked child, the threads of the pool don't exist."""
+        self._threads = ThreadPoolExecutor(self.gate.max_running, thread_name_prefix="pcache")
 
     def run(
         self,
@@ -202,24 +247,29 @@ class Scheduler:
         deadline = Deadline(timeout_s, place.asked_at)
         items = answer(place.asked_at)
         try:
-            with deadline.over(self._lm):
-                place.start(self._lm.check_cancelled)
-            while True:
+            try:
                 with deadline.over(self._lm):
-                    item = next(items, None)
-                if item is None:
-                    return
-                place.pause()
-                yield item
-                place.resume()
-        finally:
-            items.close()
+                    place.start(self._lm.check_cancelled)
+                while True:
+                    # What a request made is used by later ones, in the caller's mode or not.
+                    with torch.inference_mode(mode=False), deadline.over(self._lm):
+                        item = next(items, None)
+                    if item is None:
+                        return
+                    place.pause()
+                    yield item
+                    place.resume()
+            finally:
+                items.close()
+        finally:  # these come first: an interrupt may land in any call
+            place.state = "left"
+            deadline.is_over = True
             place.leave()
 
     async def run_in_thread(
         self, start: Callable[[], Generator[T, None, None]], timeout_s: float | None = None
     ) -> AsyncGenerator[T, None]:
-        """The items of the stream that `start` makes; raises what it raises.
+        """Yield the items of the stream that `start` makes; raises what it raises.
 
         timeout_s: seconds within which the stream has to be begun; once it is, its own matter.
         Raises: OverloadedError: too many requests wait. DeadlineExceededError: it was not begun.
@@ -227,7 +277,7 @@ class Scheduler:
         place = self.gate.queue(time.perf_counter())
         loop = asyncio.get_running_loop()
         items: asyncio.Queue[T | _End[T]] = asyncio.Queue()
-        given_up = threading.Event()
+        given_up = Flag()
 
         def deliver(item: T | _End[T]) -> None:
             try:
@@ -256,7 +306,7 @@ class Scheduler:
             if item.error is not None:
                 raise item.error
         finally:
-            given_up.set()
+            given_up.is_set = True
             if timer is not None:
                 timer.cancel()
             if work.cancel():
@@ -266,16 +316,16 @@ class Scheduler:
         self,
         start: Callable[[], Generator[T, None, None]],
         deliver: Callable[[T | _End[T]], None],
-        given_up: threading.Event,
+        given_up: Flag,
     ) -> None:
         error: BaseException | None = None
         try:
-            with self._lm.cancelled_by(given_up.is_set):
+            with self._lm.cancelled_by(lambda: given_up.is_set):
                 stream = start()
                 try:
                     for item in stream:
                         deliver(item)
-                        if given_up.is_set():
+                        if given_up.is_set:
                             break
                 finally:
                     stream.close()

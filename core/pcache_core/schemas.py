@@ -173,7 +173,7 @@ def _segment(run: TokenRun) -> Segment:
 
 
 def _opening(layout: SchemaLayout, resolution: Resolution) -> int:
-    """How many runs open every prompt of the schema, one after the other.
+    """Return how many runs open every prompt of the schema, one after the other.
 
     Its own text before everything that a prompt chooses, with the marks before that.
     """
@@ -203,7 +203,7 @@ def _leading_texts(layout: SchemaLayout) -> int:
 
 
 def _units(layout: SchemaLayout, resolution: Resolution, *, has_gaps: bool) -> Iterator[Unit]:
-    """The modules' own texts, each module by itself, or with those that it is encoded with.
+    """Yield the modules' own texts, each module by itself, or with those that it is encoded with.
 
     has_gaps: whether parameters and inner modules leave their room; else texts follow each other.
     """
@@ -229,7 +229,7 @@ def _unit(items: Sequence[PlacedItem], places: dict[int | None, int], *, has_gap
         if isinstance(item, PlacedText) and item.token_ids and item.start in places
     ]
     end = max(text.stop for text in texts)
-    # Nothing could see what stands in for an argument behind the last text.
+    # Nothing could see what stands in for an argument after the last text.
     params = [item for item in items if isinstance(item, PlacedParam) and item.stop <= end]
     parts: list[PlacedText | PlacedParam] = sorted([*texts, *params], key=lambda item: item.start)
     token_ids: list[int] = []
@@ -260,7 +260,7 @@ def _roles(runs: Sequence[TokenRun]) -> list[RoleName]:
 
 
 def _tree(layout: SchemaLayout, paths: Sequence[ModulePath]) -> PromptTree:
-    """A prompt that uses these modules and those around them, every argument empty."""
+    """Return a prompt that uses these modules and those around them, every argument empty."""
 
     def uses(scope: PlacedModule, wanted: Sequence[ModulePath]) -> tuple[ModuleUse, ...]:
         depth = len(scope.path)

@@ -47,7 +47,10 @@ class TokenisedPrompt:
 def tokenise(
     prompt: Prompt, ids_of: Callable[[Segment], Sequence[int]], bos_ids: Sequence[int]
 ) -> TokenisedPrompt:
-    """Tokenise a prompt segment by segment (invariant 2 of the design)."""
+    """Tokenise a prompt segment by segment (invariant 2 of the design).
+
+    A text that begins with the beginning-of-sequence token gets no second one.
+    """
     placement = prompt.placement
     ids = list(map(ids_of, prompt.segments)) if placement is None else placement.token_ids
     if placement is None and next((tuple(own[:1]) for own in ids if own), None) == tuple(bos_ids):

@@ -9,6 +9,7 @@ from typing import Any
 
 from pcache_core.report import Report
 from pcache_core.store import StoreStats
+from pcache_core.threads import fork_safe
 
 _KEPT_REPORTS = 256
 
@@ -59,7 +60,7 @@ class Reports(deque[Report]):
 
     def __init__(self) -> None:
         super().__init__(maxlen=_KEPT_REPORTS)
-        self._lock = threading.Lock()
+        self._lock = fork_safe(threading.Lock())
         self._totals: dict[str, float] = dict.fromkeys(("requests", *_SUMMED), 0)
 
     def append(self, report: Report) -> None:
@@ -71,7 +72,7 @@ class Reports(deque[Report]):
                 self._totals[name] += getattr(report, name)
 
     def __getitem__(self, index: Any) -> Any:
-        """One report, or a list for a slice such as `[-3:]`."""
+        """Return one report, or a list for a slice such as `[-3:]`."""
         with self._lock:
             return list(self)[index] if isinstance(index, slice) else super().__getitem__(index)
 

@@ -17,7 +17,14 @@ from pcache_core.picture import shown
 from pcache_integrations._engines import load_lm
 from pcache_integrations._stores import lasting_store
 from pcache_integrations.cli.errors import INTERRUPTED, NOT_ALL_DONE
-from pcache_integrations.cli.options import MODEL_HELP, AsJson, Device, Dtype, PreambleFile
+from pcache_integrations.cli.options import (
+    MODEL_HELP,
+    AsJson,
+    Device,
+    Dtype,
+    PreambleFile,
+    TrustRemoteCode,
+)
 from pcache_integrations.cli.texts import SourceText, other_files, read_texts
 
 _NAMED = 5  # of what is left out, in a warning
@@ -60,6 +67,7 @@ def encode(  # noqa: PLR0913 (each is an option of the command)
     ] = "default",
     dtype: Dtype = "auto",
     device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     storage_dtype: Annotated[
         str,
         typer.Option(help="Keep numbers as auto, float32, bfloat16, float16 or int8."),
@@ -76,7 +84,7 @@ def encode(  # noqa: PLR0913 (each is an option of the command)
     _tell_of_others(other_files(sources))
     lasting = lasting_store(store, storage_dtype)
     lasting.check()
-    lm = load_lm(model, dtype, device)
+    lm = load_lm(model, dtype, device, trust_remote_code=trust_remote_code)
     engine = PromptCacheEngine(lm, store=lasting, namespace=namespace, preamble=chosen)
     fitting, left_out = _sort_out(engine, texts)
     try:

@@ -20,6 +20,7 @@ from pcache_integrations.cli.options import (
     AsJson,
     Device,
     Dtype,
+    TrustRemoteCode,
 )
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ def evaluate(  # noqa: PLR0913 (each is an option of the command)
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 32,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     storage_dtype: Annotated[
         str | None,
         typer.Option(
@@ -127,7 +129,7 @@ def evaluate(  # noqa: PLR0913 (each is an option of the command)
     model = model or (TOY if given.keys() - {"documents"} else DEFAULT_MODEL)
     asked = _questions(model, data, given, questions)
     result = ask(
-        load_lm(model, dtype, device),
+        load_lm(model, dtype, device, trust_remote_code=trust_remote_code),
         asked,
         modes=chosen,
         sweep=() if curve is None else sweep(),

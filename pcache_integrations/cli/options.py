@@ -13,6 +13,9 @@ MODEL_HELP = "A built-in model, a directory, a hub id, a .gguf file or ollama:NA
 
 Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1 …")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
+]
 PreambleFile = Annotated[
     Path | None,
     typer.Option(

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from pcache_core.errors import ModelError
+from pcache_core.picture import shown
 from pcache_integrations.cli.options import TOY, Dtype, PreambleFile
 
 
@@ -45,7 +46,7 @@ def serve(  # noqa: PLR0913 (each is an option of the command)
         *server_options(model, dtype, store, namespace, preamble),
         *(more or ()),
     ]
-    print(shlex.join(command), flush=True)
+    print(shown(shlex.join(command)), flush=True)
     if run:
         try:
             os.execvp(python, command)

@@ -77,13 +77,13 @@ class Corpus:
         )
 
     def search(self, question: str, top_k: int) -> list[Chunk]:
-        """The chunks that match best, best first."""
+        """Return the chunks that match best, best first."""
         k = min(top_k, len(self.documents))
         found, _ = self._index.retrieve(_tokens([question]), k=k, show_progress=False)
         return [self.documents[index] for index in found[0]]
 
     def question_set(self, documents: int, count: int | None = None) -> QuestionSet:
-        """The first `count` questions, or all, each over that many documents.
+        """Return the first `count` questions, or all, each over that many documents.
 
         They are the chunk that answers it and, if there is one, the chunk before that; then those
         that BM25 finds. Their order is random, the same in every run, but a chunk never stands

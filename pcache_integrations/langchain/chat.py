@@ -23,7 +23,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, closing
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models import LanguageModelInput
@@ -37,14 +37,12 @@ from pcache_core import Prompt
 from pcache_core.base_engine import Engine
 from pcache_core.errors import ChatTemplateError
 from pcache_core.lm import context_length_on_disk
+from pcache_core.params import DEFAULT_MODEL
 from pcache_integrations.calls import Call, as_choice, check_names, core_tool, make_call
 from pcache_integrations.langchain.messages import as_openai, chat_prompt
 from pcache_integrations.langchain.model import CachedModel, as_sampling, standard_errors
 from pcache_integrations.langchain.results import MessageAnswer
 from pcache_integrations.langchain.structured import Method, as_format, structured
-
-if TYPE_CHECKING:
-    from langchain_core.language_models.model_profile import ModelProfile
 
 
 class ChatPromptCache(CachedModel, BaseChatModel):
@@ -119,29 +117,14 @@ class ChatPromptCache(CachedModel, BaseChatModel):
 
     def __init__(self, *, engine: Engine | None = None, **options: Any) -> None:
         """Take the options. The profile is the model's own unless one is given."""
-        super().__init__(engine=engine, **options)
         # Older versions of langchain-core have no profiles.
         if "profile" in type(self).model_fields and options.get("profile") is None:
-            self.profile = self._own_profile(engine)
+            options["profile"] = _profile(engine, options)
+        super().__init__(engine=engine, **options)
 
     @property
     def _llm_type(self) -> str:
         return "chat-prompt-cache"
-
-    def _own_profile(self, engine: Engine | None) -> ModelProfile:
-        """Say what agents and middleware ask of a model, without loading it for that."""
-        profile: ModelProfile = {
-            "text_inputs": True,
-            "image_inputs": False,
-            "text_outputs": True,
-            "tool_calling": True,
-            "tool_choice": True,
-            "structured_output": True,
-        }
-        length = engine.lm.context_length if engine else None
-        if engine is None and self.base_url is None:
-            length = context_length_on_disk(self.model)
-        return profile if length is None else {**profile, "max_input_tokens": length}
 
     def bind_tools(
         self,
@@ -274,3 +257,19 @@ class ChatPromptCache(CachedModel, BaseChatModel):
         asked["response_format"] = as_format(asked.get("response_format"))
         call = make_call(self._own_options, asked, self._place, takes_tools=True).on(self.engine)
         return chat_prompt(self.engine, messages, call.tools), call
+
+
+def _profile(engine: Engine | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Say what agents and middleware ask of a model, without loading it for that."""
+    length = engine.lm.context_length if engine else None
+    if engine is None and options.get("base_url") is None:
+        length = context_length_on_disk(options.get("model", DEFAULT_MODEL))
+    return {
+        "text_inputs": True,
+        "image_inputs": False,
+        "text_outputs": True,
+        "tool_calling": True,
+        "tool_choice": True,
+        "structured_output": True,
+        **({} if length is None else {"max_input_tokens": length}),
+    }

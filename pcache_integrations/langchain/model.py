@@ -67,6 +67,7 @@ class CachedModel(EngineOwner, BaseLanguageModel[Any]):
     namespace: states are shared within one only.
     storage_dtype: how a folder or server keeps states: `auto` as the model has them, or
         `float32`, `bfloat16`, `float16`, `int8`, which is a quarter of `float32`.
+    trust_remote_code: run Python code that comes with the model.
     timeout: seconds that an answer may take; with `base_url`, that the server may keep silent.
     base_url: of a vLLM server that runs the model (`pcache serve`), instead of this process; with
         it the store, the dtype and the device are the server's.
@@ -86,6 +87,7 @@ class CachedModel(EngineOwner, BaseLanguageModel[Any]):
     device: str = "auto"
     namespace: str = "default"
     storage_dtype: str = "auto"
+    trust_remote_code: bool = False
     max_tokens: int = 256
     temperature: float = 0.0
     top_p: float = 1.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from langchain_core.callbacks import Callbacks
 from langchain_core.documents import Document
@@ -31,7 +32,7 @@ class PromptCacheReranker(BaseDocumentCompressor):
     ```
     """
 
-    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
+    model_config: ClassVar[ConfigDict] = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
 
     llm: PromptCacheLLM | ChatPromptCache
     top_n: int = Field(default=4, ge=1)

@@ -170,7 +170,7 @@ def _alternatives(record: TokenLogprob) -> dict[str, float]:
 def _call_chunks(answer: ToolAnswer, start: int) -> list[ToolCallChunk]:
     """Return the calls of a piece of an answer. start: how many there were before."""
     parts = [(call.name, call.arguments_text, call.id) for call in answer.calls]
-    # What is no call keeps its markup, so that nobody takes it for one.
+    # What is not a call keeps its markup, so that nobody takes it for one.
     parts += [(call.name or "", call.text, call.id) for call in answer.invalid]
     return [
         tool_call_chunk(name=name, args=args, id=call_id, index=index)

@@ -39,7 +39,7 @@ def schema_for(
     name: str | None = None,
     lengths: Mapping[str, int] | None = None,
 ) -> str:
-    """The PML schema of a prompt template.
+    """Return the PML schema of a prompt template.
 
     name: of the schema; made of the content when not given. lengths: the most tokens of each
         variable; 64 if not given.
@@ -51,7 +51,7 @@ def schema_for(
 
 
 def _parts(template: ChatPromptTemplate) -> Iterator[Any]:
-    """The parts of a chat template, and of those that it holds."""
+    """Yield the parts of a chat template, and of those that it holds."""
     for part in template.messages:
         if isinstance(part, ChatPromptTemplate):
             yield from _parts(part)

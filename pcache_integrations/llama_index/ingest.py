@@ -83,7 +83,7 @@ class PromptCachePrecompute(TransformComponent):
 
     @classmethod
     def class_name(cls) -> str:
-        """The name in traces and pipeline cache keys."""
+        """Return the name in traces and pipeline cache keys."""
         return "PromptCachePrecompute"
 
     def __call__(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
@@ -125,7 +125,7 @@ class PromptCachePrecompute(TransformComponent):
         return super().to_dict(**kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A pickle holds how to build the engine, not its weights and states."""
+        """Return a pickle holds how to build the engine, not its weights and states."""
         return _unpickled, (self._settled(), self.progress, self.to_dict()["fingerprint"])
 
     def _settled(self) -> EngineHandle:
@@ -156,7 +156,7 @@ _OPTIONS = ("model", "store", "dtype", "device", "namespace")
 
 
 def _handle_of(llm: object, options: dict[str, Any]) -> EngineHandle:
-    """The engine of a language model, or one of these options."""
+    """Return the engine of a language model, or one of these options."""
     given = [name for name in _OPTIONS if name in options]
     if llm is None and not given:
         llm = Settings._llm  # The property would make an LLM of another provider.
@@ -176,7 +176,7 @@ def _handle_of(llm: object, options: dict[str, Any]) -> EngineHandle:
 
 
 def _unpickled(handle: EngineHandle, progress: bool, fingerprint: str) -> PromptCachePrecompute:  # noqa: FBT001
-    """A copy, for example in a worker process: with an engine of its own, or none."""
+    """Return a copy, for example in a worker process: with an engine of its own, or none."""
     copy = PromptCachePrecompute.model_construct(
         **{name: getattr(handle.options, name) for name in _OPTIONS},
         progress=progress,

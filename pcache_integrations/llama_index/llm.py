@@ -112,7 +112,7 @@ class PromptCacheLLM(Predicts, CachedLLM):
         **kwargs: Any,
     ) -> CompletionResponse:
         """Answer a prompt. `formatted` says that nothing is to be put around it."""
-        mapped, call = self._completion_call(prompt, kwargs, formatted=formatted)
+        mapped, call = self._text_call(prompt, kwargs, formatted=formatted)
         return CompletionAnswer().whole(self._generate(mapped, call))
 
     @llm_completion_callback()
@@ -123,7 +123,7 @@ class PromptCacheLLM(Predicts, CachedLLM):
         **kwargs: Any,
     ) -> CompletionResponseGen:
         """`complete` piece by piece. The prompt is mapped now, the model runs when asked."""
-        mapped, call = self._completion_call(prompt, kwargs, formatted=formatted)
+        mapped, call = self._text_call(prompt, kwargs, formatted=formatted)
         return self._pieces(mapped, call, CompletionAnswer().piece)
 
     @llm_completion_callback()
@@ -134,9 +134,7 @@ class PromptCacheLLM(Predicts, CachedLLM):
         **kwargs: Any,
     ) -> CompletionResponse:
         """`complete` without blocking the event loop."""
-        mapped, call = await asyncio.to_thread(
-            self._completion_call, prompt, kwargs, formatted=formatted
-        )
+        mapped, call = await asyncio.to_thread(self._text_call, prompt, kwargs, formatted=formatted)
         return CompletionAnswer().whole(await self._agenerate(mapped, call))
 
     @llm_completion_callback()
@@ -147,9 +145,7 @@ class PromptCacheLLM(Predicts, CachedLLM):
         **kwargs: Any,
     ) -> CompletionResponseAsyncGen:
         """`stream_complete` without blocking the event loop."""
-        mapped, call = await asyncio.to_thread(
-            self._completion_call, prompt, kwargs, formatted=formatted
-        )
+        mapped, call = await asyncio.to_thread(self._text_call, prompt, kwargs, formatted=formatted)
         return self._apieces(mapped, call, CompletionAnswer().piece)
 
     @llm_chat_callback()
@@ -224,7 +220,7 @@ class PromptCacheLLM(Predicts, CachedLLM):
             **kwargs,
         }
 
-    def _completion_call(
+    def _text_call(
         self, text: str, given: Mapping[str, Any], *, formatted: bool
     ) -> tuple[Prompt, Call]:
         """Check a call and map its prompt; loads the model if that has not happened."""
@@ -236,7 +232,7 @@ class PromptCacheLLM(Predicts, CachedLLM):
     def _chat_call(
         self, messages: Sequence[ChatMessage], given: Mapping[str, Any]
     ) -> tuple[Prompt, Call]:
-        """Check and map as `_completion_call` does."""
+        """Check and map as `_text_call` does."""
         with loud_refusals():
             call = self._call(given, takes_tools=True)
             prompt = self._chat_prompt(messages, call.tools)

@@ -63,6 +63,9 @@ class CachedLLM(EngineOwner, FunctionCallingLLM):
     storage_dtype: str = Field(
         default="auto", description="How files and servers keep states: auto, bfloat16, int8 …"
     )
+    trust_remote_code: bool = Field(
+        default=False, description="Run Python code that comes with the model."
+    )
     max_tokens: int = Field(default=256, description="Most tokens to generate.")
     temperature: float = Field(default=0.0, description="0 takes the likeliest token.")
     top_p: float = Field(default=1.0, description="Sample from this much probability.")

@@ -116,7 +116,7 @@ def prune(engine: Engine, sources: Sequence[object]) -> PruneReport:
 
 
 def _begins_one(live: Sequence[str], text: str) -> bool:
-    """Whether one of the sorted texts is `text`, or begins with it.
+    """Return whether one of the sorted texts is `text`, or begins with it.
 
     A node that did not fit into its prompt left a state of its beginning.
     """
@@ -125,7 +125,7 @@ def _begins_one(live: Sequence[str], text: str) -> bool:
 
 
 def nodes_of(source: object) -> Sequence[BaseNode]:
-    """The nodes of an index or a document store, or those that are listed.
+    """Return the nodes of an index or a document store, or those that are listed.
 
     An index has the nodes that can be retrieved from it, and their ancestors.
 
@@ -179,7 +179,7 @@ def _listed(documents: object) -> Collection[object]:
 
 
 def _live_nodes(sources: Sequence[object], known: Collection[str]) -> Iterator[BaseNode]:
-    """The nodes of all sources, where that can be trusted to be all there are.
+    """Yield the nodes of all sources, where that can be trusted to be all there are.
 
     known: texts of nodes that the engine was given.
     Raises: OptionError: a source that is none, or that says nothing of what is in use: an empty

@@ -23,7 +23,7 @@ class PromptCacheRerank(BaseNodePostprocessor):
 
     @classmethod
     def class_name(cls) -> str:
-        """The name that LlamaIndex stores it by."""
+        """Return the name that LlamaIndex stores it by."""
         return "PromptCacheRerank"
 
     def _postprocess_nodes(

@@ -136,7 +136,7 @@ class Planner:
             self._saves.append(replace(save, block_ids=tuple(block_ids)))
 
     def waits_for(self, request_id: str) -> bool:
-        """Whether `computed` wants to hear of it."""
+        """Return whether `computed` wants to hear of it."""
         return request_id in self._wanted
 
     def take_step(self) -> tuple[list[Load], list[Save]]:

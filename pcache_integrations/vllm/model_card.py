@@ -42,7 +42,7 @@ class ModelCard:
 
     @classmethod
     def of(cls, lm: CausalLM) -> ModelCard:
-        """The card of a loaded model.
+        """Return the card of a loaded model.
 
         Raises: ModelError: its states can't be moved, or are not rows of equal keys and values.
         """
@@ -91,7 +91,7 @@ class ModelCard:
 
     @classmethod
     def from_dict(cls, card: Mapping[str, Any]) -> ModelCard:
-        """The inverse of `as_dict`. Raises: ModelError: it is no card."""
+        """Return the inverse of `as_dict`. Raises: ModelError: it is not a card."""
         try:
             layers = tuple(
                 LayerShape(*shape) for count, *shape in card["layers"] for _ in range(count)

@@ -41,7 +41,7 @@ def align(parts: Sequence[Part], text: str, path: Path) -> list[Span]:
 
 
 def _certain_bounds(parts: Sequence[Part], text: str) -> list[int | None] | None:
-    """Where each part ends, None where there is a choice; None if the parts don't fit.
+    """Return where each part ends, None where there is a choice; None if the parts don't fit.
 
     A place is certain if the parts before it can reach neither less nor more far: the leftmost and
     the rightmost way to lay out the parts agree on it.

@@ -16,7 +16,7 @@ from pcache_templates import trace
 
 
 def traced_environment(environment: Environment) -> Environment:
-    """An environment with the settings, filters, globals and loader of `environment`.
+    """Return an environment with the settings, filters, globals and loader of `environment`.
 
     Its templates render `Traced` text. Extensions come along; `environment` stays as it is.
     """
@@ -33,7 +33,7 @@ def traced_environment(environment: Environment) -> Environment:
 
 
 def numbers(template: nodes.Template) -> dict[int, int]:
-    """A number for every node of a parsed template, by the node's `id()`.
+    """Return a number for every node of a parsed template, by the node's `id()`.
 
     Parsing the same source again gives the same numbers.
     """
@@ -47,14 +47,14 @@ def _preorder(node: nodes.Node) -> Iterator[nodes.Node]:
 
 
 def _trace_value(path: tuple[Any, ...], convert: Callable[[Any], str], value: Any) -> str:
-    """What `{{ value }}` writes. Escaping changes the text, so its places are lost."""
+    """Return what `{{ value }}` writes. Escaping changes the text, so its places are lost."""
     if isinstance(value, trace.Traced) and convert is str:
         return trace.value(path, value)
     return trace.value(path, str(convert(value)))
 
 
 def _trace_output(path: tuple[Any, ...], output: Any) -> Any:
-    """What a tag writes as it is. Anything but a string fails when it is joined, as ever."""
+    """Return what a tag writes as it is. Anything but a string fails when it is joined, as ever."""
     return trace.value(path, output) if isinstance(output, str) else output
 
 

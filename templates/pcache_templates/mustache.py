@@ -112,7 +112,7 @@ def _write(tags: Iterable[_Tag], contexts: Sequence[_Context]) -> Iterator[Trace
 
 
 def _section_contexts(found: _Context, key: str) -> Iterator[_Context]:
-    """What the names in a section are looked up in, once for each time it is written."""
+    """Yield what the names in a section are looked up in, once for each time it is written."""
     value = found.value
     if callable(value):
         raise TemplateError(
@@ -135,7 +135,7 @@ def _text_of(value: Any, tag: _Tag, contexts: Sequence[_Context]) -> str:
 
 
 def _look_up(key: str, contexts: Sequence[_Context]) -> _Context:
-    """The value of a dotted key in the innermost context that has it; empty if none has."""
+    """Return the value of a dotted key in the innermost context that has it; empty if none has."""
     if key == ".":
         return contexts[0]
     for context in contexts:

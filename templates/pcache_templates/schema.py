@@ -139,7 +139,7 @@ class _Settler:
         self.places[slot.origin] = Place(name, slot=name)
         modules: dict[str, Module] = {}
         for part in walk(slot.parts):
-            place = Place(name, slot=name)  # a bullet or a blank is no module
+            place = Place(name, slot=name)  # a bullet or a blank is not a module
             if part.kind == "param":
                 place = Place(name, xml_name(part.content), part.kind_of_value, slot=name)
             elif part.kind == "text" and any(map(str.isalnum, part.content)):

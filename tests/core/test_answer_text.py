@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pcache_core.generate import AnswerText
+from pcache_core.generate import AnswerText, TokenScorer
 
 
 def decode(token_ids: Sequence[int]) -> str:
@@ -67,6 +67,81 @@ def test_a_waiting_part_of_a_stop_comes_out_when_nothing_follows() -> None:
     assert [answer.add(byte) for byte in b"xEN"] == ["x", "", ""]
     assert answer.finish() == "EN"
     assert not answer.stopped
+
+
+class Counted:
+    """Decodes as a byte-level tokenizer would, without zeros, which are its special tokens."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+
+    def __call__(self, token_ids: Sequence[int]) -> str:
+        self.tokens += len(token_ids)
+        return decode([token_id for token_id in token_ids if token_id])
+
+
+def fall_back(token_ids: Sequence[int]) -> str:
+    """Decode as tokenizers with byte fallback do: one wrong byte spoils all those beside it."""
+    try:
+        return bytes(token_ids).decode()
+    except UnicodeDecodeError:
+        return "\ufffd" * len(token_ids)
+
+
+broken = st.lists(
+    st.sampled_from([b"\xff", b"\xff" * 9, b"\xe4", b"\xe4\xb8", "中".encode(), b"a", "�".encode(),
+                     "😀".encode(), b"\xf0\x9f\x98", b"\0" * 12, b"END", b"EN"]),
+    max_size=14,
+).map(b"".join)  # fmt: skip
+
+
+@given(broken)
+def test_broken_bytes_come_out_as_they_decode_and_wait_for_a_few_tokens_at_most(
+    text: bytes,
+) -> None:
+    counted = Counted()
+    answer = AnswerText(counted, ())
+    shown = ""
+    for count, byte in enumerate(text, 1):
+        shown += answer.add(byte)
+        # A fourth byte of the last eight and one may be the first of the three that can still wait.
+        assert len(decode(text[:count].replace(b"\0", b""))) - len(shown) <= 9
+    assert shown + answer.finish() == decode(text.replace(b"\0", b""))
+    assert counted.tokens <= 150 * (len(text) + 1)
+
+
+@given(broken)
+def test_a_stop_string_after_broken_bytes_stops(text: bytes) -> None:
+    expected = decode(text.replace(b"\0", b"")).partition("END")[0]
+    answer = AnswerText(Counted(), ["END"])
+    shown = ""
+    for byte in text:
+        shown += answer.add(byte)
+        if answer.stopped:
+            break
+    assert shown + ("" if answer.stopped else answer.finish()) == expected
+    assert answer.stopped == (b"END" in text)
+
+
+@given(broken)
+def test_the_texts_of_the_tokens_are_those_of_the_answer(text: bytes) -> None:
+    answer, scorer = AnswerText(decode, ()), TokenScorer(decode, 0)
+    for byte in text:
+        assert scorer.record(byte, 0.0, ()).token == answer.add(byte)
+
+
+def test_a_run_of_broken_bytes_is_shown_while_it_goes_on() -> None:
+    for one in (decode, fall_back):
+        answer = AnswerText(one, ())
+        shown = "".join(answer.add(byte) for byte in b"\xff" * 1000)
+        assert 990 <= len(shown) <= 1000
+        assert shown + answer.finish() == "\ufffd" * 1000
+
+
+def test_a_wrong_byte_after_a_character_of_byte_tokens_is_one() -> None:
+    answer = AnswerText(fall_back, ())
+    shown = "".join(answer.add(byte) for byte in "中".encode() + b"\xff")
+    assert shown + answer.finish() == "中\ufffd"
 
 
 @given(st.lists(st.one_of(st.binary(min_size=1, max_size=12), words.map(str.encode)), max_size=6))

@@ -30,10 +30,11 @@ TRIMMING = CHATML.replace("m.content", "m.content | trim")
 TWICE = CHATML.replace("{{ m.content }}", "{{ m.content }} {{ m.content }}")
 LOUD = CHATML.replace("m.content", "m.content | upper")
 THINKING = CHATML.replace("m.content", "m.content.split('</think>')[-1]")
+QUIET = CHATML.replace("m.content", "m.content | lower")
 QUOTING = CHATML.replace("m.content", "m.content | tojson")
 TEMPLATES = {
     name: globals()[name]
-    for name in ("CHATML", "MOVING", "TRIMMING", "TWICE", "LOUD", "THINKING", "QUOTING")
+    for name in ("CHATML", "MOVING", "TRIMMING", "TWICE", "LOUD", "THINKING", "QUOTING", "QUIET")
 }
 MARKS = ("<|start|>", "<|end|>", "</think>", "<|user|>", "<|assistant|>", "<|system|>")
 PLAIN = ("\n\n", "\t\t", "<b>", "</table>", "<h1>", "<br/>", "<unrelated>")
@@ -143,6 +144,7 @@ def test_a_chat_holds_as_many_marks_as_its_template_writes_whatever_is_said(
     expected = marks_in("hi", "ok")
     assert marks_in(forged, "ok") == expected
     assert marks_in("hi", forged) == expected
+    assert marks_in(forged.upper(), "ok") == expected
     assert marks_in("a</think>" + forged, "Hm</think><|start|>ok") == expected
 
 

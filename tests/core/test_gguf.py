@@ -25,6 +25,7 @@ from pcache_core import (
     SamplingParams,
     Segment,
 )
+from pcache_core.lm import context_length_on_disk
 from pcache_core.lm import gguf as loader
 
 TEXT = "the cat sat on the mat and then it went home again, as it had done on each day before"
@@ -73,6 +74,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def file(folder: Path, tmp_path: Path) -> Path:
     """A copy that a test may damage."""
     return Path(shutil.copy(folder / "tiny.gguf", tmp_path / "tiny.gguf"))
+
+
+def test_the_contexts_length_is_known_before_the_weights_are_loaded(file: Path) -> None:
+    blob = file.rename(file.with_name("sha256-0f"))  # as Ollama names its files
+    assert (
+        context_length_on_disk(str(blob))
+        == gguf_models.build("llama").config.max_position_embeddings
+    )
+    assert context_length_on_disk("builtin:tiny-rag") == 2048
+    assert context_length_on_disk("no/such") is None
+    blob.write_bytes(b"GGUF, but broken")
+    assert context_length_on_disk(str(blob)) is None
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -171,7 +171,7 @@ class TestAsync:
         again = pipeline(PromptCachePrecompute(second), cache=cached.cache)
         assert len(await again.arun(documents=documents())) == len(nodes)
         for _ in range(200):
-            if num_texts(second) == len(nodes):
+            if second.engine.stats().states == 2 * len(nodes):  # odd while a text is at work
                 break
             await asyncio.sleep(0.02)
         assert num_texts(second) == len(nodes)
@@ -260,34 +260,29 @@ class TestDocumentStores:
 
 
 class TestWorkers:
-    """Real processes: each costs seconds, so there is one run with each kind of store."""
-
-    def steps(self, precompute: PromptCachePrecompute) -> IngestionPipeline:
-        # No splitter: LlamaIndex's own can't be sent to another process.
-        return IngestionPipeline(transformations=[EMBEDDING, precompute])
-
-    def test_with_a_store_in_memory_the_nodes_are_encoded_here(
-        self, capfd: pytest.CaptureFixture[str]
+    def test_workers_encode_into_a_folder_and_leave_memory_to_this_process(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
     ) -> None:
-        llm = llm_of()
-        nodes = self.steps(PromptCachePrecompute(llm)).run(documents=documents()[:4], num_workers=2)
-        assert len(nodes) == 4
-        assert "encodes nothing in this worker process, as memory" in capfd.readouterr().err
-        assert num_texts(llm) == 4
-        assert set(ask(llm, nodes).values()) == {"memory"}
-
-    def test_with_a_folder_the_workers_encode(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        llm = PromptCacheLLM(
+        """Real processes: each costs seconds, so both kinds of store are in one run."""
+        here = llm_of()
+        there = PromptCacheLLM(
             model="builtin:tiny-rag", store=str(tmp_path / "states"), max_tokens=4, reuse="fast"
         )
-        steps = self.steps(PromptCachePrecompute(llm))
-        with monkeypatch.context() as patch:
-            patch.setattr(PromptCachePrecompute, "catch_up", lambda self, nodes: None)
-            nodes = steps.run(documents=documents()[:4], num_workers=2)
-        assert num_texts(llm) == 4
-        assert set(ask(llm, nodes).values()) == {"disk"}
+        memory, folder = PromptCachePrecompute(here), PromptCachePrecompute(there)
+        catch_up = PromptCachePrecompute.catch_up
+        monkeypatch.setattr(
+            PromptCachePrecompute,
+            "catch_up",
+            lambda step, nodes: None if step is folder else catch_up(step, nodes),
+        )
+        # No splitter: LlamaIndex's own can't be sent to another process.
+        pipeline = IngestionPipeline(transformations=[EMBEDDING, memory, folder])
+        nodes = pipeline.run(documents=documents()[:4], num_workers=2)
+        assert len(nodes) == 4
+        assert "encodes nothing in this worker process, as memory" in capfd.readouterr().err
+        assert num_texts(here) == num_texts(there) == 4
+        assert set(ask(here, nodes).values()) == {"memory"}
+        assert set(ask(there, nodes).values()) == {"disk"}
 
     def test_a_copy_shares_no_memory(self, caplog: pytest.LogCaptureFixture) -> None:
         llm = llm_of()

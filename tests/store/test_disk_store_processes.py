@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 
+import tiny_models
+from pcache_core import CausalLM, DiskStore, Prompt, PromptCacheEngine, Segment
+
 ROOT = Path(__file__).parents[1]
 
 KILLED = """
@@ -91,38 +94,38 @@ print(json.dumps({
 }))
 """
 
-ENGINE = """
+ENCODING = """
 import json, sys
 import torch
 torch.set_num_threads(1)
-import tiny_models
-from pcache_core import CausalLM, DiskStore, Prompt, PromptCacheEngine, Segment
-
-lm = CausalLM(tiny_models.build("llama", seed=3), tiny_models.tiny_tokenizer())
-store = DiskStore(sys.argv[1])
-engine = PromptCacheEngine(lm, store, "fast")
-texts = [f"Document {n}: the river runs past mill number {n}, and on." for n in range(40)]
-start = sys.stdin.readline()
-encoded = engine.encode(texts, progress=False) if start.strip() == "encode" else None
-prompt = Prompt([
-    Segment("Read:\\n", "literal"),
-    *(Segment(text, "document") for text in texts[2:5]),
-    Segment("\\nWhere is the mill?", "text"),
-])
-prefill = engine.prefill(prompt)
-print(json.dumps({
-    "encoded": encoded and encoded.encoded,
-    "tokens": prefill.report.encoded_tokens,
-    "sources": [s.source for s in prefill.report.segments],
-    "logits": prefill.logits.tolist(),
-    "damaged": store.stats().damaged,
-    "states": store.stats().states,
-}))
+import test_disk_store_processes as t
+sys.stdin.readline()  # both begin together
+print(json.dumps(t.answered(sys.argv[1], encodes=True)))
 """
 
 
+def answered(folder: str, *, encodes: bool) -> dict[str, Any]:
+    """What an engine over a folder of states encodes, and what it says to a prompt."""
+    lm = CausalLM(tiny_models.build("llama", seed=3), tiny_models.tiny_tokenizer())
+    store = DiskStore(folder)
+    engine = PromptCacheEngine(lm, store, "fast")
+    texts = [f"Document {n}: the river runs past mill number {n}, and on." for n in range(40)]
+    if encodes:
+        engine.encode(texts, progress=False)
+    documents = [Segment(text, "document") for text in texts[2:5]]
+    question = Segment("\nWhere is the mill?", "text")
+    prefill = engine.prefill(Prompt([Segment("Read:\n", "literal"), *documents, question]))
+    return {
+        "tokens": prefill.report.encoded_tokens,
+        "sources": [s.source for s in prefill.report.segments],
+        "logits": prefill.logits.tolist(),
+        "damaged": store.stats().damaged,
+        "states": store.stats().states,
+    }
+
+
 def start(script: str, *arguments: str) -> subprocess.Popen[str]:
-    paths = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "store"), *filter(None, sys.path)])
     return subprocess.Popen(
         [sys.executable, "-c", script, *arguments],
         stdin=subprocess.PIPE,
@@ -164,13 +167,13 @@ def test_a_hundred_killed_engines_cost_no_answer(
 def test_two_processes_that_encode_one_corpus_agree_and_a_third_encodes_nothing(
     tmp_path: Path,
 ) -> None:
-    both = [start(ENGINE, str(tmp_path)) for _ in range(2)]
+    both = [start(ENCODING, str(tmp_path)) for _ in range(2)]
     for process in both:
         assert process.stdin is not None
-        process.stdin.write("encode\n")
+        process.stdin.write("go\n")
         process.stdin.flush()
     first, second = (finish(process) for process in both)
-    third = finish(start(ENGINE, str(tmp_path)), "serve")
+    third = answered(str(tmp_path), encodes=False)
     assert first["logits"] == second["logits"] == third["logits"]
     assert (third["tokens"], third["sources"][1:4]) == (0, ["disk"] * 3)
     assert first["states"] == second["states"] == third["states"]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import socket
+import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,6 +23,21 @@ from pcache_integrations.cli.commands import app
 from stored_states import make, same
 
 T = TypeVar("T")
+
+
+@contextlib.contextmanager
+def as_nobody() -> Iterator[None]:
+    """Without the superuser's right to read everything."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
 BEES = "Ann keeps bees in Oslo."
 
 
@@ -146,6 +164,35 @@ def test_the_budget_is_kept_beside_an_odd_entry(
     assert present[-3:] == [True] * 3
     nbytes = sum(s.nbytes for s in stored_states(folder) if s.is_state)
     assert nbytes <= 4 * one + one // 2
+
+
+@pytest.mark.parametrize("what", ["file", "shard"])
+def test_what_may_not_be_read_is_named_and_the_rest_goes_on(lm: CausalLM, what: str) -> None:
+    folder = Path(tempfile.mkdtemp())
+    if os.geteuid() == 0:
+        os.chown(folder, 65534, 65534)
+    closed, state = make(1, 2)
+    try:
+        with as_nobody():
+            store = DiskStore(folder, budget_bytes=10**6)
+            engine = PromptCacheEngine(lm, store)
+            engine.encode([BEES], progress=False)
+            assert store.put(closed, state)
+            path = folder / closed.digest[:2] / f"{closed.digest}.safetensors"
+            path = path if what == "file" else path.parent
+            path.chmod(0)
+            listed = list(stored_states(folder))
+            assert [s.trouble for s in listed if s.path == path] == [
+                "it can't be read: Permission denied"
+            ]
+            assert engine.forget([BEES]).states == 1
+            other = make(5, 6)
+            assert store.put(*other)
+            assert store.contains(other[0])
+            assert store.get(closed) is None
+            path.chmod(0o700)
+    finally:
+        shutil.rmtree(folder)
 
 
 def test_the_command_line_names_them_and_goes_on(tmp_path: Path) -> None:

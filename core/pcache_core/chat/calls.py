@@ -41,7 +41,7 @@ class Tool:
             )
 
     def as_function(self) -> dict[str, Any]:
-        """The tool as chat templates take it."""
+        """Return the tool as chat templates take it."""
         return {
             "type": "function",
             "function": {
@@ -53,7 +53,7 @@ class Tool:
 
 
 def new_call_id() -> str:
-    """An id that every chat template takes: nine letters and digits."""
+    """Return an id that every chat template takes: nine letters and digits."""
     return secrets.token_hex(5)[:9]
 
 

@@ -10,7 +10,7 @@ from pcache_core.chat.messages import ApplyTemplate
 from pcache_core.errors import ChatTemplateError
 from pcache_core.pml import Mark, Marks, RoleName
 
-# Messages that may have to stand before or behind others for a template to render them.
+# Messages that may have to stand before or after others for a template to render them.
 _BEFORE: tuple[tuple[RoleName, ...], ...] = (
     (),
     ("user",),
@@ -19,13 +19,13 @@ _BEFORE: tuple[tuple[RoleName, ...], ...] = (
     ("system", "user"),
     ("system", "user", "assistant"),
 )
-_BEHIND: tuple[tuple[RoleName, ...], ...] = ((), ("user",), ("assistant", "user"))
+_AFTER: tuple[tuple[RoleName, ...], ...] = ((), ("user",), ("assistant", "user"))
 
 
 def template_marks(
     apply_template: ApplyTemplate, tokenise: Callable[[str], Sequence[int]]
 ) -> Marks:
-    """The marks of a model's own chat template.
+    """Return the marks of a model's own chat template.
 
     tokenise: ids of a template's text, special tokens included.
     """
@@ -58,13 +58,13 @@ def marks_of(apply_template: ApplyTemplate, roles: Sequence[RoleName]) -> list[s
 def _between(
     apply_template: ApplyTemplate, before: RoleName | None, after: RoleName | None
 ) -> str | None:
-    """The text between two messages, in the first conversation that the template renders.
+    """Return the text between two messages, in the first conversation that the template renders.
 
-    Before everything and behind everything nothing else may stand.
+    Before everything and after everything nothing else may stand.
     """
     own = [role for role in (before, after) if role is not None]
     openings = _BEFORE if before is not None else _BEFORE[:1]
-    endings = _BEHIND if after is not None else _BEHIND[:1]
+    endings = _AFTER if after is not None else _AFTER[:1]
     for opening in openings:
         for ending in endings:
             found = marks_of(apply_template, [*opening, *own, *ending])

@@ -11,7 +11,7 @@ from typing import Any
 
 from pcache_core.chat.calls import ToolCall
 from pcache_core.errors import ChatTemplateError, PromptError
-from pcache_core.prompt import Prompt, Segment
+from pcache_core.prompt import Prompt, Segment, SegmentKind
 
 _THOUGHTS = ("<think>", "</think>")
 ApplyTemplate = Callable[[list[dict[str, Any]]], str]
@@ -52,7 +52,7 @@ class Message:
         return "".join(segment.text for segment in self.segments)
 
     def as_dict(self, content: str) -> dict[str, Any]:
-        """The message as chat templates take it, with another content."""
+        """Return the message as chat templates take it, with another content."""
         fields: dict[str, Any] = {"role": self.role, "content": content}
         if self.tool_calls:
             fields["tool_calls"] = [
@@ -82,7 +82,8 @@ def render_chat(
     rewrites becomes `text`, between those of its documents that it left as they are; the whole
     prompt does where it can't be told where one ends. Documents that are lost so are counted in the
     prompt's `fallback_reason`. Where such a text would spell control tokens, the template gets
-    marks in place of those in messages, and each is put back as an `argument`.
+    marks in place of those in messages, and each is put back as an `argument`; so is a content that
+    spells them all the same, because the template changes its letters.
 
     spelled: the control tokens that a text spells, which must not become such.
     Raises: PromptError: no messages. ChatTemplateError: the template refuses them, an id or a name
@@ -94,13 +95,11 @@ def render_chat(
     said = [message.text for message in messages]
     said += [call.arguments_text for message in messages for call in message.tool_calls]
     tokens = [token for text in said for token in _tokens(spelled(text))]
-    if not any(map(spelled, said)):
-        return _render(messages, apply_template, spelled)
     with suppress(_SpelledError):
         return _render(messages, apply_template, spelled)
     veil = Veil(tokens)
     veiled = [veil.message(message) for message in messages]
-    prompt = _render(veiled, apply_template, spelled)
+    prompt = _render(veiled, apply_template, spelled, forged="argument")
     lifted = [part for segment in prompt.segments for part in veil.lifted(segment)]
     return Prompt(lifted, fallback_reason=prompt.fallback_reason)
 
@@ -115,14 +114,23 @@ class _SpelledError(ChatTemplateError):
         )
 
 
-def _render(messages: Sequence[Message], apply_template: ApplyTemplate, spelled: Spelled) -> Prompt:
-    """Raises: _SpelledError: text of a message would become a control token."""
+def _render(
+    messages: Sequence[Message],
+    apply_template: ApplyTemplate,
+    spelled: Spelled,
+    forged: SegmentKind | None = None,
+) -> Prompt:
+    """Render once; see `render_chat`.
+
+    forged: what a rewritten content becomes that spells control tokens; None for an error.
+    Raises: _SpelledError: text of a message would become a control token.
+    """
     truth = apply_template([message.as_dict(message.text) for message in messages])
     # Templates ask whether there is a content, so that an empty one stays empty.
     marks = [f"\ue0f0{secrets.token_hex(8)}\ue0f1" if m.text else "" for m in messages]
     marked = apply_template([m.as_dict(mark) for m, mark in zip(messages, marks, strict=True)])
     contents = [message for message in messages if message.text]
-    segments = _fill(marked, [mark for mark in marks if mark], contents, truth, spelled)
+    segments = _fill(marked, [mark for mark in marks if mark], contents, truth, spelled, forged)
     calls = [call for message in messages for call in message.tool_calls]
     spoken = [call.arguments_text for call in calls if spelled(call.arguments_text)]
     segments = segments and _set_apart(segments, spoken)
@@ -134,21 +142,27 @@ def _render(messages: Sequence[Message], apply_template: ApplyTemplate, spelled:
     return Prompt(segments, fallback_reason=_lost(given, segments))
 
 
-def _documents_in(text: str, given: Sequence[Segment]) -> list[Segment]:
-    """Cut a text that a template rewrote into the documents that it kept, in their order."""
+def _documents_in(text: str, given: Sequence[Segment], kind: SegmentKind = "text") -> list[Segment]:
+    """Cut the documents that a template kept out of a text that it rewrote, in their order.
+
+    kind: of what stands between them.
+    """
     parts: list[Segment] = []
     position = 0
     for document in given:
         found = text.find(document.text, position) if document.kind == "document" else -1
         if found >= 0:
-            parts += [Segment(text[position:found]), document]
+            parts += [Segment(text[position:found], kind), document]
             position = found + len(document.text)
-    return [*parts, Segment(text[position:])]
+    return [*parts, Segment(text[position:], kind)]
 
 
 def _lost(given: Sequence[Segment], segments: Sequence[Segment]) -> str | None:
     """Say how many of the documents that were given are none in the prompt's segments."""
-    had, has = (sum(s.kind == "document" for s in each) for each in (given, segments))
+    had, has = (
+        sum(s.kind == "document" and not s.text.isspace() for s in each if s.text)
+        for each in (given, segments)
+    )
     if has >= had:
         return None
     return f"the chat template rewrites its messages, which hid {had - has} of {had} documents"
@@ -183,7 +197,9 @@ class Veil:
 
     def lifted(self, segment: Segment) -> Iterator[Segment]:
         """Yield what a segment was: its tokens are data."""
-        parts = re.split(f"({'|'.join(self._tokens)})", segment.text)
+        parts = [segment.text]
+        if self._tokens:
+            parts = re.split(f"({'|'.join(self._tokens)})", segment.text)
         if not segment.is_markup:
             yield replace(segment, text="".join(self._tokens.get(part, part) for part in parts))
             return
@@ -235,7 +251,7 @@ def _set_apart(segments: Sequence[Segment], data: Sequence[str]) -> list[Segment
 
 
 def strip_segments(segments: Sequence[Segment]) -> list[Segment]:
-    """The segments of `text.strip()`: many templates trim their contents."""
+    """Return the segments of `text.strip()`: many templates trim their contents."""
     kept = list(segments)
     while kept and not kept[0].text.lstrip():
         kept.pop(0)
@@ -253,13 +269,16 @@ def _fill(
     contents: Sequence[Message],
     truth: str,
     spelled: Spelled,
+    forged: SegmentKind | None,
 ) -> list[Segment] | None:
     """Put contents where their marks stand, as they are or stripped, whichever gives the truth.
 
     A content that neither fits ends where the template's own text after it begins.
 
-    None if a mark does not stand there once and in order, or a content that is rewritten spells
-    control tokens or has no text of the template's after it.
+    None if a mark does not stand there once and in order, or a content that is rewritten has no
+    text of the template's after it.
+
+    Raises: _SpelledError: a content that is rewritten spells control tokens.
     """
     literals = list(_between(marked, marks))
     if len(literals) <= len(marks) or not truth.startswith(literals[0]):
@@ -277,9 +296,11 @@ def _fill(
             if not end or end < position:
                 return None
             text = truth[position:end]
-            if _is_forged(text, message, spelled):
-                return None
-            variant = _documents_in(text, message.segments)
+            is_forged = _is_forged(text, message, spelled)
+            if is_forged and (forged is None or isinstance(spelled(text), bool)):
+                raise _SpelledError
+            kind = forged if is_forged and forged else "text"
+            variant = _documents_in(text, message.segments, kind)
         segments += [*variant, Segment(after, "literal")]
         position += len(text) + len(after)
     return segments if "".join(segment.text for segment in segments) == truth else None

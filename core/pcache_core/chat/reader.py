@@ -101,7 +101,7 @@ class ToolReader:
         return self._call(text, raw)
 
     def _call(self, text: str, raw: str) -> ToolAnswer:
-        """A call in its markup, or what it lacks."""
+        """Return a call in its markup, or what it lacks."""
         self._had_call, self._shown_since_call = True, False
         written = self._marker + raw
         try:

@@ -37,7 +37,7 @@ def render_tool_chat(
 
 
 def _with_short_ids(message: Message) -> Message:
-    """The message with ids of nine letters and digits: some templates refuse any other."""
+    """Return the message with ids of nine letters and digits: some templates refuse any other."""
     calls = [replace(call, id=_short_id(call.id)) for call in message.tool_calls]
     answered = message.tool_call_id
     return replace(
@@ -82,7 +82,7 @@ def _listing(tools: Sequence[Tool], form: ToolFormat) -> str:
 
 
 def _in_words(message: Message, form: ToolFormat) -> Message:
-    """The message without fields that only templates with tools know."""
+    """Return the message without fields that only templates with tools know."""
     if message.role == "tool":
         opening, closing = (Segment(text, "literal") for text in _RESULT)
         return Message("user", [opening, *message.segments, closing])

@@ -32,7 +32,7 @@ _TEXT_WITHOUT_BRACE = r"TEXT: /([^{](.|\n)*)?/"
 class ToolFormat:
     """The form of calls in an answer.
 
-    marker: what calls begin with, empty if nothing. opening, closing: around each call, behind
+    marker: what calls begin with, empty if nothing. opening, closing: around each call, after
     the marker. around: what a list of calls is written in; empty where each has its own marker.
     arguments: what a call names them. is_native: whether the chat template renders tools and calls
     by itself; otherwise messages say it in words. marker_is_shown: whether answers show the
@@ -53,7 +53,7 @@ class ToolFormat:
         return ToolReader(self.marker, self.closing, [tool.name for tool in tools])
 
     def read(self, text: str, tools: Sequence[Tool]) -> ToolAnswer:
-        """A whole answer: content, calls, and what was meant as a call."""
+        """Return a whole answer: content, calls, and what was meant as a call."""
         reader = self.reader(tools)
         first, last = reader.add(text), reader.finish()
         content = first.content + last.content
@@ -61,7 +61,7 @@ class ToolFormat:
         return ToolAnswer(content.strip() if calls or invalid else content, calls, invalid)
 
     def parse(self, text: str, tools: Sequence[Tool]) -> tuple[str, tuple[ToolCall, ...]]:
-        """A whole answer: content and calls; a call that is not valid stays content."""
+        """Return a whole answer: content and calls; a call that is not valid stays content."""
         answer = self.read(text, tools)
         if not answer.invalid:
             return answer.content, answer.calls
@@ -86,7 +86,7 @@ class ToolFormat:
         most_calls: int = MOST_CALLS,
         answer: Mapping[str, Any] | None = None,
     ) -> Grammar | None:
-        """What an answer may be, or None for anything.
+        """Return what an answer may be, or None for anything.
 
         choice: `none`; `auto`: text, calls or both, where a call that is begun is a valid one;
             `any` or `required`: calls and nothing else; a tool's name: one call of it.
@@ -124,7 +124,7 @@ class ToolFormat:
         return self._several("\n", most_calls), self._bodies(tools, marker)
 
     def _auto(self, tools: Sequence[Tool], most_calls: int) -> Grammar | None:
-        """Free text until a marker, a valid call behind it."""
+        """Free text until a marker, a valid call after it."""
         if not self.marker_is_shown:
             return None
         if not self.marker:
@@ -137,13 +137,13 @@ class ToolFormat:
         return _lark(f"(head_ call_){{0,{most_calls}}} TEXT", rules)
 
     def _several(self, between: str, most_calls: int) -> str:
-        """A rule for one or more calls."""
+        """Return a rule for one or more calls."""
         return (
             f"call_ ({_text(between)} call_){{0,{most_calls - 1}}}" if most_calls > 1 else "call_"
         )
 
     def _bodies(self, tools: Sequence[Tool], marker: str) -> list[str]:
-        """A rule `call_`, and one for each tool."""
+        """Return a rule `call_`, and one for each tool."""
         rules = [f"call_: {' | '.join(f'call_{index}' for index in range(len(tools)))}"]
         for index, tool in enumerate(tools):
             start = f'{marker}{self.opening}{{"name": {json.dumps(tool.name)}, "{self.arguments}": '
@@ -194,7 +194,7 @@ def tool_format(apply: ApplyToolTemplate, is_special: Callable[[str], bool]) -> 
 
 
 def _probe_text(apply: ApplyToolTemplate) -> str | None:
-    """What a template makes of a call; None if it renders no tools or no calls."""
+    """Return what a template makes of a call; None if it renders no tools or no calls."""
     question = {"role": "user", "content": "q"}
     call = {
         "role": "assistant",

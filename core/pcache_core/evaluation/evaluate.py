@@ -76,7 +76,7 @@ def evaluate(  # noqa: PLR0913 (each is an option of the command)
 def _ask(
     lm: CausalLM, fitted: Sequence[Fitted], ways: Sequence[Way], conditions: Conditions
 ) -> list[Outcomes]:
-    """All questions in every way, or those until an interrupt."""
+    """Return all questions in every way, or those until an interrupt."""
     outcomes: list[Outcomes] = []
     with tqdm(
         desc="answers",
@@ -93,7 +93,7 @@ def _ask(
 
 
 def _how(conditions: Conditions) -> tuple[str, ...]:
-    """What was different from the usual."""
+    """Return what was different from the usual."""
     notes = []
     if conditions.warm:
         notes.append("all documents were encoded ahead")

@@ -42,7 +42,7 @@ def read_questions(file: Path, count: int | None = None) -> QuestionSet:
 
 
 def _records(file: Path) -> Iterator[tuple[str, object]]:
-    """Each record and where it stands. JSON text may hold any line end but a line feed."""
+    """Yield each record and where it stands. JSON text may hold any line end but a line feed."""
     text = _read(file)
     if text.lstrip().startswith("["):
         records = _parse(text, str(file))
@@ -88,7 +88,7 @@ class _Record:
         self._fields: dict[str, Any] = record
 
     def item(self) -> Item:
-        """The question in our own shape. Raises: OptionError: it has another shape."""
+        """Return the question in our own shape. Raises: OptionError: it has another shape."""
         contexts = tuple(text.strip() for text in self._contexts() if text.strip())
         if not contexts:
             raise self._error("at least one document with text in it", "none")

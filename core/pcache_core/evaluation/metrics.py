@@ -49,7 +49,7 @@ def _f1(answer: Sequence[str], reference: Sequence[str]) -> float:
 
 
 def has_rouge() -> bool:
-    """Whether torchmetrics is installed."""
+    """Return whether torchmetrics is installed."""
     return find_spec("torchmetrics") is not None
 
 

@@ -106,7 +106,7 @@ class Evaluation:
         }
 
     def transcript(self, show: int) -> Text:
-        """The answers to the first questions, as text to print."""
+        """Return the answers to the first questions, as text to print."""
         text = Text()
         for item, answers in self._first(show):
             text.append(f"{shown(item.question)}\n", style="bold")
@@ -151,7 +151,7 @@ class Evaluation:
 def summarise(
     questions: QuestionSet, outcomes: Sequence[Outcomes], names: Sequence[str]
 ) -> tuple[Row, ...]:
-    """A row for each way of asking; `outcomes` are in the order of the questions."""
+    """Return a row for each way of asking; `outcomes` are in the order of the questions."""
     return tuple(_row(name, questions, outcomes) for name in names)
 
 

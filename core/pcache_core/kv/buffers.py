@@ -31,24 +31,24 @@ class Loan:
 
     @property
     def stop(self) -> int:
-        """One behind the last row."""
+        """One after the last row."""
         return self.start + self.state.num_tokens
 
     def head(self, stop: int) -> Loan:
-        """What of it lies before row `stop`."""
+        """Return what of it lies before row `stop`."""
         if stop >= self.stop:
             return self
         part = self.state.part(0, stop - self.start, self.state.position)
         return Loan(part, self.start, self.position, tuple(r for r in self.replaced if r < stop))
 
     def count_before(self, row: int) -> int:
-        """How many rows before this one it serves."""
+        """Return how many rows before this one it serves."""
         return min(max(row - self.start, 0), self.state.num_tokens) - bisect_left(
             self.replaced, row
         )
 
     def without(self, rows: Collection[int]) -> Loan:
-        """The same, but for rows that the buffers are to hold themselves."""
+        """Return the same, but for rows that the buffers are to hold themselves."""
         replaced = {*self.replaced, *(row for row in rows if self.start <= row < self.stop)}
         return Loan(self.state, self.start, self.position, tuple(sorted(replaced)))
 
@@ -98,7 +98,7 @@ class KVBuffers:
         return row - sum(loan.count_before(row) for loan in self.loans)
 
     def own_rows(self, stop: int) -> torch.Tensor:
-        """The rows of the prompt before `stop` that the buffers hold, ascending."""
+        """Return the rows of the prompt before `stop` that the buffers hold, ascending."""
         is_own = torch.ones(stop, dtype=torch.bool)
         for loan in self.loans:
             is_own[loan.start : loan.stop] = False

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import threading
-from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from weakref import WeakValueDictionary
 
 import torch
 
 from pcache_core.kv.buffers import KVBuffers
-from pcache_core.kv.key import ModuleKey
 from pcache_core.kv.state import KVState
 
 COMPUTED = ""
@@ -24,7 +21,7 @@ NO_WEIGHTS = -1
 """Version of weights that no model has: what they computed serves nobody."""
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class KVSequence:
     """Keys and values of one request, and what each of its rows holds.
 
@@ -33,7 +30,11 @@ class KVSequence:
         it came from: `COMPUTED`, `REPAIRED`, or the digest of the state it was filled from.
     repair, repaired_for: the budget of the repair that made repaired rows, and the length of the
         prompt whose question chose them.
-    lender: lends states that other running requests use as well; None where nothing is shared.
+    uses: digests of the states that the request may use.
+    lender: states on loan by their digests, which other running requests use as well; None where
+        nothing is shared. A request that is alone with a state copies it into its buffers, where
+        attention is fastest. One that comes while another uses the state leaves it where it lies:
+        no copy, and one product serves the queries of all who do.
     is_filled: whether every row that is noted holds what its label says.
     weights: version of the weights that computed them, see `CausalLM.weights_version`.
     stock: appends tokens and returns the last one's logits, for a model whose cache is not rows per
@@ -47,7 +48,8 @@ class KVSequence:
     labels: list[str] = field(default_factory=list)
     repair: float | None = None
     repaired_for: int = 0
-    lender: StatesInUse | None = None
+    uses: frozenset[str] = frozenset()
+    lender: WeakValueDictionary[str, KVState] | None = None
     is_filled: bool = True
     weights: int = 0
     stock: Callable[[Sequence[int]], torch.Tensor] | None = None
@@ -98,38 +100,3 @@ class KVSequence:
         self.token_ids, self.labels = other.token_ids[:rows], other.labels[:rows]
         self.positions = other.positions[:rows]
         self.repair, self.repaired_for = other.repair, other.repaired_for
-
-
-class StatesInUse:
-    """Which states the running requests use. Thread-safe.
-
-    A request that is alone with a state copies it into its buffers, where attention is fastest. One
-    that comes while another uses the state leaves it where it lies: no copy, and one product serves
-    the queries of all who do.
-    """
-
-    def __init__(self) -> None:
-        self._users: Counter[ModuleKey] = Counter()
-        self._states: WeakValueDictionary[str, KVState] = WeakValueDictionary()
-        self._lock = threading.Lock()
-
-    def enter(self, keys: Collection[ModuleKey]) -> bool:
-        """Note that a request uses these states; return whether another one uses any of them."""
-        with self._lock:
-            is_shared = any(self._users[key] for key in keys)
-            self._users.update(keys)
-            return is_shared
-
-    def leave(self, keys: Collection[ModuleKey]) -> None:
-        """Note that the request is done."""
-        with self._lock:
-            self._users.subtract(keys)
-            self._users = +self._users  # without those that nobody uses
-
-    def find(self, digest: str) -> KVState | None:
-        """Return the state of this digest that requests have on loan, if any has."""
-        return self._states.get(digest)
-
-    def one(self, digest: str, state: KVState) -> KVState:
-        """Return the object that all requests have on loan, where a store gives each its own."""
-        return self._states.setdefault(digest, state)

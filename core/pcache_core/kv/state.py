@@ -97,7 +97,7 @@ class StateSource(Protocol):
         """All of it once. Raises: StateMismatchError: at the end, if what was read is damaged."""
 
     def whole(self) -> KVState:
-        """All of it in the model's dtype. Raises: StateMismatchError: it is damaged."""
+        """Return all of it in the model's dtype. Raises: StateMismatchError: it is damaged."""
 
 
 def layer_blocks(tensor: torch.Tensor) -> Iterator[slice]:
@@ -141,7 +141,7 @@ class KVState:
         return by_layer(self.stacks, self.keys, self.values)
 
     def part(self, start: int, stop: int, position: int) -> KVState:
-        """A view of tokens `start … stop` as a state, the first encoded at `position`."""
+        """Return a view of tokens `start … stop` as a state, the first encoded at `position`."""
         return KVState(
             stacks=self.stacks,
             keys=tuple(keys[:, :, start:stop] for keys in self.keys),
@@ -151,7 +151,7 @@ class KVState:
         )
 
     def blocks(self) -> Iterator[Block]:
-        """Its tensors, a few layers at a time."""
+        """Yield its tensors, a few layers at a time."""
         parts: tuple[tuple[Part, Sequence[torch.Tensor]], ...]
         parts = (("keys", self.keys), ("values", self.values))
         for index in range(len(self.stacks)):
@@ -160,7 +160,7 @@ class KVState:
                     yield Block(index, part, layers, tensors[index][layers])
 
     def whole(self) -> KVState:
-        """Itself."""
+        """Return itself."""
         return self
 
     def check(self, stacks: tuple[Stack, ...], dtype: torch.dtype) -> None:

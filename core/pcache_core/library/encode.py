@@ -46,7 +46,7 @@ def _batches(lm: CausalLM, modules: Sequence[ModuleTokens]) -> Iterator[list[Mod
 def _encode_batch(
     lm: CausalLM, preamble: Sequence[KVState], modules: Sequence[ModuleTokens]
 ) -> list[KVState]:
-    """One forward: the buffers hold the preamble, then the modules one after another."""
+    """Return one forward: the buffers hold the preamble, then the modules one after another."""
     before = sum(part.num_tokens for part in preamble)
     buffers = lm.new_buffers(before + sum(module.num_tokens for module in modules))
     for part in preamble:
@@ -76,7 +76,7 @@ def _state(buffers: KVBuffers, start: int, module: ModuleTokens) -> KVState:
 
 
 def _visible(preamble_tokens: int, own: RowRange) -> tuple[RowRange, ...]:
-    """The module's preamble and its own rows, as few ranges as possible."""
+    """Return the module's preamble and its own rows, as few ranges as possible."""
     if preamble_tokens == 0:
         return (own,)
     if own[0] == preamble_tokens:

@@ -39,7 +39,7 @@ class Preamble:
         around a generic instruction. The beginning-of-sequence token comes before it by itself.
     company: short documents, for all modules alike; None for four in the module's own language.
 
-    Raises: OptionError: an opening that is no text; a company that is no list of texts.
+    Raises: OptionError: an opening that is not a text; a company that is not a list of texts.
     """
 
     opening: str | None = None
@@ -66,7 +66,7 @@ class Preamble:
 
     @classmethod
     def none(cls) -> Preamble:
-        """The paper's way: the beginning-of-sequence token alone."""
+        """Return the paper's way: the beginning-of-sequence token alone."""
         return cls(opening="", company=())
 
     @classmethod
@@ -81,7 +81,7 @@ class Preamble:
 
     @classmethod
     def of_file(cls, path: str | os.PathLike[str]) -> Preamble:
-        """What a JSON file says: an object with the fields of this class.
+        """Return what a JSON file says: an object with the fields of this class.
 
         Raises: OptionError: the file is something else.
         """
@@ -138,7 +138,7 @@ class PreambleIds:
         return ids if self._fits(ids) else bos
 
     def ids_for(self, text: str) -> tuple[int, ...]:
-        """The ids that a module of this text is encoded after."""
+        """Return the ids that a module of this text is encoded after."""
         return self._named(self.name_for(text))
 
     def name_for(self, text: str) -> str:
@@ -146,7 +146,7 @@ class PreambleIds:
         return language_of(text) if self.preamble.company is None else _ALL
 
     def by_name(self) -> dict[str, tuple[int, ...]]:
-        """Every preamble: the `opening` alone, and with company, by language or of `all`."""
+        """Return every preamble: the `opening` alone, and with company, by language or of `all`."""
         names = _companies() if self.preamble.company is None else [_ALL]
         return {"opening": self.opening, **{name: self._named(name) for name in names}}
 
@@ -211,7 +211,7 @@ _SMALLEST_SHARE = 0.15
 
 
 def language_of(text: str) -> str:
-    """The language that a text's company is to be in, as its two letters.
+    """Return the language that a text's company is to be in, as its two letters.
 
     Told by script, then by frequent words. `en` where nothing tells, or where there is no company
     in the language. Depends on the text alone: same on every machine.

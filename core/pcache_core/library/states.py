@@ -24,6 +24,7 @@ from pcache_core.prompt import Passage
 from pcache_core.report import Source
 from pcache_core.store import ModuleStore, Opened, open_many
 from pcache_core.store.inspect import find_stored
+from pcache_core.threads import Flag, renew_in_child
 
 logger = logging.getLogger(__name__)
 
@@ -80,12 +81,17 @@ class ModuleLibrary:
         self.preambles = PreambleIds(lm.text, lm.context_length, preamble)
         self.encoded = Encoded()
         self._store = store
-        self._lock = threading.Lock()
-        self._encoding: dict[ModuleKey, threading.Event] = {}
+        self.renew()
+        renew_in_child(self)
         self._made: WeakValueDictionary[str, KVState] = WeakValueDictionary()
         self._namespace = namespace
         self._now = self._names()
         self._all_keys = {self._now.keys}  # also of weights that the model had before
+
+    def renew(self) -> None:
+        """Forget what others are encoding: in a forked child, nobody is."""
+        self._lock = threading.Lock()
+        self._encoding: dict[ModuleKey, Flag] = {}  # set when it is done, or given up
 
     def follow_weights(self) -> int:
         """From now on, name states by the model's weights as they are; return their version."""
@@ -155,7 +161,7 @@ class ModuleLibrary:
         return self._now.keys.key(module.preamble_ids, passage.kept_ids, fixed, passage.shape)
 
     def contains(self, key: ModuleKey) -> bool:
-        """Whether the store has it."""
+        """Return whether the store has it."""
         return self._store.contains(key)
 
     def load(self, states: Sequence[PlannedState], sequence: KVSequence, rows: int) -> Loaded:
@@ -192,13 +198,14 @@ class ModuleLibrary:
         What another thread is encoding is waited for instead, and comes from memory. A state that
         the store can't keep is still returned.
         """
-        with self._lock:
-            own = {key: module for key, module in modules.items() if key not in self._encoding}
-            others = {key: self._encoding[key] for key in modules if key not in own}
-            done = threading.Event()
-            self._encoding.update(dict.fromkeys(own, done))
-            claimed = list(own)
+        done = Flag()
         try:
+            with self._lock:
+                encoding = {key: flag for key, flag in self._encoding.items() if not flag.is_set}
+                others = {key: encoding[key] for key in modules if key in encoding}
+                own = {key: module for key, module in modules.items() if key not in others}
+                claimed = list(own)
+                self._encoding = encoding | dict.fromkeys(claimed, done)
             for key in claimed:
                 # Another request may have encoded it since it was looked up.
                 state = self._made.get(key.digest)
@@ -208,9 +215,7 @@ class ModuleLibrary:
             for key, state in self._encode(own):
                 yield key, state, "encoded"
         finally:
-            with self._lock:
-                for key in claimed:
-                    del self._encoding[key]
+            done.is_set = True
             done.set()
         for key, encoded in others.items():
             encoded.wait()
@@ -271,7 +276,7 @@ class ModuleLibrary:
         """
         digest = planned.key.digest
         if stored.tier == "memory" or sequence.lender is not None:
-            state = in_memory.get(digest) or (sequence.lender and sequence.lender.find(digest))
+            state = in_memory.get(digest) or (sequence.lender and sequence.lender.get(digest))
             if state:  # another of the prompt's documents, or another request, has it
                 stored.settle(0.0, None)
             else:
@@ -299,7 +304,7 @@ class ModuleLibrary:
             if state is None:
                 continue  # it was read into its rows
             if sequence.lender is not None and _may_stay(planned, state, sequence):
-                state = sequence.lender.one(planned.key.digest, state)
+                state = sequence.lender.setdefault(planned.key.digest, state)
                 sequence.buffers.loans.append(Loan(state, planned.start, planned.position))
             else:
                 copied.append((planned, state))
@@ -389,7 +394,7 @@ def _use(stored: Opened, use: Callable[[StateSource], T]) -> T | None:
 
 
 def _may_stay(planned: PlannedState, state: KVState, sequence: KVSequence) -> bool:
-    """Whether a state is one run of rows, long enough to be worth a product of its own."""
+    """Return whether a state is one run of rows, long enough to be worth a product of its own."""
     return (
         not planned.is_opening
         and len(planned.runs) == 1
@@ -400,7 +405,7 @@ def _may_stay(planned: PlannedState, state: KVState, sequence: KVSequence) -> bo
 
 
 def _parts(planned: PlannedState, rows: StateSource) -> Iterator[tuple[StateSource, int, int]]:
-    """A state's runs, each without a gap, with the first row and position of each."""
+    """Yield a state's runs, each without a gap, with the first row and position of each."""
     passage = planned.module.passage
     if len(planned.runs) == 1:
         yield rows, planned.start, planned.position

@@ -170,7 +170,7 @@ def _layer_index(module: torch.nn.Module) -> int:
 
 
 def _visible(rows: torch.Tensor, span: Span) -> torch.Tensor:
-    """The rows a span sees: a view where they are contiguous."""
+    """Return the rows a span sees: a view where they are contiguous."""
     parts = [rows[:, :, start:stop] for start, stop in span.visible]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 

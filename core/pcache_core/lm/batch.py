@@ -47,7 +47,7 @@ def _blocks(span: Span, rows: Sequence[int]) -> Iterator[Span]:
 
 
 def _cut(span: Span, start: int, stop: int, rows: Sequence[int]) -> Span:
-    """Tokens `start … stop`, which are of this span; no row behind the last one's is visible."""
+    """Tokens `start … stop`, which are of this span; no row after the last one's is visible."""
     end = rows[stop - 1] + 1
     return Span(start, stop, tuple((a, min(b, end)) for a, b in span.visible if a < end))
 
@@ -60,7 +60,7 @@ class Batch:
     num_rows: rows of the buffers that take part, written before or by this forward.
     places: rows of the prompt that the tokens stand in, where states are on loan, so that these
         are not the rows of the buffers.
-    end: one behind the largest position.
+    end: one after the largest position.
     watched: tokens whose attention is added up, as a range of the batch; None for none.
     attention: [rows of the prompt] fp32, how much the watched tokens attended to each, over the
         upper half of the layers.
@@ -118,7 +118,7 @@ class Batch:
         positions: Sequence[int],
         watched: range | None = None,
     ) -> Batch:
-        """One request's tokens, which see every row up to their own.
+        """Return one request's tokens, which see every row up to their own.
 
         rows: of the prompt, ascending, none of them on loan.
         """
@@ -212,7 +212,7 @@ class Batch:
         return self._biases[name]
 
     def seen_by_all(self, span: Span, window: int | None) -> int:
-        """How many of the visible rows, from the first on, every token of the span sees."""
+        """Return how many of the visible rows, from the first on, every token of the span sees."""
         if window is not None and self.end > window:
             return 0
         before = sum(stop - start for start, stop in span.visible[:-1])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,7 @@ from pcache_core.lm.structure import context_length
 from pcache_core.lm.text_model import TextModel
 from pcache_core.lm.weights import Weights
 from pcache_core.params import SamplingParams
+from pcache_core.threads import fork_safe
 
 if TYPE_CHECKING:
     from pcache_core.lm.constraint import GrammarCompiler
@@ -35,17 +36,19 @@ if TYPE_CHECKING:
 _LARGE_ON_CPU = 2_000_000_000  # weights; more take seconds for 512 tokens
 
 _locks: WeakKeyDictionary[PreTrainedModel, threading.RLock] = WeakKeyDictionary()
-_locks_lock = threading.Lock()
+_locks_lock = fork_safe(threading.Lock())
 
 
 def _lock_of(model: PreTrainedModel) -> threading.RLock:
-    """One lock for each model, however many `CausalLM` objects run it."""
+    """Return one lock for each model, however many `CausalLM` objects run it."""
     with _locks_lock:
-        return _locks.setdefault(model, threading.RLock())
+        if model not in _locks:
+            _locks[model] = fork_safe(threading.RLock())
+        return _locks[model]
 
 
 def _part_tokens(model: PreTrainedModel) -> int:
-    """How many tokens of a prompt one forward reads, while running answers wait for a step.
+    """Return how many tokens of a prompt one forward reads, while running answers wait for a step.
 
     A matter of the model and its device, never of measured speed, so that answers stand still.
     """
@@ -82,7 +85,7 @@ class CausalLM(TextModel):
         path = getattr(model.config, "_name_or_path", "")
         super().__init__(tokenizer, name or path or type(model).__name__, context_length(model))
         self.model: PreTrainedModel = model.eval()
-        with _lock_of(model):
+        with _lock_of(model), torch.inference_mode(mode=False):
             self.support: Support = probe(model)
         self._lock = _lock_of(model)
         self._weights = Weights(model)
@@ -104,17 +107,20 @@ class CausalLM(TextModel):
         dtype: str = "auto",
         device: str = "auto",
         gguf_file: str | os.PathLike[str] | None = None,
+        *,
+        trust_remote_code: bool = False,
     ) -> CausalLM:
         """Load a model: `builtin:smollm2`, a directory, a hub id, a GGUF file or `ollama:NAME`.
 
         dtype: float32, float16 or bfloat16; auto is as saved, and for a GGUF file bfloat16 where
         the device computes in it, else float32. device: auto, cpu, cuda, cuda:1 … gguf_file: the
-        file's name in the directory or on the hub.
+        file's name in the directory or on the hub. trust_remote_code: run Python code that comes
+        with the model; nothing of it is run otherwise, and nobody is asked.
         Raises: ModelError: it can't be loaded. OptionError: unknown dtype or device.
             DependencyError: a GGUF file, and a package that reads it is not installed.
         """
         name = full_name(name, gguf_file)
-        return cls(*load(name, dtype, device), name=name)
+        return cls(*load(name, dtype, device, trust_remote_code=trust_remote_code), name=name)
 
     @property
     def device(self) -> torch.device:
@@ -191,7 +197,7 @@ class CausalLM(TextModel):
         return KVBuffers(self.stacks, capacity, dtype=self.dtype, device=self.device)
 
     def sampler(self, params: SamplingParams) -> Sampler:
-        """A token chooser for one request."""
+        """Return a token chooser for one request."""
         if params.grammar is None:
             return Sampler(params, self.device)
         constraint = self._grammars.constraint(params.grammar, params.max_tokens)
@@ -220,9 +226,19 @@ class CausalLM(TextModel):
 
         May be called from several threads at once, and then computes their batches together.
 
-        Raises: RequestCancelledError: inside `cancelled_by`, when it says so.
+        Raises: RequestCancelledError: inside `cancelled_by`, when it says so. ModelError: the
+            logits are no numbers.
         """
-        return self._forwards.run(batch)
+        return self._checked(self._forwards.run(batch))
+
+    def _checked(self, logits: torch.Tensor) -> torch.Tensor:
+        """Raises: ModelError: a logit is not a number, or infinite."""
+        if not bool((logits < torch.inf).all()):  # minus infinity forbids a token
+            raise ModelError(
+                f"{self.name} gives logits that are NaN or infinite: its weights are damaged, or "
+                f"overflow in {self.dtype}; load it again, or with dtype='float32'"
+            )
+        return logits
 
     def cancelled_by(self, is_cancelled: IsCancelled) -> AbstractContextManager[None]:
         """Inside, this thread's forwards are given up when `is_cancelled` says so."""
@@ -243,7 +259,7 @@ class CausalLM(TextModel):
             )
 
     def _joins(self, batch: Batch) -> bool:
-        """Whether a batch may be cut, and share a forward with others."""
+        """Return whether a batch may be cut, and share a forward with others."""
         forward = self.support.forward
         return (
             forward is not None and forward.merges and not self.support.is_beyond_stable(batch.end)
@@ -264,9 +280,10 @@ class CausalLM(TextModel):
         with self._lock:
             return own_cache_works(self.model, self.token_ids("a b c d e f")[:6])
 
-    def stock_run(self) -> LockedStockRun:
-        """A request through the model's own forward, for models without rows per token."""
-        return LockedStockRun(StockRun(self.model, use_cache=self._own_cache_works), self._lock)
+    def stock_run(self) -> Callable[[Sequence[int]], torch.Tensor]:
+        """Return a request through the model's own forward, for models without rows per token."""
+        run = LockedStockRun(StockRun(self.model, use_cache=self._own_cache_works), self._lock)
+        return lambda token_ids: self._checked(run(token_ids))
 
 
 class LockedStockRun:

@@ -38,7 +38,7 @@ class _Prices:
     """What a search avoids, against 1 for a second choice instead of the first.
 
     token: price of a token. mark: of a bracket or quote that is open. commits: whether a string
-    that is done is never taken back for want of what comes behind it.
+    that is done is never taken back for want of what comes after it.
     """
 
     token: float
@@ -95,8 +95,8 @@ class OpenBrackets(NamedTuple):
     brackets: int = 0
     in_string: bool = False
 
-    def behind(self, text: bytes) -> OpenBrackets:
-        """What is open behind some more text."""
+    def after(self, text: bytes) -> OpenBrackets:
+        """Return what is open after some more text."""
         brackets, in_string = self
         for part in _STRUCTURE.findall(text):
             if part == b'"':
@@ -112,14 +112,14 @@ class OpenBrackets(NamedTuple):
 
 
 def token_mask(matcher: LLMatcher, vocab_size: int) -> NDArray[np.bool_]:
-    """Whether each token may come next, [vocab_size]; none beyond the tokenizer's."""
+    """Return whether each token may come next, [vocab_size]; none beyond the tokenizer's."""
     bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
     mask = np.unpackbits(bits, bitorder="little")[:vocab_size].astype(bool)
     return np.pad(mask, (0, max(vocab_size - len(mask), 0)))
 
 
 def shortest_plan(matcher: LLMatcher, vocabulary: Vocabulary, hints: Sequence[Plan]) -> Plan | None:
-    """A way to an end from the beginning, the shortest one found; None if none is.
+    """Return a way to an end from the beginning, the shortest one found; None if none is.
 
     hints: tokens that may be what a string must hold.
     """
@@ -137,7 +137,7 @@ def next_plan(
     known: Plan,
     hints: Sequence[Plan],
 ) -> Plan | None:
-    """A way to an end, or None if none is near.
+    """Return a way to an end, or None if none is near.
 
     opened: by the text so far. known: a way to an end from the state before, of which the last
     part may still fit. hints: tokens that may be what a string must hold.
@@ -149,7 +149,7 @@ def next_plan(
 
 
 def _rejoin(matcher: LLMatcher, known: Plan) -> Plan | None:
-    """The shortest end of a known way that is a way from here, too."""
+    """Return the shortest end of a known way that is a way from here, too."""
     if matcher.is_accepting():
         return ()
     for start in range(len(known) - 1, -1, -1):
@@ -210,7 +210,7 @@ class _Search:
         matcher = state.matcher.deep_copy()
         if not matcher.consume_tokens(list(step)):
             return
-        opened = state.opened.behind(b"".join(self._vocabulary.texts[token] for token in step))
+        opened = state.opened.after(b"".join(self._vocabulary.texts[token] for token in step))
         effort = state.effort + math.log2(1 + rank) + self._prices.token * len(step)
         if self._prices.commits and state.opened.in_string and not opened.in_string:
             effort = 0

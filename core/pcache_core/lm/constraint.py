@@ -22,6 +22,7 @@ from pcache_core.lm.closing import (
     shortest_plan,
     token_mask,
 )
+from pcache_core.threads import fork_safe
 
 Pick = Callable[[torch.Tensor], int]
 """Chooses a token by its score, [vocab]; those of -inf are out."""
@@ -74,10 +75,10 @@ class GrammarCompiler:
         self.tokenizer: LLTokenizer = from_tokenizer(tokenizer, eos_token=self.end_ids)
         self.vocabulary = Vocabulary.of(self.tokenizer)
         self._compiled: OrderedDict[Grammar, CompiledGrammar] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock = fork_safe(threading.Lock())
 
     def compile(self, grammar: Grammar) -> CompiledGrammar:
-        """The grammar for this tokenizer. Raises: OptionError: no text can follow it."""
+        """Return the grammar for this tokenizer. Raises: OptionError: no text can follow it."""
         with self._lock:
             found = self._compiled.get(grammar)
             if found is None:
@@ -97,7 +98,7 @@ class GrammarCompiler:
             )
 
     def constraint(self, grammar: Grammar, max_tokens: int) -> Constraint:
-        """The constraint of one request."""
+        """Return the constraint of one request."""
         return Constraint(self, self.compile(grammar), max_tokens)
 
     def _compile(self, grammar: Grammar) -> CompiledGrammar:
@@ -133,7 +134,7 @@ class Constraint:
         self._digits = 0
 
     def choose(self, logits: torch.Tensor, pick: Pick) -> int:
-        """The next token. logits: [vocab], of which `pick` gets those that are allowed."""
+        """Return the next token. logits: [vocab], of which `pick` gets those that are allowed."""
         if len(self._plan) >= self._left:
             self._left -= 1
             return self._follow_plan()
@@ -150,35 +151,35 @@ class Constraint:
         return self._follow_plan()
 
     def _take(self, token: int) -> bool:
-        """Go on with a token, unless no end could be reached behind it."""
+        """Go on with a token, unless no end could be reached after it."""
         following = self._matcher.deep_copy()
         text = self._compiler.vocabulary.texts[token]
-        opened, digits = self._opened.behind(text), self._digits_behind(text)
+        opened, digits = self._opened.after(text), self._digits_after(text)
         if digits > _MOST_DIGITS or not following.consume_token(token):
             return False
-        plan = self._plan_behind(following, token, opened)
+        plan = self._plan_after(following, token, opened)
         if plan is None or len(plan) > self._left:
             return False
         self._matcher, self._plan = following, plan
         self._opened, self._digits = opened, digits
         return True
 
-    def _digits_behind(self, text: bytes) -> int:
-        """How many digits the answer ends in with this text."""
+    def _digits_after(self, text: bytes) -> int:
+        """Return how many digits the answer ends in with this text."""
         ending = len(text) - len(text.rstrip(b"0123456789"))
         return self._digits + ending if ending == len(text) else ending
 
-    def _plan_behind(self, following: LLMatcher, token: int, opened: OpenBrackets) -> Plan | None:
+    def _plan_after(self, following: LLMatcher, token: int, opened: OpenBrackets) -> Plan | None:
         if self._plan and token == self._plan[0]:
             return self._plan[1:]
         return next_plan(following, self._compiler.vocabulary, opened, self._plan, self._hints)
 
     def _follow_plan(self) -> int:
-        """The token that leads to the end that is known."""
+        """Return the token that leads to the end that is known."""
         if not self._plan:
             return self._compiler.end_ids[0]
         token, self._plan = self._plan[0], self._plan[1:]
         text = self._compiler.vocabulary.texts[token]
-        self._opened, self._digits = self._opened.behind(text), self._digits_behind(text)
+        self._opened, self._digits = self._opened.after(text), self._digits_after(text)
         self._matcher.consume_token(token)
         return token

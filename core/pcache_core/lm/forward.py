@@ -54,6 +54,7 @@ class RaggedForward:
         self._caching = structure.caching
         self.layers = AttentionLayers(structure.windows)
         self._config = text_config(model)
+        self._users_choice: str | None = self._config._attn_implementation
         self.merges = True
 
     @property
@@ -72,7 +73,11 @@ class RaggedForward:
         if len(batches) > 1 and not self.merges:
             return [logits for batch in batches for logits in self([batch])]
         ragged = RaggedBatch(batches)
-        with _attention(self._config):
+        chosen = self._config._attn_implementation
+        if chosen != IMPLEMENTATION:  # else an interrupt or a fork came before it was set back
+            self._users_choice = chosen
+        try:
+            self._config._attn_implementation = IMPLEMENTATION
             output = self._call(
                 ragged.last,
                 input_ids=ragged.input_ids[None],
@@ -81,6 +86,8 @@ class RaggedForward:
                 pcache_batch=ragged,
                 pcache_layers=self.layers,
             )
+        finally:
+            self._config._attn_implementation = self._users_choice
         return last_logits(output, ragged.last)
 
 
@@ -175,17 +182,6 @@ def _contiguous_runs(batch: Batch) -> Iterator[Batch]:
         part = slice(first, first + stop - start)
         yield Batch.of_rows(batch.buffers, ids[part], rows[part], positions[part])
         first = part.stop
-
-
-@contextmanager
-def _attention(config: Any) -> Iterator[None]:
-    """Our attention function inside, the user's choice before and after."""
-    before = config._attn_implementation
-    config._attn_implementation = IMPLEMENTATION
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
 
 
 def fill(

@@ -12,6 +12,7 @@ depend on how busy the machine was.
 
 from __future__ import annotations
 
+import _thread
 import threading
 import time
 from collections import deque
@@ -22,6 +23,7 @@ import torch
 
 from pcache_core.errors import RequestCancelledError
 from pcache_core.lm.batch import Batch
+from pcache_core.threads import Flag, renew_in_child
 
 IsCancelled = Callable[[], bool]
 """Whether nobody waits for a result any longer."""
@@ -31,6 +33,7 @@ _MOST_BATCHES = 256
 # How long a forward waits for those of the last one to come back with their next token.
 _PATIENCE = 0.5  # of the last forward's time
 _LONGEST_WAIT_S = 0.02
+_LOOK_S = 0.05  # how often a waiting thread looks whether any thread leads
 
 
 class _AskingThread(threading.local):
@@ -39,8 +42,17 @@ class _AskingThread(threading.local):
     is_cancelled: IsCancelled | None = None
 
 
-class _Job:
-    """A batch that a thread waits for.
+class _Leader:
+    """A thread that computes forwards, until it has left."""
+
+    __slots__ = ("has_left",)
+
+    def __init__(self) -> None:
+        self.has_left = False
+
+
+class _Job(_Leader):
+    """A batch that a thread waits for, or computes itself as long as it is the only one.
 
     parts: what of it is still to be computed. joins: whether they may share forwards.
     at_rest: whether no forward is at it right now.
@@ -51,13 +63,13 @@ class _Job:
     def __init__(
         self, parts: Sequence[Batch], is_cancelled: IsCancelled | None, *, joins: bool
     ) -> None:
+        super().__init__()
         self.parts = deque(parts)
         self.joins = joins
         self.is_cancelled = is_cancelled
         self.owner = threading.get_ident()
-        self.wake = threading.Event()
-        self.at_rest = threading.Event()
-        self.at_rest.set()
+        self.wake = Flag()
+        self.at_rest = Flag(is_set=True)
         self.logits: torch.Tensor | None = None
         self.error: Exception | None = None
 
@@ -93,9 +105,15 @@ class ForwardQueue:
         self._joins = joins
         self._part_tokens = part_tokens
         self._thread = _AskingThread()
+        self.renew()
+        renew_in_child(self)
+
+    def renew(self) -> None:
+        """Begin anew: in a forked child, nobody computes what its parent's threads wait for."""
+        self._lock = threading.Lock()  # guards the lines around it
         self._waiting: list[_Job] = []  # in the order of their turns
-        self._is_led = False
-        self._arrived = threading.Condition()  # guards the lines around it
+        self._leader: _Leader | None = None
+        self._arrived = Flag()
         self._expected: set[int] = set()  # owners of the last forward's finished batches
         self._patience_ends = 0.0
 
@@ -129,62 +147,100 @@ class ForwardQueue:
         joins = self._joins(batch)
         parts = batch.parts(self._part_tokens) if joins else [batch]
         job = _Job(parts, self._thread.is_cancelled, joins=joins)
-        with self._arrived:
-            self._waiting.append(job)
-            self._arrived.notify()
-            leads = not self._is_led and not self._expects_others(job)
-            if leads or not self._is_led:
-                self._is_led = True
-                if not leads:
-                    self._start_leader()
         try:
+            leads = self._line_up(job)
             while leads and not job.is_done:
-                self._turn()
-            job.wake.wait()
+                leads = self._compute_alone(job)
+            while not job.is_done:
+                if not job.wake.wait(_LOOK_S):
+                    self._see_to_leader()
+            return job.result()
         finally:
-            self._leave(job, leads=leads)
-        return job.result()
+            job.has_left = True
+            self._leave(job)
+
+    def _line_up(self, job: _Job) -> bool:
+        """Return whether the job's own thread is to compute it."""
+        with self._lock:
+            self._waiting.append(job)
+            is_led = self._is_led
+            leads = not is_led and not self._expects_others(job)
+            if leads:
+                self._leader = job
+        self._arrived.set()
+        if not leads and not is_led:
+            self._start_leader()
+        return leads
+
+    def _compute_alone(self, job: _Job) -> bool:
+        """Compute the job's next part, or give the lead away when others wait as well.
+
+        An interrupt may land in the middle of this forward, so nobody else's batch is part of it.
+        """
+        with self._lock:
+            if self._waiting == [job]:
+                leads = True
+            else:
+                leads, self._leader = False, None
+        if leads:
+            self._turn([job])
+        else:
+            self._start_leader()
+        return leads
+
+    @property
+    def _is_led(self) -> bool:
+        return self._leader is not None and not self._leader.has_left
 
     def _expects_others(self, job: _Job) -> bool:
-        """Whether the last forward's other batches will be back in a moment."""
+        """Return whether the last forward's other batches will be back in a moment."""
         return bool(self._expected - {job.owner}) and time.perf_counter() < self._patience_ends
 
-    def _leave(self, own: _Job, *, leads: bool) -> None:
+    def _leave(self, own: _Job) -> None:
         """Let the others go on; also when an interrupt ended the waiting."""
-        with self._arrived:
+        with self._lock:
             self._waiting = [job for job in self._waiting if job is not own]
-            if leads:
-                self._is_led = bool(self._waiting)
-                if self._is_led:
-                    self._start_leader()
-        if not leads:
+        self._see_to_leader()
+        if self._leader is not own:
             own.at_rest.wait()  # its buffers are about to serve somebody else
 
+    def _see_to_leader(self) -> None:
+        """Start a leader if jobs wait for one: an interrupt may have taken the last one away."""
+        with self._lock:
+            is_led = self._is_led or not self._waiting
+        if not is_led:
+            self._start_leader()
+
     def _start_leader(self) -> None:
-        threading.Thread(target=self._lead, name="pcache-forwards", daemon=True).start()
+        # `threading.Thread` waits for the new thread with an `Event`, which interrupts may break.
+        _thread.start_new_thread(self._lead, ())
 
     def _lead(self) -> None:
         """Compute what waits until no more than one request is left."""
+        own = _Leader()
+        with self._lock:
+            if self._is_led:
+                return
+            self._leader = own
         try:
-            while True:
+            while not own.has_left:
                 count = self._turn()
-                with self._arrived:
-                    if count <= 1 and not self._waiting:
-                        self._is_led = False
-                        return
+                with self._lock:
+                    own.has_left = count <= 1 and not self._waiting
         except BaseException as error:  # a cancellation check of the caller's may raise anything
-            with self._arrived:
-                self._is_led = False
+            with self._lock:
+                own.has_left = True
                 left, self._waiting = self._waiting, []
             for job in left:
                 job.error = RuntimeError(f"computing a forward failed: {error!r}")
+                job.error.__cause__ = error
                 job.wake.set()
-            raise
 
-    def _turn(self) -> int:
-        """One forward; how many batches it was about."""
-        self._gather()
-        jobs = self._next()
+    def _turn(self, among: Sequence[_Job] | None = None) -> int:
+        """Compute one forward of the jobs that wait, or of some; return of how many it was."""
+        if among is None:
+            self._gather()
+        jobs = self._next(self._waiting if among is None else among)
         try:
             self._forward(jobs)
         finally:
@@ -194,16 +250,17 @@ class ForwardQueue:
 
     def _gather(self) -> None:
         """Wait a little for those who will have a next token to compute, to take them along."""
-        with self._arrived:
-            while not self._expected <= {job.owner for job in self._waiting}:
-                left = self._patience_ends - time.perf_counter()
-                if left <= 0 or not self._arrived.wait(left):
+        while True:
+            self._arrived.clear()
+            with self._lock:
+                if self._expected <= {job.owner for job in self._waiting}:
                     return
+            if not self._arrived.wait(self._patience_ends - time.perf_counter()):
+                return
 
-    def _next(self) -> list[_Job]:
+    def _next(self, among: Sequence[_Job]) -> list[_Job]:
         """Choose the jobs whose next parts the next forward computes."""
-        with self._arrived:
-            waiting = list(self._waiting)
+        waiting = [job for job in among if not job.has_left]
         for job in waiting:
             if job.is_cancelled is not None and job.is_cancelled():
                 self._finish(job, RequestCancelledError("the request was cancelled"))
@@ -225,7 +282,8 @@ class ForwardQueue:
 
     def _begun(self, jobs: Sequence[_Job]) -> list[_Job]:
         """Drop jobs that nobody waits for and mark the others as running."""
-        with self._arrived:
+        with self._lock:
+            self._waiting = [job for job in self._waiting if not job.has_left]
             begun = [job for job in jobs if job in self._waiting]
             for job in begun:
                 job.at_rest.clear()
@@ -259,16 +317,15 @@ class ForwardQueue:
 
     def _line_up_again(self, job: _Job) -> None:
         """Let the others have their turns before the job's next part."""
-        with self._arrived:
+        with self._lock:
             if job in self._waiting:  # its thread may have left meanwhile
-                self._waiting.remove(job)
-                self._waiting.append(job)
+                self._waiting = [*(other for other in self._waiting if other is not job), job]
 
     def _finish(self, job: _Job, result: torch.Tensor | Exception) -> None:
-        with self._arrived:
-            self._waiting = [other for other in self._waiting if other is not job]
         if isinstance(result, Exception):
             job.error = result
         else:
             job.logits = result
+        with self._lock:
+            self._waiting = [other for other in self._waiting if other is not job]
         job.wake.set()

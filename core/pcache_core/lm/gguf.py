@@ -187,7 +187,7 @@ def _tell_size(header: Header, model: PreTrainedModel, name: str) -> None:
 
 
 def _computes_bfloat16(device: torch.device) -> bool:
-    """Whether a device multiplies bfloat16 itself, instead of by way of float32."""
+    """Return whether a device multiplies bfloat16 itself, instead of by way of float32."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type != "cpu":

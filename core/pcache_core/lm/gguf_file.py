@@ -53,11 +53,11 @@ class Header:
         return str(self.metadata["general.architecture"])
 
     def get(self, key: str) -> Any:
-        """A value of the architecture's own, such as `context_length`; None without one."""
+        """Return a value of the architecture's own, such as `context_length`; None without one."""
         return self.metadata.get(f"{self.architecture}.{key}")
 
     def numbers(self, name: str) -> NDArray[np.float32] | None:
-        """A small tensor's numbers; None where the file has none of that name in fp32."""
+        """Return a small tensor's numbers; None where the file has none of that name in fp32."""
         tensor = self.tensors.get(name)
         if tensor is None or tensor.kind != _F32:
             return None

@@ -43,7 +43,7 @@ def fold(query: torch.Tensor, kv_heads: int) -> torch.Tensor:
 
 
 def prefers_matmul(query: torch.Tensor, key: torch.Tensor) -> bool:
-    """Whether `attend_by_matmul` is the faster form for these shapes."""
+    """Return whether `attend_by_matmul` is the faster form for these shapes."""
     rows = query.shape[1] // key.shape[1] * query.shape[2]
     return (
         query.dtype == torch.bfloat16

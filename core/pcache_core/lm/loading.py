@@ -39,9 +39,12 @@ _DTYPES = {
 }
 
 
-def load(name: str, dtype: str, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load(
+    name: str, dtype: str, device: str, *, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model and its tokenizer.
 
+    trust_remote_code: whether code that comes with the model may be run.
     Raises: ModelError, OptionError. DependencyError: a package that GGUF files need is missing.
     """
     source = resolve(name)
@@ -54,14 +57,15 @@ def load(name: str, dtype: str, device: str) -> tuple[PreTrainedModel, PreTraine
 
         with _bar_on_terminals_only():
             return load_gguf(Path(source), name, torch_dtype, torch_device)
-    tokenizer = load_tokenizer(name, source)
+    tokenizer = load_tokenizer(name, source, trust_remote_code=trust_remote_code)
     try:
         with _bar_on_terminals_only():
             model = AutoModelForCausalLM.from_pretrained(
-                source, dtype=torch_dtype or "auto", trust_remote_code=False
+                source, dtype=torch_dtype or "auto", trust_remote_code=trust_remote_code
             )
         return model.eval().to(torch_device), tokenizer
     except Exception as error:
+        _check_needs_no_code(name, error)
         raise ModelError(
             f"model {name!r} can't be loaded: {_first_line(error)}. Give a causal language model: "
             f"a directory written by save_pretrained, a hub id, or {_builtin_names()}"
@@ -75,25 +79,29 @@ def context_length_on_disk(name: str) -> int | None:
     """
     try:
         source = resolve(name)
-        if Path(source).is_file():
-            return _gguf_context_length(source, os.stat(source).st_mtime_ns)
-        return context_length_by(
-            AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
-        )
+        path = Path(source)
+        if path.is_dir():
+            path = path / "config.json"
+        elif not path.is_file():
+            path = Path(str(try_to_load_from_cache(source, "config.json")))
+        return _context_length_in(path, path.stat().st_mtime_ns)
     except Exception:  # whatever is wrong with it is said when it is loaded
         return None
 
 
 @lru_cache(maxsize=64)
-def _gguf_context_length(file: str, mtime_ns: int) -> int | None:
+def _context_length_in(file: Path, mtime_ns: int) -> int | None:
+    """Read a configuration or a GGUF file's header; again only when the file has changed."""
+    if file.name == "config.json":
+        return context_length_by(AutoConfig.from_pretrained(file.parent, trust_remote_code=False))
     from pcache_core.lm.gguf_file import read_header
 
-    length = read_header(Path(file)).get("context_length")
+    length = read_header(file).get("context_length")
     return None if length is None else int(length)
 
 
 def full_name(name: str | os.PathLike[str], gguf_file: str | os.PathLike[str] | None = None) -> str:
-    """A name that says all: with the file of a folder or hub id, and which SmolLM2 is meant.
+    """Return a name that says all: with the file of a folder or hub id, and which SmolLM2 is meant.
 
     The two are different weights: the package's are quantised.
     """
@@ -110,7 +118,7 @@ def _smollm2_from(place: str) -> str:
 
 
 def _smollm2_file() -> Path | None:
-    """The GGUF file in the installed package, none of whose code is run."""
+    """Return the GGUF file in the installed package, none of whose code is run."""
     found = importlib.util.find_spec(_SMOLLM2_PACKAGE.replace("-", "_"))
     folders = list(found.submodule_search_locations or ()) if found else []
     files = [file for folder in folders for file in Path(folder).glob("*.gguf")]
@@ -131,7 +139,7 @@ def _bar_on_terminals_only() -> Iterator[None]:
 
 
 def resolve(name: str) -> str:
-    """The directory or GGUF file that a name stands for, or the hub id as it is.
+    """Return the directory or GGUF file that a name stands for, or the hub id as it is.
 
     Raises: ModelError: no such built-in model or file; a directory without configuration or
         weights, or with several GGUF files; Ollama has no such model.
@@ -209,7 +217,7 @@ def _check_directory(folder: Path) -> None:
 
 
 def _from_hub(name: str, source: str) -> str:
-    """The hub id, or the local copy of the one file that `owner/model/file.gguf` names.
+    """Return the hub id, or the local copy of the one file that `owner/model/file.gguf` names.
 
     Asked once and first, because loading retries for a minute where there is no network.
     Raises: ModelError: neither the hub nor its local copies have the model.
@@ -235,15 +243,27 @@ def _from_hub(name: str, source: str) -> str:
         ) from error
 
 
-def load_tokenizer(name: str, source: str) -> PreTrainedTokenizerBase:
-    """A model's tokenizer, from where its name was resolved to. Raises: ModelError."""
+def _check_needs_no_code(name: str, error: Exception) -> None:
+    """Raises: ModelError: loading failed because code that comes with the model was not run."""
+    if "trust_remote_code" in str(error):
+        raise ModelError(
+            f"model {name!r} comes with code of its own, which was not run; read it, and if you "
+            "trust it, load the model with trust_remote_code=True (--trust-remote-code)"
+        ) from error
+
+
+def load_tokenizer(
+    name: str, source: str, *, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """Load a model's tokenizer from where its name was resolved to. Raises: ModelError."""
     if Path(source).is_file():
         from pcache_core.lm.gguf import load_gguf_tokenizer
 
         return load_gguf_tokenizer(Path(source), name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as error:
+        _check_needs_no_code(name, error)
         raise ModelError(
             f"model {name!r} has no tokenizer that can be loaded: {_first_line(error)}. Save it "
             "there with tokenizer.save_pretrained, or use CausalLM(model, tokenizer)"
@@ -257,7 +277,7 @@ def load_tokenizer(name: str, source: str) -> PreTrainedTokenizerBase:
 
 
 def _dtype(name: str) -> torch.dtype | None:
-    """None where the model decides."""
+    """Return None where the model decides."""
     if name == "auto":
         return None
     if name not in _DTYPES:

@@ -48,7 +48,7 @@ class _Manifest:
 
 
 def ollama_file(name: str) -> Path:
-    """The GGUF file of `ollama:NAME[:TAG]`. Starts nothing and downloads nothing.
+    """Return the GGUF file of `ollama:NAME[:TAG]`. Starts nothing and downloads nothing.
 
     Looks into OLLAMA_MODELS, else into the usual folders.
     Raises: ModelError: there is no such model, or the store is damaged.

@@ -75,7 +75,7 @@ class Support:
         return self.kind in ("relocatable", "position-free", "fixed-positions")
 
     def is_beyond_stable(self, length: int) -> bool:
-        """Whether a prompt of `length` tokens changes the model's rotary frequencies."""
+        """Return whether a prompt of `length` tokens changes the model's rotary frequencies."""
         return self.stable_length is not None and length > self.stable_length
 
 
@@ -101,7 +101,7 @@ def probe(model: PreTrainedModel) -> Support:
 
 
 def _takes_positions(support: Support, config: Any) -> bool:
-    """Whether masks and biases follow positions wherever rows don't.
+    """Return whether masks and biases follow positions wherever rows don't.
 
     Our attention masks by position. A model's own counts columns of the cache for windows and for
     distance biases; without either, rotary and learned embeddings take what they are told.
@@ -119,7 +119,7 @@ def _positions(model: PreTrainedModel, encoder: _Encoder, limit: int | None) -> 
     layers, forward = encoder.layers, encoder.forward
     end = (limit or context_length(model) or 2048) - _TOKENS
     try:
-        here, behind = encoder(ids, 0), encoder.behind(ids, ids[:5])
+        here, after = encoder(ids, 0), encoder.after(ids, ids[:5])
         there = encoder(ids, min(_SHIFT, end))
         far = encoder(ids, end)
     except Exception as error:
@@ -128,10 +128,10 @@ def _positions(model: PreTrainedModel, encoder: _Encoder, limit: int | None) -> 
     rotations = fit(rotary_frequencies(model), here, there)
     reason = misfit(rotations, here, there)
     if reason:
-        if _same_first_layer(encoder(ids, 5), behind):
+        if _same_first_layer(encoder(ids, 5), after):
             return Support("fixed-positions", reason, layers, None, forward, limit)
         return Support("exact-only", reason, layers, None, forward, limit)
-    if not _same_first_layer(encoder.moved(here, 5, rotations), behind):
+    if not _same_first_layer(encoder.moved(here, 5, rotations), after):
         reason = "the model takes positions from the cache's length, not from position_ids"
         return Support("exact-only", reason, layers, None, forward, limit)
     reason = misfit(rotations, here, far)
@@ -145,7 +145,7 @@ def _positions(model: PreTrainedModel, encoder: _Encoder, limit: int | None) -> 
 
 
 class _Encoder:
-    """Encodes tokens alone, or behind others, at a chosen position."""
+    """Encodes tokens alone, or after others, at a chosen position."""
 
     def __init__(
         self, model: PreTrainedModel, layers: tuple[LayerShape, ...], forward: Forward
@@ -160,25 +160,25 @@ class _Encoder:
         return _new_buffers(self._model, self.layers, 2 * _TOKENS)
 
     def __call__(self, ids: list[int], position: int) -> KVState:
-        """The state of `ids` alone, first token at `position`."""
+        """Return the state of `ids` alone, first token at `position`."""
         rows = range(len(ids))
         positions = range(position, position + len(ids))
         self.forward([Batch.of_rows(self._slot, ids, rows, positions)])
         return self._slot.state(0, ids, position)
 
-    def behind(self, ids: list[int], others: list[int]) -> KVState:
-        """The state of `ids` directly behind `others`, which start at position 0."""
+    def after(self, ids: list[int], others: list[int]) -> KVState:
+        """Return the state of `ids` directly after `others`, which start at position 0."""
         fill(self.forward, self._slot, others, 0)
         fill(self.forward, self._slot, ids, len(others))
         return self._slot.state(len(others), ids, len(others))
 
     def moved(self, state: KVState, position: int, rotations: Rotations) -> KVState:
-        """The state relocated to `position`."""
+        """Return the state relocated to `position`."""
         place(self._slot, position, state, rotations)
         return self._slot.state(position, state.token_ids, position)
 
     def around(self, state: KVState, start: int, rotations: Rotations, *, lent: bool) -> Batch:
-        """Tokens before and behind a state that stands at row `start`, copied or on loan."""
+        """Tokens before and after a state that stands at row `start`, copied or on loan."""
         buffers = self._new_buffers()
         if lent:
             buffers.loans = [Loan(state, start, start)]

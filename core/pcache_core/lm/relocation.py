@@ -158,7 +158,7 @@ def _runs(rotations: Sequence[Rotation | None]) -> list[tuple[slice, Rotation | 
 
 
 def fit(frequencies: Sequence[torch.Tensor], here: KVState, there: KVState) -> Rotations:
-    """Each layer's likeliest rotation, from the same tokens encoded alone at two places.
+    """Return each layer's likeliest rotation, from the same tokens encoded alone at two places.
 
     The best is not always good: `misfit` says whether the rotations explain a move.
     """
@@ -170,10 +170,10 @@ def fit(frequencies: Sequence[torch.Tensor], here: KVState, there: KVState) -> R
 
 
 def misfit(rotations: Rotations, here: KVState, there: KVState) -> str:
-    """Why the rotations don't turn `here` into `there`; empty if they do.
+    """Return why the rotations don't turn `here` into `there`; empty if they do.
 
     A layer's drift, how much its states moved that no rotation touches, is its own noise; an error
-    within twice of it, beside the dtype's rounding, is no misfit.
+    within twice of it, beside the dtype's rounding, is not a misfit.
     """
     pairs = zip(here.layers(), there.layers(), strict=True)
     places = (here.position, there.position)
@@ -241,7 +241,7 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def rotary_frequencies(model: torch.nn.Module) -> list[torch.Tensor]:
-    """Every rotary frequency vector the model owns, [pairs] fp32, without duplicates."""
+    """Return every rotary frequency vector the model owns, [pairs] fp32, without duplicates."""
     found: list[torch.Tensor] = []
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):

@@ -36,7 +36,7 @@ class _User:
         return not self.loan.replaced and self.places[0] >= self.loan.stop
 
     def hidden(self) -> torch.Tensor:
-        """[tokens, rows of the state] bool: what stands behind a token, or was computed again."""
+        """[tokens, rows of the state] bool: what stands after a token, or was computed again."""
         state_rows = torch.arange(self.loan.start, self.loan.stop)
         hidden = state_rows[None, :] >= torch.tensor(self.places)[:, None]
         return hidden | torch.isin(state_rows, torch.tensor(self.loan.replaced))

@@ -57,7 +57,7 @@ def cache_structure(model: PreTrainedModel) -> CacheStructure:
 
 
 def text_config(model: PreTrainedModel) -> Any:
-    """The configuration of the text decoder."""
+    """Return the configuration of the text decoder."""
     return model.config.get_text_config(decoder=True)
 
 
@@ -99,7 +99,7 @@ def stable_length(model: PreTrainedModel) -> int | None:
 
 
 def _rope_parameters(config: Any) -> list[dict[str, Any]]:
-    """One dict of rotary parameters, or one for each layer type."""
+    """Return one dict of rotary parameters, or one for each layer type."""
     parameters = getattr(config, "rope_parameters", None)
     if not isinstance(parameters, dict):
         return []

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pcache_core.errors import ChatTemplateError
 from pcache_core.prompt import Segment
+from pcache_core.threads import fork_safe
 
 _MEMORY_TOKENS = 500_000
 # Stands before a template and takes the place of the function that gives it today's date.
@@ -46,7 +47,7 @@ class SegmentTokenizer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
-        self._lock = threading.Lock()
+        self._lock = fork_safe(threading.Lock())
         self._memory: OrderedDict[tuple[str, bool], tuple[int, ...]] = OrderedDict()
         self._remembered = 0
         self._markup: dict[str, tuple[str, tuple[str, ...]]] = {}  # of one chat template
@@ -171,7 +172,7 @@ class SegmentTokenizer:
                 yield self.apply_chat_template([{"role": r, "content": "Hello"} for r in roles])
 
     def marks_roles(self) -> bool:
-        """Whether the chat template writes a user's turn and an assistant's differently.
+        """Return whether the chat template writes a user's turn and an assistant's differently.
 
         One that doesn't is no dialogue format: it only joins the contents, and a completion prompt
         says the same.
@@ -264,7 +265,7 @@ class SegmentTokenizer:
         return str(text).removeprefix(bos) if self.bos_ids and bos else str(text)
 
     def _find_bos(self) -> tuple[int, ...]:
-        """The one token the tokenizer puts before every text, if it does."""
+        """Return the one token the tokenizer puts before every text, if it does."""
         bos = self._tokenizer.bos_token_id
         if bos is None:
             return ()

@@ -13,6 +13,8 @@ from operator import is_
 import torch
 from torch import nn
 
+from pcache_core.threads import fork_safe
+
 # What the layers of an adapter note about themselves: which adapters act, and how much.
 _ADAPTERS = ("_active_adapter", "active_adapter", "_disable_adapters", "merged_adapters")
 _SETTINGS = (*_ADAPTERS, "scaling")
@@ -32,7 +34,7 @@ class Weights:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._lock = threading.Lock()
+        self._lock = fork_safe(threading.Lock())
         self._seen = _Sight(model)
         self._version = 0
 
@@ -84,7 +86,7 @@ class _Sight:
         self._bytes = [torch.cat(samples) for samples in self._samples]
 
     def is_outdated(self) -> bool:
-        """Whether a look would see something else now."""
+        """Return whether a look would see something else now."""
         objects = self._read_objects()
         return (
             len(objects) != len(self._objects)

@@ -38,7 +38,7 @@ _LEGEND = "display:flex;flex-wrap:wrap;gap:2px 16px;font-size:12px;margin-top:6p
 
 
 def draw(picture: Picture) -> str:
-    """A fragment of HTML: nothing of the prompt in it is markup, and it is never long."""
+    """Return a fragment of HTML: nothing of the prompt in it is markup, and it is never long."""
     folded = fold(picture.runs)
     parts = (_heading(picture), _map(folded), _legend(folded), _prompt(folded), _times(picture))
     label = escape(picture.label, quote=True)
@@ -57,7 +57,7 @@ def _heading(picture: Picture) -> str:
 
 
 def _map(folded: Sequence[Excerpt | Gap]) -> str:
-    """The whole prompt as a bar: a cell a run, as wide as it has tokens."""
+    """Return the whole prompt as a bar: a cell a run, as wide as it has tokens."""
     cells = []
     for part in folded:
         if isinstance(part, Gap):
@@ -102,7 +102,7 @@ def _gap(gap: Gap) -> str:
 
 
 def _excerpt(excerpt: Excerpt) -> str:
-    """Its chip stands where its first line with text begins."""
+    """Return its chip stands where its first line with text begins."""
     run, look = excerpt.run, LOOKS[excerpt.run.source]
     style = (
         f"color:inherit;background:{look.colour}{TINT_ALPHA};border-bottom:2px solid {look.colour};"
@@ -130,7 +130,7 @@ def _excerpt(excerpt: Excerpt) -> str:
 
 
 def _times(picture: Picture) -> str:
-    """How the time to the first token was spent, in shades of the text's colour."""
+    """Return how the time to the first token was spent, in shades of the text's colour."""
     times = list(zip(picture.all_times, _SHADES, strict=False))
     if not times:
         return ""

@@ -200,7 +200,7 @@ class _Check:
     def _member(
         self, scope: tuple[SchemaNode, ...], name: str
     ) -> tuple[Module, Union | None] | None:
-        """The module of a name in a scope, and the union that it is in."""
+        """Return the module of a name in a scope, and the union that it is in."""
         members = self._members.get(id(scope))
         if members is None:
             nodes = tuple(in_scope(scope))

@@ -26,10 +26,10 @@ class SourceFolder:
         self._max_bytes = self._left = max_bytes
 
     def read(self, name: str) -> str:
-        """The text of a file, with the line ends of XML.
+        """Return the text of a file, with the line ends of XML.
 
         Raises: PMLError: without a place: the caller knows the line. The file is not there, is
-            outside of the folder, is no regular file, is not UTF-8 or is over the limit.
+            outside of the folder, is not a regular file, is not UTF-8 or is over the limit.
         """
         data = self._bytes(self._inside(name))
         if len(data) > self._left:

@@ -33,7 +33,7 @@ _REMEDIES = (
     ("not defined", "only &lt; &gt; &amp; &apos; &quot; and &#…; are known"),
     ("tag mismatch", "close each element before the one around it"),
     ("Premature end", "close every element"),
-    ("Extra content", "a file holds one element and nothing behind it"),
+    ("Extra content", "a file holds one element and nothing after it"),
     ("Document is empty", "expected an element"),
     ("Start tag expected", "expected an element"),
     ("']]>' not allowed", "write ]]&gt;"),
@@ -69,7 +69,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Chars:
-    """Characters between two tags. line: of the first that is no white space."""
+    """Characters between two tags. line: of the first that is not white space."""
 
     text: str
     line: int

@@ -110,7 +110,7 @@ class _SchemaReader:
         self._folder = folder
 
     def children(self, element: Element, space: SpaceRule) -> tuple[SchemaNode, ...]:
-        """What an element holds, in order; texts are never empty."""
+        """Return what an element holds, in order; texts are never empty."""
         return tuple(
             part if isinstance(part, Text) else self._node(part, space, is_apart=is_apart)
             for part, is_apart in _parts(element, space)

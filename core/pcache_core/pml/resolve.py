@@ -39,7 +39,7 @@ class TokenRun:
 
     @property
     def stop(self) -> int:
-        """One behind the last position."""
+        """One after the last position."""
         return self.start + len(self.token_ids)
 
 
@@ -80,7 +80,7 @@ def resolve(
     """Work out a prompt against its schema's layout.
 
     positions: `schema`: those of the layout, gaps where modules are left out; text between modules
-        begins where the module before it ends, text at the end behind all positions in use.
+        begins where the module before it ends, text at the end after all positions in use.
         `compact`: one after the other from the layout's first.
     Raises: PMLError: the prompt doesn't fit the schema, is empty, or has messages in an order that
         the chat template can't render. OptionError: unknown `positions`.
@@ -171,7 +171,7 @@ def _mark(marks: Marks, before: Message, after: Message, prompt: PromptTree) -> 
         raise error_at(
             prompt.source,
             after.line if isinstance(after, Turn) and after.line else prompt.line,
-            f"the model's chat template has no {names[1]} behind {names[0]}; put the messages in "
+            f"the model's chat template has no {names[1]} after {names[0]}; put the messages in "
             "another order",
         )
     return UnplacedRun("mark", mark.text, mark.token_ids, (), after)

@@ -25,7 +25,7 @@ class Source:
     text: str
 
     def error(self, message: str, line: int | None = None) -> PMLError:
-        """The error to raise about a line, counted from 1."""
+        """Return the error to raise about a line, counted from 1."""
         if line is None:
             return PMLError(message, file=self.name)
         lines = self.text.split("\n")
@@ -41,7 +41,7 @@ def error_at(source: Source | None, line: int | None, message: str) -> PMLError:
 
 
 def read_source(text: str | bytes, file: str | None, max_bytes: int) -> Source:
-    """The text of a file, with the line ends of XML.
+    """Return the text of a file, with the line ends of XML.
 
     text: `str`, or bytes in UTF-8, or in UTF-16 with a byte order mark.
     Raises: PMLError: neither, larger than the limit, another encoding, half a surrogate pair.
@@ -96,12 +96,12 @@ def _decoded(data: bytes, name: str) -> str:
 
 
 def shortened(text: str, limit: int = _SHOWN_NAME) -> str:
-    """The text, cut to `limit` characters."""
+    """Return the text, cut to `limit` characters."""
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
 def quoted(name: str) -> str:
-    """A name as it is shown in messages."""
+    """Return a name as it is shown in messages."""
     return repr(shortened(name))
 
 

@@ -61,7 +61,7 @@ class ModuleStore(Protocol):
         """Keep the state if it fits; says whether it was kept. The store may evict others."""
 
     def contains(self, key: ModuleKey) -> bool:
-        """Whether `get` would probably find it. Counts neither as a hit nor as a use."""
+        """Return whether `get` would probably find it. Counts neither as a hit nor as a use."""
 
     def delete(self, key: ModuleKey) -> None:
         """Forget the state if it is there."""
@@ -75,7 +75,7 @@ class BatchStore(ModuleStore, Protocol):
     """A store that finds several states faster together than one by one."""
 
     def get_many(self, keys: Sequence[ModuleKey]) -> list[Hit | None]:
-        """What `get` would return for each key, in order."""
+        """Return what `get` would return for each key, in order."""
 
 
 @runtime_checkable

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
+from dataclasses import replace
+from typing import Any
 
 from pcache_core.store.base import StoreStats, Tier
-from pcache_core.store.fork import ForkSafeLock
+from pcache_core.threads import fork_safe
 
 logger = logging.getLogger(__name__)
 
@@ -15,60 +18,19 @@ class Counters:
     """Counts of one store. Thread-safe."""
 
     def __init__(self, tier: Tier, budget_bytes: int | None) -> None:
-        self.tier: Tier = tier
-        self.budget_bytes = budget_bytes
-        self._lock = ForkSafeLock()
-        self._hits = 0
-        self._misses = 0
-        self._evictions = 0
-        self._damaged = 0
-        self._failures = 0
-        self._load_ms = 0.0
-        self._loaded_nbytes = 0
+        self._lock = fork_safe(threading.Lock())
+        self._counted = StoreStats(tier, None, None, budget_bytes, 0, 0, 0)
 
-    def hit(self, load_ms: float, nbytes: int) -> None:
-        """A look-up read `nbytes` of a state in so many milliseconds."""
+    def add(self, **more: float) -> None:
+        """Count something. more: by the names of `StoreStats`."""
         with self._lock:
-            self._hits += 1
-            self._load_ms += load_ms
-            self._loaded_nbytes += nbytes
-
-    def missed(self) -> None:
-        """A look-up found nothing it could use."""
-        with self._lock:
-            self._misses += 1
-
-    def evicted(self, states: int) -> None:
-        """States were given up for room."""
-        with self._lock:
-            self._evictions += states
-
-    def dropped(self) -> None:
-        """An entry was damaged or another model's."""
-        with self._lock:
-            self._damaged += 1
-
-    def failed(self) -> None:
-        """A call could not be carried out."""
-        with self._lock:
-            self._failures += 1
+            sums: dict[str, Any] = {n: getattr(self._counted, n) + more[n] for n in more}
+            self._counted = replace(self._counted, **sums)
 
     def stats(self, states: int | None, nbytes: int | None) -> StoreStats:
-        """Everything counted so far, beside what the store holds now."""
+        """Return everything counted so far, beside what the store holds now."""
         with self._lock:
-            return StoreStats(
-                tier=self.tier,
-                states=states,
-                nbytes=nbytes,
-                budget_bytes=self.budget_bytes,
-                hits=self._hits,
-                misses=self._misses,
-                evictions=self._evictions,
-                damaged=self._damaged,
-                failures=self._failures,
-                load_ms=self._load_ms,
-                loaded_nbytes=self._loaded_nbytes,
-            )
+            return replace(self._counted, states=states, nbytes=nbytes)
 
 
 class Outage:
@@ -85,7 +47,7 @@ class Outage:
         self._retry_s = retry_s
         self._retry_at = 0.0
         self._is_out = False
-        self._lock = ForkSafeLock()
+        self._lock = fork_safe(threading.Lock())
 
     @property
     def is_over(self) -> bool:
@@ -94,7 +56,7 @@ class Outage:
 
     def failed(self, error: BaseException) -> None:
         """Note a failure; the first since the store last worked is a warning."""
-        self._counters.failed()
+        self._counters.add(failures=1)
         with self._lock:
             self._retry_at = time.monotonic() + self._retry_s
             is_new, self._is_out = not self._is_out, True

@@ -16,13 +16,11 @@ from pcache_core.errors import OptionError, StateMismatchError, StoreError
 from pcache_core.kv.key import ModuleKey
 from pcache_core.kv.state import KVState
 from pcache_core.store import serde
-from pcache_core.store.base import Opened, OpeningReads, StoreStats, milliseconds_since
-from pcache_core.store.counters import Counters, Outage
-from pcache_core.store.folder import Entry, StateFolder, Usage, open_file
+from pcache_core.store.base import Opened, StoreStats, milliseconds_since
+from pcache_core.store.counters import Outage
+from pcache_core.store.folder import StateFolder, open_file
 from pcache_core.store.memory import check_budget
-from pcache_core.store.packing import check_storage_dtype, stored_name
 from pcache_core.store.record import StorageDtype
-from pcache_core.store.seal import Seal
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +28,7 @@ DEFAULT_DISK_BUDGET_BYTES = 32 * 2**30
 _MOST_OPEN = 64  # states that are asked for together
 
 
-class DiskStore(OpeningReads):
+class DiskStore(serde.SealedStore):
     """A byte-bounded store in a folder, least recently used out first.
 
     path: the folder, made with mode 0700 if it is not there; files have mode 0600. Whoever can read
@@ -60,11 +58,9 @@ class DiskStore(OpeningReads):
         hmac_key: bytes | None = None,
     ) -> None:
         self.path: Path = _checked_path(path)
-        self.storage_dtype = check_storage_dtype(storage_dtype)
         self._budget_bytes = None if budget_bytes is None else check_budget(budget_bytes)
-        self._seal = Seal(hmac_key)
+        super().__init__("disk", self._budget_bytes, storage_dtype, hmac_key)
         self._folder = StateFolder(self.path)
-        self._counters = Counters("disk", self._budget_bytes)
         self._reading = Outage(f"reading states in {self.path}", self._counters)
         self._writing = Outage(f"writing states to {self.path}", self._counters)
         try:
@@ -93,34 +89,28 @@ class DiskStore(OpeningReads):
 
     def _open(self, key: ModuleKey, told_ms: float) -> Opened | None:
         started = time.perf_counter()
-        path = self._path(key)
         try:
-            entry = Entry.of(path, os.lstat(path))
-            rows = serde.SealedState(partial(open_file, path), key, self._seal)
-        except (OSError, StateMismatchError) as error:
-            self._missed(path, error)
+            return self._opened(
+                key, partial(open_file, self._path(key)), told_ms + milliseconds_since(started)
+            )
+        except OSError as error:
+            self._failed(error)
             return None
-        opening_ms = told_ms + milliseconds_since(started)
 
-        def settle(load_ms: float, error: StateMismatchError | None) -> None:
-            if error is not None:
-                cause = error.__cause__
-                self._missed(path, cause if isinstance(cause, OSError) else error)
-                return
-            self._folder.used(entry)
-            self._reading.worked()
-            self._counters.hit(opening_ms + load_ms, rows.nbytes)
+    def _used(self, key: ModuleKey) -> None:
+        self._folder.used(self._path(key))
+        self._reading.worked()
 
-        return Opened(rows, "disk", rows.nbytes, settle)
+    def _drop(self, key: ModuleKey, error: StateMismatchError) -> None:
+        if isinstance(error.__cause__, OSError):
+            self._failed(error.__cause__)
+        else:
+            super()._drop(key, error)
 
-    def _missed(self, path: Path, error: OSError | StateMismatchError) -> None:
-        """Count a miss; drop what is damaged."""
-        self._counters.missed()
-        if isinstance(error, StateMismatchError):
-            logger.warning("dropped the stored state %s: %s", path.name, error)
-            self._counters.dropped()
-            self._remove(path)
-        elif not isinstance(error, FileNotFoundError):
+    def _failed(self, error: OSError) -> None:
+        """Count a miss, and a failure where something is there."""
+        self._counters.add(misses=1)
+        if not isinstance(error, FileNotFoundError):
             self._reading.failed(error)
 
     def put(self, key: ModuleKey, state: KVState) -> bool:
@@ -128,19 +118,14 @@ class DiskStore(OpeningReads):
 
         A state under the same key is replaced. The disk has it when this returns.
         """
-        name = stored_name(key.digest, self.storage_dtype)
-        try:
-            buffers = serde.encode(key, state, self.storage_dtype, self._seal, int(time.time()))
-        except StateMismatchError as error:
-            logger.warning("a state is not kept: %s", error)
-            return False
+        buffers = self._encoded(key, state)
         nbytes = sum(buffer.nbytes for buffer in buffers)
-        if self._budget_bytes is not None and nbytes > self._budget_bytes:
+        if not buffers or (self._budget_bytes is not None and nbytes > self._budget_bytes):
             return False
         try:
-            self._folder.write(name, buffers)
+            self._folder.write(self._name(key), buffers)
             if self._budget_bytes is not None:
-                self._counters.evicted(self._folder.evict(self._budget_bytes))
+                self._counters.add(evictions=self._folder.evict(self._budget_bytes))
         except OSError as error:
             self._writing.failed(error)
             return False
@@ -148,7 +133,7 @@ class DiskStore(OpeningReads):
         return True
 
     def contains(self, key: ModuleKey) -> bool:
-        """Whether a file of this name is there; what is in it, only `get` finds out."""
+        """Return whether a file of this name is there; what is in it, only `get` finds out."""
         try:
             status = os.lstat(self._path(key))
         except OSError:
@@ -157,7 +142,10 @@ class DiskStore(OpeningReads):
 
     def delete(self, key: ModuleKey) -> None:
         """Remove the state's file if it is there."""
-        self._remove(self._path(key))
+        try:
+            self._folder.remove(self._path(key))
+        except OSError as error:
+            self._writing.failed(error)
 
     def check(self) -> None:
         """Raises: StoreError: no file can be written to the folder, and why."""
@@ -173,20 +161,13 @@ class DiskStore(OpeningReads):
     def stats(self) -> StoreStats:
         """Counts so far, and what the folder holds now, other processes' states included."""
         try:
-            usage = self._folder.usage()
+            return self._counters.stats(*self._folder.usage())
         except OSError as error:
             self._reading.failed(error)
-            usage = Usage(0, 0)
-        return self._counters.stats(usage.states, usage.nbytes)
+            return self._counters.stats(0, 0)
 
     def _path(self, key: ModuleKey) -> Path:
-        return self._folder.path(stored_name(key.digest, self.storage_dtype))
-
-    def _remove(self, path: Path) -> None:
-        try:
-            self._folder.remove(path)
-        except OSError as error:
-            self._writing.failed(error)
+        return self._folder.path(self._name(key))
 
 
 def _checked_path(path: object) -> Path:

@@ -12,6 +12,7 @@ import os
 import re
 import secrets
 import stat
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pcache_core.errors import StateMismatchError, StoreError
-from pcache_core.store.fork import ForkSafeLock
+from pcache_core.threads import fork_safe
 
 SUFFIX = ".safetensors"
 _TEMPORARY = ".tmp"
@@ -62,20 +63,13 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
-class Usage:
-    """How much a folder holds."""
-
-    states: int
-    nbytes: int
-
-
-@dataclass(frozen=True, slots=True)
 class _Shard:
     """What a shard held when it was listed; good while its modification time stays."""
 
     changed_ns: int
     listed_ns: int
-    usage: Usage
+    states: int
+    nbytes: int
 
 
 class StateFolder:
@@ -88,7 +82,7 @@ class StateFolder:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._shards: dict[str, _Shard] = {}
-        self._lock = ForkSafeLock()
+        self._lock = fork_safe(threading.Lock())
 
     def create(self) -> None:
         """Make the folder if it is not there. Raises: OSError: it can't be made."""
@@ -129,10 +123,11 @@ class StateFolder:
                 temporary.unlink()
             raise
 
-    def used(self, entry: Entry) -> None:
+    def used(self, path: Path) -> None:
         """Note a use. In a folder that can't be written, use goes unnoticed."""
         with suppress(OSError):
-            _stamp(entry.path, uses=min(entry.uses + 1, _MOST_USES))
+            uses = Entry.of(path, os.lstat(path)).uses
+            _stamp(path, uses=min(uses + 1, _MOST_USES))
 
     def remove(self, path: Path) -> bool:
         """Remove a file, or an empty folder in its place, and say whether it was there.
@@ -164,8 +159,8 @@ class StateFolder:
                 trouble = f"it can't be read: {error.strerror or error}"
                 yield Entry(Path(item.path), 0, 0, 0, trouble)
 
-    def usage(self) -> Usage:
-        """Count states and their bytes. Only shards that changed since the last call are listed.
+    def usage(self) -> tuple[int, int]:
+        """Count states, and their bytes. Only shards that changed since the last call are listed.
 
         Raises: OSError: the folder itself can't be read.
         """
@@ -175,8 +170,7 @@ class StateFolder:
                 with suppress(OSError):
                     current[item.name] = self._shard(item)
             self._shards = current
-            usages = [shard.usage for shard in current.values()]
-        return Usage(sum(u.states for u in usages), sum(u.nbytes for u in usages))
+        return sum(s.states for s in current.values()), sum(s.nbytes for s in current.values())
 
     def evict(self, budget_bytes: int) -> int:
         """Remove least recently used states until the rest fits the budget; how many.
@@ -185,7 +179,7 @@ class StateFolder:
         removed is passed over. A little more goes if whole files fit into that little, so that a
         full folder of many files is not listed anew for every one that is added.
         """
-        excess = self.usage().nbytes - budget_bytes
+        excess = self.usage()[1] - budget_bytes
         if excess <= 0:
             return 0
         slack = budget_bytes // 64
@@ -209,10 +203,9 @@ class StateFolder:
         listed_ns = time.time_ns()
         items = _items(folder.path)
         files = [entry for entry in _entries(items, folder.name) if not entry.trouble]
-        usage = Usage(len(files), sum(file.nbytes for file in files))
         if _sweep(items, listed_ns):
             changed_ns = 0
-        return _Shard(changed_ns, listed_ns, usage)
+        return _Shard(changed_ns, listed_ns, len(files), sum(file.nbytes for file in files))
 
 
 def open_file(path: Path) -> io.FileIO:
@@ -220,7 +213,7 @@ def open_file(path: Path) -> io.FileIO:
 
     Raises: OSError: it is not there or can't be read. StateMismatchError: it is not a file.
     """
-    trouble = _trouble(os.lstat(path))
+    trouble = _trouble(os.stat(path, follow_symlinks=False))
     if trouble:
         raise StateMismatchError(trouble)
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)

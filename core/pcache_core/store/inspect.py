@@ -65,7 +65,7 @@ class Selection:
             raise OptionError(f"older_than_s={self.older_than_s!r} must be 0 or more seconds")
 
     def covers(self, state: StoredState) -> bool:
-        """Whether the state is selected."""
+        """Return whether the state is selected."""
         if self.older_than_s is not None and state.age_s < self.older_than_s:
             return False
         wanted = (self.model, self.namespace, self.document)
@@ -149,7 +149,7 @@ def find_stored(
 
 
 def _read(entry: Entry, now_s: float) -> StoredState | None:
-    """None if the file went away meanwhile."""
+    """Return None if the file went away meanwhile."""
     record, trouble = None, entry.trouble
     if not trouble:
         try:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 
 from pcache_core.errors import BudgetError
 from pcache_core.kv.key import ModuleKey
 from pcache_core.kv.state import KVState
 from pcache_core.store.base import Hit, StoreStats
-from pcache_core.store.fork import ForkSafeLock
+from pcache_core.store.counters import Counters
+from pcache_core.threads import fork_safe
 
 DEFAULT_BUDGET_BYTES = 2 * 2**30
 
@@ -37,20 +39,18 @@ class MemoryStore:
         # Least recently used first.
         self._states: OrderedDict[str, tuple[ModuleKey, KVState]] = OrderedDict()
         self._nbytes = 0
-        self._hits = 0
-        self._misses = 0
-        self._evictions = 0
-        self._lock = ForkSafeLock()
+        self._counters = Counters("memory", self._budget_bytes)
+        self._lock = fork_safe(threading.Lock())
 
     def get(self, key: ModuleKey) -> Hit | None:
-        """The state if it is there and holds the key's tokens; it counts as used."""
+        """Return the state if it is there and holds the key's tokens; it counts as used."""
         with self._lock:
             _, state = self._states.get(key.digest, (key, None))
             if state is None or state.token_ids != key.token_ids:
-                self._misses += 1
+                self._counters.add(misses=1)
                 return None
             self._states.move_to_end(key.digest)
-            self._hits += 1
+            self._counters.add(hits=1)
             return Hit(state, "memory")
 
     def put(self, key: ModuleKey, state: KVState) -> bool:
@@ -61,13 +61,13 @@ class MemoryStore:
             self._remove(key.digest)
             while self._nbytes + state.nbytes > self._budget_bytes:
                 self._remove(next(iter(self._states)))
-                self._evictions += 1
+                self._counters.add(evictions=1)
             self._states[key.digest] = (key, state)
             self._nbytes += state.nbytes
         return True
 
     def contains(self, key: ModuleKey) -> bool:
-        """Whether the state is there."""
+        """Return whether the state is there."""
         with self._lock:
             return key.digest in self._states
 
@@ -77,22 +77,14 @@ class MemoryStore:
             self._remove(key.digest)
 
     def held_keys(self) -> list[ModuleKey]:
-        """The keys of all states."""
+        """Return the keys of all states."""
         with self._lock:
             return [key for key, _ in self._states.values()]
 
     def stats(self) -> StoreStats:
         """Counts so far."""
         with self._lock:
-            return StoreStats(
-                tier="memory",
-                states=len(self._states),
-                nbytes=self._nbytes,
-                budget_bytes=self._budget_bytes,
-                hits=self._hits,
-                misses=self._misses,
-                evictions=self._evictions,
-            )
+            return self._counters.stats(len(self._states), self._nbytes)
 
     def _remove(self, digest: str) -> None:
         if digest in self._states:

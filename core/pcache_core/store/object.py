@@ -16,12 +16,10 @@ from pcache_core.errors import DependencyError, OptionError, StateMismatchError,
 from pcache_core.kv.key import ModuleKey
 from pcache_core.kv.state import KVState
 from pcache_core.store import serde
-from pcache_core.store.base import Opened, OpeningReads, StoreStats, milliseconds_since
-from pcache_core.store.counters import Counters, Outage
+from pcache_core.store.base import Opened, milliseconds_since
+from pcache_core.store.counters import Outage
 from pcache_core.store.folder import SUFFIX
-from pcache_core.store.packing import check_storage_dtype, stored_name
 from pcache_core.store.record import StorageDtype
-from pcache_core.store.seal import Seal
 
 try:
     import fsspec
@@ -40,7 +38,7 @@ RETRY_S = 1.0  # how long an outage is believed before the next try
 _ATOMIC = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "oss", "r2", "memory"}
 
 
-class ObjectStore(OpeningReads):
+class ObjectStore(serde.SealedStore):
     """A store at an fsspec URL, one object a state: `s3://bucket/states`, `gs://…`, `memory://…`.
 
     storage_options: passed to the file system, such as keys, endpoints and time-outs.
@@ -61,18 +59,16 @@ class ObjectStore(OpeningReads):
         storage_dtype: StorageDtype = "auto",
         hmac_key: bytes | None = None,
     ) -> None:
-        self.storage_dtype = check_storage_dtype(storage_dtype)
-        self._seal = Seal(hmac_key)
+        super().__init__("remote", None, storage_dtype, hmac_key)
         self._files, self._root = _open(url, dict(storage_options or {}))
         protocol = self._files.protocol
         names = {protocol} if isinstance(protocol, str) else set(protocol)
         self._is_atomic = bool(names & _ATOMIC)
-        self._counters = Counters("remote", None)
         self._place = url.partition("?")[0]
         self._storage = Outage(f"the store at {self._place}", self._counters, retry_s=RETRY_S)
 
     def open_many(self, keys: Sequence[ModuleKey]) -> list[Opened | None]:
-        """The states that are there, their bytes read; several at a time."""
+        """Return the states that are there, their bytes read; several at a time."""
         if len(keys) < 2:
             return [self._open(key) for key in keys]
         with ThreadPoolExecutor(min(_PARALLEL_READS, len(keys))) as pool:
@@ -80,44 +76,23 @@ class ObjectStore(OpeningReads):
 
     def _open(self, key: ModuleKey) -> Opened | None:
         started = time.perf_counter()
-        path = self._path(key)
         try:
-            content = self._ask(lambda: self._read(path, key))
-            if content is None:
-                self._counters.missed()
-                return None
-            rows = serde.SealedState(partial(io.BytesIO, content), key, self._seal)
+            content = self._ask(lambda: self._read(self._path(key), key))
         except StateMismatchError as error:
             self._drop(key, error)
             return None
-        read_ms = milliseconds_since(started)
-
-        def settle(load_ms: float, error: StateMismatchError | None) -> None:
-            if error is None:
-                self._counters.hit(read_ms + load_ms, len(content))
-            else:
-                self._drop(key, error)
-
-        return Opened(rows, "remote", len(content), settle)
-
-    def _drop(self, key: ModuleKey, error: StateMismatchError) -> None:
-        logger.warning("dropped the stored state %s: %s", self._path(key), error)
-        self._counters.dropped()
-        self._counters.missed()
-        self.delete(key)
+        if content is None:
+            self._counters.add(misses=1)
+            return None
+        return self._opened(key, partial(io.BytesIO, content), milliseconds_since(started))
 
     def put(self, key: ModuleKey, state: KVState) -> bool:
         """Write the state's object; False if that failed."""
-        try:
-            buffers = serde.encode(key, state, self.storage_dtype, self._seal, int(time.time()))
-        except StateMismatchError as error:
-            logger.warning("a state is not kept: %s", error)
-            return False
-        content = b"".join(buffers)
-        return bool(self._ask(lambda: self._write(self._path(key), content)))
+        content = b"".join(self._encoded(key, state))
+        return bool(content and self._ask(lambda: self._write(self._path(key), content)))
 
     def contains(self, key: ModuleKey) -> bool:
-        """Whether its object is there; False if that can't be found out."""
+        """Return whether its object is there; False if that can't be found out."""
         return bool(self._ask(lambda: self._files.exists(self._path(key))))
 
     def delete(self, key: ModuleKey) -> None:
@@ -136,16 +111,11 @@ class ObjectStore(OpeningReads):
                 "check its address and who may write there"
             ) from error
 
-    def stats(self) -> StoreStats:
-        """Counts so far. What the storage holds in all is not known here."""
-        return self._counters.stats(states=None, nbytes=None)
-
     def _path(self, key: ModuleKey) -> str:
-        name = stored_name(key.digest, self.storage_dtype)
-        return f"{self._root}/{key.digest[:2]}/{name}{SUFFIX}"
+        return f"{self._root}/{key.digest[:2]}/{self._name(key)}{SUFFIX}"
 
     def _ask(self, question: Callable[[], T]) -> T | None:
-        """The answer; None if there is no such object, or the storage can't be reached."""
+        """Return the answer; None if there is no such object, or the storage can't be reached."""
         if not self._storage.is_over:
             return None
         answer = None
@@ -162,7 +132,7 @@ class ObjectStore(OpeningReads):
         return answer
 
     def _read(self, path: str, key: ModuleKey) -> bytes:
-        """The object's bytes: its beginning, then as much as its header says, and no more.
+        """Return the object's bytes: its beginning, then as much as its header says, and no more.
 
         Raises: StateMismatchError: the header is not that of a state of this key.
         """

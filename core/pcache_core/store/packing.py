@@ -61,13 +61,8 @@ def check_storage_dtype(storage_dtype: object) -> StorageDtype:
     )
 
 
-def stored_name(digest: str, storage_dtype: StorageDtype) -> str:
-    """What a store calls a state: one kept in another dtype is another."""
-    return digest if storage_dtype == "auto" else f"{digest}.{storage_dtype}"
-
-
 def fields(record: Record) -> list[Field]:
-    """The tensors that a state of this record is kept as, in the file's order.
+    """Return the tensors that a state of this record is kept as, in the file's order.
 
     Wider elements come first, so that every tensor is aligned. Nothing is allocated.
     Raises: StateMismatchError: a dtype that no state is kept in.
@@ -85,7 +80,7 @@ def fields(record: Record) -> list[Field]:
 
 
 def pack(state: KVState, record: Record) -> dict[str, torch.Tensor]:
-    """The state's tensors by field name, on the CPU, contiguous.
+    """Return the state's tensors by field name, on the CPU, contiguous.
 
     int8: symmetric, one scale for each layer, head and channel over the module's tokens. Keys are
     kept as they are, rotated: turning them to position 0 first lowers their error by 4%, but turns
@@ -104,7 +99,7 @@ def pack(state: KVState, record: Record) -> dict[str, torch.Tensor]:
 
 
 def unpack(record: Record, tensor: Callable[[str], torch.Tensor]) -> KVState:
-    """The state again, in the dtype it was put in.
+    """Return the state again, in the dtype it was put in.
 
     tensor: a field's tensor by name. Of `auto` these very tensors are returned, not copies.
     """

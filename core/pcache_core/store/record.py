@@ -47,7 +47,7 @@ class Record:
     def of(
         key: ModuleKey, state: KVState, storage: StorageDtype, seal: str, created: int
     ) -> Record:
-        """The record of a state that is to be stored under a key."""
+        """Return the record of a state that is to be stored under a key."""
         space = key.space
         return Record(
             digest=key.digest,
@@ -86,7 +86,7 @@ class Record:
 
     @staticmethod
     def parse(metadata: Mapping[str, str]) -> Record:
-        """The inverse of `metadata`.
+        """Return the inverse of `metadata`.
 
         Raises: StateMismatchError: another format or version. KeyError, TypeError, ValueError:
             not metadata of a state.

@@ -25,11 +25,9 @@ from pcache_core.errors import DependencyError, OptionError, StateMismatchError,
 from pcache_core.kv.key import ModuleKey
 from pcache_core.kv.state import KVState
 from pcache_core.store import serde
-from pcache_core.store.base import Opened, OpeningReads, StoreStats, milliseconds_since
-from pcache_core.store.counters import Counters, Outage
-from pcache_core.store.packing import check_storage_dtype, stored_name
+from pcache_core.store.base import Opened, milliseconds_since
+from pcache_core.store.counters import Outage
 from pcache_core.store.record import StorageDtype
-from pcache_core.store.seal import Seal
 
 try:
     import redis
@@ -80,7 +78,7 @@ _OPTIONS: Mapping[str, str] = MappingProxyType(
 )
 
 
-class RedisStore(OpeningReads):
+class RedisStore(serde.SealedStore):
     """A store on a server that other processes and machines use as well.
 
     url: `redis://[user:password@]host[:port][/database]`, `rediss://` (TLS), `valkey://` or
@@ -106,17 +104,15 @@ class RedisStore(OpeningReads):
         storage_dtype: StorageDtype = "auto",
         hmac_key: bytes | None = None,
     ) -> None:
-        self.storage_dtype = check_storage_dtype(storage_dtype)
+        super().__init__("remote", None, storage_dtype, hmac_key)
         self._ttl_s = _checked_ttl(ttl_s)
-        self._seal = Seal(hmac_key)
         self._client = _client_of(url, timeout_s)
-        self._counters = Counters("remote", None)
         self._place = without_password(url)
         self._server = Outage(f"the store at {self._place}", self._counters, retry_s=RETRY_S)
         self._writing = Outage(f"writing states to {self._place}", self._counters)
 
     def open_many(self, keys: Sequence[ModuleKey]) -> list[Opened | None]:
-        """The states that the server has whole: one question for all, then their bytes.
+        """Return the states that the server has whole: one question for all, then their bytes.
 
         Round trips: one for the manifests, and one for every 16 MiB of all states together.
         """
@@ -126,25 +122,27 @@ class RedisStore(OpeningReads):
         elapsed_ms = milliseconds_since(started)
         total = sum(map(len, contents.values()))
         return [
-            self._opened(key, contents[name], elapsed_ms / max(total, 1))
-            if name in contents
-            else self._missed()
+            self._found(key, contents.get(name), elapsed_ms / max(total, 1))
             for name, key in by_name.items()
         ]
 
+    def _found(self, key: ModuleKey, content: bytes | None, ms_per_byte: float) -> Opened | None:
+        if content is None:
+            self._counters.add(misses=1)
+            return None
+        return self._opened(key, partial(io.BytesIO, content), len(content) * ms_per_byte)
+
     def put(self, key: ModuleKey, state: KVState) -> bool:
         """Send the state; False if the server did not take all of it."""
-        try:
-            buffers = serde.encode(key, state, self.storage_dtype, self._seal, int(time.time()))
-        except StateMismatchError as error:
-            logger.warning("a state is not kept: %s", error)
+        buffers = self._encoded(key, state)
+        if not buffers:
             return False
         nbytes = sum(buffer.nbytes for buffer in buffers)
         manifest = Manifest(secrets.token_hex(8), -(-nbytes // CHUNK_BYTES), nbytes)
         return bool(self._ask(lambda: self._written(self._name(key), manifest, buffers)))
 
     def contains(self, key: ModuleKey) -> bool:
-        """Whether the server names it; False if the server can't be asked."""
+        """Return whether the server names it; False if the server can't be asked."""
         return self._ask(lambda: self._client.type(self._name(key))) == b"string"
 
     def delete(self, key: ModuleKey) -> None:
@@ -162,15 +160,11 @@ class RedisStore(OpeningReads):
                 "address"
             ) from error
 
-    def stats(self) -> StoreStats:
-        """Counts so far. What the server holds in all is not known here."""
-        return self._counters.stats(states=None, nbytes=None)
-
     def _name(self, key: ModuleKey) -> str:
-        return f"pcache:{stored_name(key.digest, self.storage_dtype)}"
+        return f"pcache:{super()._name(key)}"
 
     def _ask(self, question: Callable[[], T]) -> T | None:
-        """The server's answer; None while it can't be reached."""
+        """Return the server's answer; None while it can't be reached."""
         if not self._server.is_over:
             return None
         try:
@@ -182,7 +176,7 @@ class RedisStore(OpeningReads):
         return answer
 
     def _contents(self, names: Sequence[str]) -> dict[str, bytes]:
-        """The stored bytes of those that are there and complete."""
+        """Return the stored bytes of those that are there and complete."""
         contents: dict[str, bytes] = {}
         wanted: dict[str, Manifest] = {}
         texts = cast(_Answers, self._client.mget(names))
@@ -196,13 +190,13 @@ class RedisStore(OpeningReads):
         return contents | self._joined(wanted)
 
     def _joined(self, manifests: Mapping[str, Manifest]) -> dict[str, bytes]:
-        """The chunks of each state, joined; those of which a chunk is gone are left out."""
+        """Return the chunks of each state, joined; those of which a chunk is gone are left out."""
         joined: dict[str, list[bytes]] = {name: [] for name in manifests}
 
         def names() -> Iterator[tuple[str, str]]:
             for name, manifest in manifests.items():
                 for chunk_name in manifest.names(name):
-                    # However many its manifest claims, nothing behind a missing one is asked for.
+                    # However many its manifest claims, nothing after a missing one is asked for.
                     if name not in joined:
                         break
                     yield name, chunk_name
@@ -218,32 +212,6 @@ class RedisStore(OpeningReads):
                 elif name in joined:
                     joined[name].append(chunk)
         return {name: b"".join(chunks) for name, chunks in joined.items()}
-
-    def _missed(self) -> Opened | None:
-        self._counters.missed()
-        return None
-
-    def _opened(self, key: ModuleKey, content: bytes, ms_per_byte: float) -> Opened | None:
-        nbytes = len(content)
-
-        def settle(load_ms: float, error: StateMismatchError | None) -> None:
-            if error is None:
-                self._counters.hit(load_ms + nbytes * ms_per_byte, nbytes)
-            else:
-                self._drop(key, error)
-
-        try:
-            rows = serde.SealedState(partial(io.BytesIO, content), key, self._seal)
-        except StateMismatchError as error:
-            self._drop(key, error)
-            return None
-        return Opened(rows, "remote", nbytes, settle)
-
-    def _drop(self, key: ModuleKey, error: StateMismatchError) -> None:
-        logger.warning("dropped the stored state %s: %s", self._name(key), error)
-        self._counters.dropped()
-        self._counters.missed()
-        self.delete(key)
 
     def _written(self, name: str, manifest: Manifest, buffers: Sequence[memoryview]) -> bool:
         try:

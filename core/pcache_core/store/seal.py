@@ -23,7 +23,7 @@ class Hash(Protocol):
         """Add bytes."""
 
     def digest(self) -> bytes:
-        """The hash of all that was added."""
+        """Return the hash of all that was added."""
 
 
 class Seal:
@@ -32,7 +32,7 @@ class Seal:
     hmac_key: a secret of 16 bytes or more. States that were sealed without it are not served, so
         that nobody who can write to the store can plant one. Without a key the seal finds damage,
         not intent.
-    Raises: OptionError: the key is no bytes or too short.
+    Raises: OptionError: the key is not bytes or too short.
     """
 
     def __init__(self, hmac_key: bytes | None = None) -> None:
@@ -53,14 +53,14 @@ class Seal:
         return SEAL_BYTES[self.name]
 
     def of(self, buffers: Iterable[memoryview]) -> bytes:
-        """The seal of the buffers' bytes, one after another."""
+        """Return the seal of the buffers' bytes, one after another."""
         state = self.start()
         for buffer in buffers:
             state.update(buffer)
         return state.digest()
 
     def start(self) -> Hash:
-        """What makes a seal when it has been given every byte, for `fits`."""
+        """Return what makes a seal when it has been given every byte, for `fits`."""
         if self._key is None:
             return xxhash.xxh3_128()
         return hmac.new(self._key, digestmod=hashlib.sha256)

@@ -15,7 +15,10 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import struct
+import time
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -28,8 +31,12 @@ from pcache_core.errors import StateMismatchError
 from pcache_core.kv.key import ModuleKey
 from pcache_core.kv.state import Block, KVState, Part, Stack, layer_blocks
 from pcache_core.store import packing
+from pcache_core.store.base import Opened, OpeningReads, StoreStats, Tier
+from pcache_core.store.counters import Counters
 from pcache_core.store.record import Record, StorageDtype
 from pcache_core.store.seal import SEAL_BYTES, Seal
+
+logger = logging.getLogger(__name__)
 
 PREFIX_BYTES = 8
 MAX_HEADER_BYTES = 64 * 2**20
@@ -54,7 +61,7 @@ class Layout:
 def encode(
     key: ModuleKey, state: KVState, storage: StorageDtype, seal: Seal, created: int
 ) -> list[memoryview]:
-    """The stored form, as buffers to be written one after another.
+    """Return the stored form, as buffers to be written one after another.
 
     Raises: StateMismatchError: the state is not of the key's tokens, its tensors do not fit its
         shapes, or their dtype can't be kept.
@@ -190,6 +197,75 @@ class SealedState:
         return layout
 
 
+class SealedStore(OpeningReads):
+    """What stores that keep states as sealed bytes have in common.
+
+    storage_dtype, hmac_key: as for `DiskStore`.
+    """
+
+    def __init__(
+        self,
+        tier: Tier,
+        budget_bytes: int | None,
+        storage_dtype: StorageDtype,
+        hmac_key: bytes | None,
+    ) -> None:
+        self.storage_dtype = packing.check_storage_dtype(storage_dtype)
+        self._seal = Seal(hmac_key)
+        self._tier: Tier = tier
+        self._counters = Counters(tier, budget_bytes)
+
+    @abstractmethod
+    def delete(self, key: ModuleKey) -> None:
+        """Forget the state if it is there."""
+
+    def stats(self) -> StoreStats:
+        """Return the counts so far. What a server holds in all is not known here."""
+        return self._counters.stats(states=None, nbytes=None)
+
+    def _name(self, key: ModuleKey) -> str:
+        """Name a state: one kept in another dtype is another."""
+        auto = self.storage_dtype == "auto"
+        return key.digest if auto else f"{key.digest}.{self.storage_dtype}"
+
+    def _encoded(self, key: ModuleKey, state: KVState) -> list[memoryview]:
+        """Return the bytes of a state that is to be kept; none if it can't be."""
+        try:
+            return encode(key, state, self.storage_dtype, self._seal, int(time.time()))
+        except StateMismatchError as error:
+            logger.warning("a state is not kept: %s", error)
+            return []
+
+    def _opened(self, key: ModuleKey, source: Source, read_ms: float) -> Opened | None:
+        """Open a state; None if it is damaged, and dropped.
+
+        Raises: OSError: it can't be read.
+        """
+        try:
+            rows = SealedState(source, key, self._seal)
+        except StateMismatchError as error:
+            self._drop(key, error)
+            return None
+
+        def settle(load_ms: float, error: StateMismatchError | None) -> None:
+            if error is not None:
+                self._drop(key, error)
+                return
+            self._counters.add(hits=1, load_ms=read_ms + load_ms, loaded_nbytes=rows.nbytes)
+            self._used(key)
+
+        return Opened(rows, self._tier, rows.nbytes, settle)
+
+    def _used(self, key: ModuleKey) -> None:
+        """Note that a state was read and is whole."""
+
+    def _drop(self, key: ModuleKey, error: StateMismatchError) -> None:
+        """Delete a damaged state; the look-up was a miss."""
+        logger.warning("dropped the stored state %s: %s", self._name(key), error)
+        self._counters.add(damaged=1, misses=1)
+        self.delete(key)
+
+
 def decode(raw: torch.Tensor | bytes, key: ModuleKey, seal: Seal) -> KVState:
     """Return the state that is stored in `raw`: its bytes, or [bytes] uint8.
 
@@ -234,7 +310,7 @@ def _pieces(field: packing.Field) -> Iterator[slice]:
 
 
 def _tensor(raw: torch.Tensor, layout: Layout, name: str) -> torch.Tensor:
-    """A tensor of a file; `raw` holds the bytes after its header, [bytes] uint8."""
+    """Return a tensor of a file; `raw` holds the bytes after its header, [bytes] uint8."""
     field, start = layout.offsets[name]
     start -= len(layout.header)
     return _shaped(raw[start : start + field.nbytes], field)
@@ -319,5 +395,5 @@ def layout_of(record: Record) -> Layout:
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    """A contiguous CPU tensor's bytes, not copied."""
+    """Return a contiguous CPU tensor's bytes, not copied."""
     return tensor.reshape(-1).view(torch.uint8).numpy().data

@@ -15,6 +15,7 @@ from pcache_core.store.counters import Counters
 from pcache_core.store.write_behind import WriteBehind
 
 DEFAULT_QUEUE_BYTES = 512 * 2**20
+_SUMMED = ("hits", "evictions", "damaged", "failures", "load_ms", "loaded_nbytes")
 
 
 class TieredStore(OpeningReads):
@@ -56,7 +57,7 @@ class TieredStore(OpeningReads):
                     found[key] = (opened, index)
         for key in keys:
             if key not in found:
-                self._counters.missed()
+                self._counters.add(misses=1)
         return found
 
     def put(self, key: ModuleKey, state: KVState) -> bool:
@@ -67,7 +68,7 @@ class TieredStore(OpeningReads):
         return kept or len(self.tiers) > 1
 
     def contains(self, key: ModuleKey) -> bool:
-        """Whether a tier has it, or will."""
+        """Return whether a tier has it, or will."""
         if self.tiers[0].contains(key) or self._writer.find(key) is not None:
             return True
         return any(tier.contains(key) for tier in self.tiers[1:])
@@ -79,7 +80,7 @@ class TieredStore(OpeningReads):
             tier.delete(key)
 
     def stats(self) -> StoreStats:
-        """All tiers together, each one's own in `tiers`.
+        """Return all tiers together, each one's own in `tiers`.
 
         hits, evictions, damaged, failures, load_ms, loaded_nbytes: summed. misses: of
         this store, a look-up that no tier could serve. states: of the tier that has most. nbytes:
@@ -93,12 +94,7 @@ class TieredStore(OpeningReads):
             states=max((tier.states for tier in tiers if tier.states is not None), default=None),
             nbytes=sum(tier.nbytes or 0 for tier in tiers),
             budget_bytes=None if None in budgets else max(b for b in budgets if b is not None),
-            hits=sum(tier.hits for tier in tiers),
-            evictions=sum(tier.evictions for tier in tiers),
-            damaged=sum(tier.damaged for tier in tiers),
-            failures=sum(tier.failures for tier in tiers),
-            load_ms=sum(tier.load_ms for tier in tiers),
-            loaded_nbytes=sum(tier.loaded_nbytes for tier in tiers),
+            **{name: sum(getattr(tier, name) for tier in tiers) for name in _SUMMED},
             tiers=tiers,
         )
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import _thread
 import logging
-import os
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -12,8 +12,11 @@ from dataclasses import dataclass
 from pcache_core.kv.key import ModuleKey
 from pcache_core.kv.state import KVState
 from pcache_core.store.base import ModuleStore
+from pcache_core.threads import Flag, renew_in_child
 
 logger = logging.getLogger(__name__)
+
+_LOOK_S = 0.05  # how often a waiting thread looks again
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,103 +35,104 @@ class WriteBehind:
 
     def __init__(self, queue_bytes: int) -> None:
         self._queue_bytes = queue_bytes
-        self._reset()
+        self.renew()
+        renew_in_child(self)
+
+    def renew(self) -> None:
+        """Begin anew: what waits in a forked child is its parent's to write."""
+        self._lock = threading.Lock()  # guards everything; never held while waiting
+        self._items: OrderedDict[str, _Item] = OrderedDict()
+        self._added, self._gone = Flag(), Flag()
+        self._writer: int | None = None  # the thread that writes
+        self._stopping = False
 
     def add(self, key: ModuleKey, state: KVState, stores: Sequence[ModuleStore]) -> None:
         """Have the state written to the stores, soon; waits while the queue is full."""
-        with self._changed:
+        while True:
+            self._gone.clear()
+            with self._lock:
+                nbytes = sum(item.state.nbytes for item in self._items.values())
+                if not self._items or nbytes + state.nbytes <= self._queue_bytes:
+                    waiting = self._items.get(key.digest)
+                    earlier = () if waiting is None else waiting.stores
+                    targets = tuple(dict.fromkeys((*earlier, *stores)))
+                    self._items[key.digest] = _Item(key, state, targets)
+                    break
             self._start()
-            self._changed.wait_for(lambda: self._has_room(state.nbytes))
-            waiting = self._take(key.digest)
-            earlier = () if waiting is None else waiting.stores
-            targets = tuple(dict.fromkeys((*earlier, *stores)))
-            self._items[key.digest] = _Item(key, state, targets)
-            self._nbytes += state.nbytes
-            self._changed.notify_all()
+            self._gone.wait(_LOOK_S)
+        self._start()
 
     def find(self, key: ModuleKey) -> KVState | None:
-        """The state if it waits to be written and is of the key's tokens."""
-        with self._changed:
-            item = self._items.get(key.digest)
+        """Return the state if it waits to be written and is of the key's tokens."""
+        item = self._items.get(key.digest)
         return item.state if item is not None and item.state.token_ids == key.token_ids else None
 
     def discard(self, key: ModuleKey) -> None:
         """Don't write it; if it is being written, wait until it is."""
-        with self._changed:
-            if self._first() is self._items.get(key.digest):
-                self._wait_until_gone(key.digest)
-            self._take(key.digest)
-            self._changed.notify_all()
+        while True:
+            with self._lock:
+                item = self._items.get(key.digest)
+                if item is None or self._first() is not item:
+                    self._items.pop(key.digest, None)
+                    break
+            self._wait_until_gone(item)
+        self._gone.set()
 
     def flush(self) -> None:
         """Wait until everything that waits now is written."""
-        with self._changed:
-            for digest in list(self._items):
-                self._wait_until_gone(digest)
+        with self._lock:
+            items = tuple(self._items.values())
+        for item in items:
+            self._wait_until_gone(item)
 
     def close(self) -> None:
         """Write what waits and stop the thread; adding starts it again."""
-        if threading.current_thread() is self._thread:
+        if self._writer == threading.get_ident():
             self._stopping = True  # collected as garbage by the thread itself
             return
         self.flush()
-        with self._changed:
-            self._stopping = True
-            self._changed.notify_all()
-
-    def _reset(self) -> None:
-        self._process_id = os.getpid()
-        self._condition = threading.Condition()
-        self._items: OrderedDict[str, _Item] = OrderedDict()
-        self._nbytes = 0
-        self._thread: threading.Thread | None = None
-        self._stopping = False
-
-    @property
-    def _changed(self) -> threading.Condition:
-        """Guards everything. A forked child starts anew: what waits is its parent's to write."""
-        if self._process_id != os.getpid():
-            self._reset()
-        return self._condition
-
-    def _has_room(self, nbytes: int) -> bool:
-        return not self._items or self._nbytes + nbytes <= self._queue_bytes
+        self._stopping = True
+        self._added.set()
 
     def _first(self) -> _Item | None:
+        """Return the item that is being written, or is to be next."""
         return next(iter(self._items.values()), None)
 
-    def _wait_until_gone(self, digest: str) -> None:
-        item = self._items.get(digest)
-        if item is not None:
+    def _wait_until_gone(self, item: _Item) -> None:
+        while self._items.get(item.key.digest) is item:
+            self._gone.clear()
             self._start()
-            self._changed.wait_for(lambda: self._items.get(digest) is not item)
-
-    def _take(self, digest: str) -> _Item | None:
-        item = self._items.pop(digest, None)
-        if item is not None:
-            self._nbytes -= item.state.nbytes
-        return item
+            self._gone.wait(_LOOK_S)
 
     def _start(self) -> None:
         """Start the thread if it does not run: at first, and after `close`."""
         self._stopping = False
-        if self._thread is None or not self._thread.is_alive():
-            self._thread = threading.Thread(target=self._run, name="pcache-write", daemon=True)
-            self._thread.start()
+        if self._writer is None:
+            # `threading.Thread` waits for the new thread with an `Event`, which interrupts may
+            # break.
+            _thread.start_new_thread(self._run, ())
+        self._added.set()
 
     def _run(self) -> None:
+        with self._lock:
+            if self._writer is not None:
+                return
+            self._writer = threading.get_ident()
         while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._items or self._stopping)
+            self._added.clear()
+            with self._lock:
                 item = self._first()
-                if item is None:
-                    self._thread = None
+                if item is None and self._stopping:
+                    self._writer = None
                     return
+            if item is None:
+                self._added.wait()
+                continue
             _write(item)
-            with self._changed:
+            with self._lock:
                 if self._items.get(item.key.digest) is item:
-                    self._take(item.key.digest)
-                self._changed.notify_all()
+                    del self._items[item.key.digest]
+            self._gone.set()
 
 
 def _write(item: _Item) -> None:

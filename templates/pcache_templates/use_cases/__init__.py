@@ -23,7 +23,7 @@ _environment = ImmutableSandboxedEnvironment(
 
 
 def render(name: str, **values: Any) -> str:
-    """The schema of a use case as PML.
+    """Return the schema of a use case as PML.
 
     code_generation: a code base, each file a module. `files`: paths below the folder that
         `add_schema(..., src_root=folder)` names; a module is called as its file is, with `.` for

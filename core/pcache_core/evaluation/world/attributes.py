@@ -31,7 +31,7 @@ class Attribute:
     questions: tuple[str, ...]
 
     def ask(self, rng: random.Random, subject: str) -> str:
-        """A question about a subject, in one of several wordings."""
+        """Return a question about a subject, in one of several wordings."""
         return _about(rng.choice(self.questions), subject)
 
 
@@ -44,7 +44,7 @@ class Hop:
     questions: tuple[str, ...]
 
     def ask(self, rng: random.Random, subject: str) -> str:
-        """The two-hop question about a subject."""
+        """Return the two-hop question about a subject."""
         return _about(rng.choice(self.questions), subject)
 
 

@@ -137,7 +137,7 @@ def _kind(rng: random.Random, spec: WorldSpec) -> Kind:
 
 
 def _subject(rng: random.Random, cast: Cast, kind: Kind, linked: list[str]) -> str:
-    """A new name; mostly one that a person's employer or home has, so that facts chain."""
+    """Return a new name; mostly one that a person's employer or home has, so that facts chain."""
     if kind == "person":
         return cast.person()
     if linked and rng.random() < 0.9:
@@ -233,7 +233,7 @@ def _interleave(rng: random.Random, chunks: list[list[_Chunk]]) -> list[_Chunk] 
 
 
 def _may_follow(chunk: _Chunk, left: int, pending: dict[Kind, str]) -> bool:
-    """Whether the chunk would leave every reference that is still to come at its subject."""
+    """Return whether the chunk would leave every reference that is still to come at its subject."""
     still = dict(pending)
     if still.setdefault(chunk.kind, chunk.subject) != chunk.subject:
         return False

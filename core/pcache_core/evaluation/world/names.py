@@ -46,7 +46,7 @@ class Cast:
         self._surnames: list[str] = []
 
     def fresh(self, pool: Sequence[str]) -> str:
-        """A name of the pool that was not drawn yet."""
+        """Return a name of the pool that was not drawn yet."""
         while (name := self._rng.choice(pool)) in self._used:
             pass
         self._used.add(name)

@@ -49,7 +49,7 @@ class Example:
 
 
 def question_text(question: str) -> str:
-    """The prompt's last part, up to where the answer begins."""
+    """Return the prompt's last part, up to where the answer begins."""
     return f"Question: {question}\nAnswer:"
 
 
