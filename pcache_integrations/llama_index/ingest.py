@@ -93,9 +93,8 @@ class PromptCachePrecompute(TransformComponent):
         elif self.store == "memory" or os.getpid() != _process_id:
             _logger.warning(
                 "PromptCachePrecompute encodes nothing in this worker process, as %s; the nodes "
-                "are encoded when the run ends. To work in parallel, give the language model a "
-                "store that lasts, such as store='./states', and call run(), not arun()",
-                "memory is not shared" if self.store == "memory" else "it was forked",
+                "are encoded when the run ends. To work in parallel, %s",
+                *(_NOT_SHARED if self.store == "memory" else _FORKED),
             )
         else:
             # Worker processes are killed when they have handed in their nodes.
@@ -151,6 +150,14 @@ class PromptCachePrecompute(TransformComponent):
             encode_documents(engine, fitting, progress=self.progress)
         return engine
 
+
+# Why a worker process encodes nothing, and what to do.
+_NOT_SHARED = (
+    "memory is not shared",
+    "give the language model a store that lasts, such as store='./states', and call run(), "
+    "not arun()",
+)
+_FORKED = ("it was forked", "call run(), not arun()")
 
 _OPTIONS = ("model", "store", "dtype", "device", "namespace")
 

@@ -181,7 +181,7 @@ class PromptCacheSynthesizer(BaseSynthesizer):
         if not num_kept:
             raise ContextLengthError(
                 f"node {nodes[ranked[0]].node.node_id!r} takes {count(texts[ranked[0]])} tokens, "
-                f"the prompt has room for {room - _BETWEEN_NODES} beside its template, the "
+                f"the prompt has room for {max(0, room - _BETWEEN_NODES)} beside its template, the "
                 "question and an answer; cut documents into smaller nodes, lower max_tokens, or "
                 "use the response mode 'compact', which splits nodes"
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import logging
+import os
 import pickle
 import threading
 import time
@@ -295,6 +296,18 @@ class TestWorkers:
         assert num_texts(llm) == 0
         copy.deepcopy(step)(nodes)
         assert num_texts(llm) == 1
+
+    def test_a_forked_copy_is_not_told_to_have_a_store_that_it_has(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        llm = PromptCacheLLM("builtin:tiny-rag", store=str(tmp_path))
+        away = pickle.loads(pickle.dumps(PromptCachePrecompute(llm)))
+        monkeypatch.setattr(os, "getpid", lambda: 0)  # as after a fork
+        with caplog.at_level(logging.WARNING):
+            away([TextNode(text=DOCUMENTS[0])])
+        assert "it was forked" in caplog.text
+        assert "call run(), not arun()" in caplog.text
+        assert "store that lasts" not in caplog.text
 
 
 class TestOptions:

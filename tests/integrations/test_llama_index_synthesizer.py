@@ -320,6 +320,9 @@ class TestWhatDoesNotFit:
             synthesizer(llm).synthesize(QUESTION, scored(EQUAL))
         with pytest.raises(ContextLengthError, match="node 'e0' takes .* room for"):
             await synthesizer(llm).asynthesize(QUESTION, scored(EQUAL))
+        llm.max_tokens = 10 * llm.context_window
+        with pytest.raises(ContextLengthError, match="room for 0 beside"):
+            synthesizer(llm).synthesize(QUESTION, scored(EQUAL))
         assert not llm.engine.reports
 
     def test_other_models_are_counted_for_as_well(self) -> None:
