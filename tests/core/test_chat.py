@@ -105,6 +105,34 @@ def test_a_message_that_is_rewritten_keeps_the_documents_that_are_not(template: 
     assert "hid 1 of 2 documents" in prompt.fallback_reason
 
 
+SYSTEM_LAST = (
+    "{% for m in messages[1:] %}<{{ m.role }}>"
+    "{% if loop.last %}{{ messages[0].content }}\n\n{% endif %}{{ m.content }}{% endfor %}"
+)
+
+
+def test_a_system_message_that_the_template_writes_last_keeps_its_segments() -> None:
+    earlier = Message("user", [Segment("A hive.", "document"), Segment(" <eos>?", "argument")])
+    answer = Message("assistant", [Segment("Hm.", "argument")])
+    prompt = render_chat(
+        [MESSAGES[0], earlier, answer, MESSAGES[1]],
+        lambda m: render(SYSTEM_LAST, m),
+        lambda text: ["<eos>"] if "<eos>" in text else [],
+    )
+    assert [(s.kind, s.text) for s in prompt.segments] == [
+        ("literal", "<user>"),
+        ("document", "A hive."),
+        ("argument", " <eos>?"),
+        ("literal", "<assistant>"),
+        ("argument", "Hm."),
+        ("literal", "<user>"),
+        ("literal", "Answer from:\n"),
+        ("document", "Bees."),
+        ("literal", "\n\n"),
+        ("argument", "  Who?  "),
+    ]
+
+
 @pytest.mark.parametrize("template", [CHATML, TRIMMING, COLLAPSING])
 def test_nothing_is_said_where_no_document_is_lost(template: str) -> None:
     thought = Message("assistant", [Segment("Hm.\n\nYes.", "argument")])

@@ -13,6 +13,7 @@ from pcache_core.chat.calls import ToolCall
 from pcache_core.errors import ChatTemplateError, PromptError
 from pcache_core.prompt import Prompt, Segment, SegmentKind
 
+_MARK = re.compile(r"\ue0f0[0-9a-f]{16}\ue0f1")
 _THOUGHTS = ("<think>", "</think>")
 ApplyTemplate = Callable[[list[dict[str, Any]]], str]
 
@@ -129,8 +130,11 @@ def _render(
     # Templates ask whether there is a content, so that an empty one stays empty.
     marks = [f"\ue0f0{secrets.token_hex(8)}\ue0f1" if m.text else "" for m in messages]
     marked = apply_template([m.as_dict(mark) for m, mark in zip(messages, marks, strict=True)])
-    contents = [message for message in messages if message.text]
-    segments = _fill(marked, [mark for mark in marks if mark], contents, truth, spelled, forged)
+    # Some templates write the system message into the last of the user's.
+    contents = [(mark, m) for mark, m in zip(marks, messages, strict=True) if mark]
+    places = {found[0]: found.start() for found in _MARK.finditer(marked)}
+    contents.sort(key=lambda pair: places.get(pair[0], -1))
+    segments = _fill(marked, contents, truth, spelled, forged)
     calls = [call for message in messages for call in message.tool_calls]
     spoken = [call.arguments_text for call in calls if spelled(call.arguments_text)]
     segments = segments and _set_apart(segments, spoken)
@@ -265,8 +269,7 @@ def strip_segments(segments: Sequence[Segment]) -> list[Segment]:
 
 def _fill(
     marked: str,
-    marks: Sequence[str],
-    contents: Sequence[Message],
+    contents: Sequence[tuple[str, Message]],
     truth: str,
     spelled: Spelled,
     forged: SegmentKind | None,
@@ -275,17 +278,20 @@ def _fill(
 
     A content that neither fits ends where the template's own text after it begins.
 
+    contents: messages, each after its mark, in the order of the text.
+
     None if a mark does not stand there once and in order, or a content that is rewritten has no
     text of the template's after it.
 
     Raises: _SpelledError: a content that is rewritten spells control tokens.
     """
-    literals = list(_between(marked, marks))
-    if len(literals) <= len(marks) or not truth.startswith(literals[0]):
+    literals = list(_between(marked, [mark for mark, _ in contents]))
+    if len(literals) <= len(contents) or not truth.startswith(literals[0]):
         return None
     segments = [Segment(literals[0], "literal")]
     position = len(literals[0])
-    for number, (message, after) in enumerate(zip(contents, literals[1:], strict=True), start=1):
+    pairs = zip(contents, literals[1:], strict=True)
+    for number, ((_, message), after) in enumerate(pairs, start=1):
         for variant in (message.segments, strip_segments(message.segments)):
             text = "".join(segment.text for segment in variant)
             if truth.startswith(text + after, position):
