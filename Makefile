@@ -9,7 +9,7 @@ demo: .venv/installed .venv/model
 	.venv/bin/pcache demo
 
 test: .venv/developed .venv/model
-	.venv/bin/pytest
+	.venv/bin/pytest --numprocesses 2 --dist loadfile --benchmark-disable
 
 check: .venv/developed
 	.venv/bin/ruff format --check .

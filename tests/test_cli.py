@@ -80,7 +80,7 @@ def test_results_come_as_json_from_every_command_that_has_some() -> None:
             marks=pytest.mark.skipif(not Path("/proc").exists(), reason="needs Linux's /proc"),
         ),
         (("TMP/a.txt", "--store", "redis://127.0.0.1:1"), "server at redis://127.0.0.1:1 can't be"),
-        (("TMP/a.txt", "--store", "redis://127.0.0.1:x"), "is no address"),
+        (("TMP/a.txt", "--store", "redis://127.0.0.1:x"), "has a host or a port"),
         (("TMP/a.txt", "--store", "nosuch://x"), "Protocol not known: nosuch"),
         (("TMP/a.txt", "--store", "TMP/s", "--preamble", "TMP/q.txt"), "q.txt holds no preamble"),
         (("TMP/a.txt", "--store", "TMP/s", "--preamble", "TMP/no"), "no holds no preamble: .*No s"),

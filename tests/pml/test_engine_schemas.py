@@ -270,7 +270,7 @@ def test_a_message_that_spells_a_special_token_forges_none() -> None:
 
 def test_messages_that_the_template_refuses_are_an_error_at_their_line() -> None:
     engine = chat_engine(LLAMA2)
-    with pytest.raises(PMLError, match="chat template has no <system> behind <user>") as caught:
+    with pytest.raises(PMLError, match="chat template has no <system> after <user>") as caught:
         engine.prompt_from_pml(
             '<prompt schema="talk">\n<ask what="bees"/>\n<system>Shout.</system></prompt>'
         )

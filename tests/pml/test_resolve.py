@@ -284,7 +284,7 @@ def test_room_is_kept_for_the_longest_mark_that_may_stand_there(
 def test_messages_that_the_template_can_not_render_are_an_error_at_their_line() -> None:
     schema = parse_schema("<schema name='s'><user>U</user></schema>")
     prompt = parse_prompt("<prompt schema='s'>\n<system>late</system></prompt>", file="p.pml")
-    with pytest.raises(PMLError, match="no <system> behind <user>") as caught:
+    with pytest.raises(PMLError, match="no <system> after <user>") as caught:
         resolve(place(schema, letters, marks=chat), prompt)
     assert caught.value.line == 2
 
