@@ -26,6 +26,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 from pcache_core import (
@@ -98,11 +99,12 @@ class Soak:
             params = SamplingParams(max_tokens=12, stop=["\n"], timeout_s=chance.uniform(0.01, 0.3))
         text = ""
         try:
-            for piece, chunk in enumerate(self.engine.stream(self.prompts[number], params, mode)):
-                text += chunk.text
-                if 0.1 <= way < 0.3 and piece == chance.randrange(3):
-                    self.count("given up")
-                    return
+            with closing(self.engine.stream(self.prompts[number], params, mode)) as chunks:
+                for piece, chunk in enumerate(chunks):
+                    text += chunk.text
+                    if 0.1 <= way < 0.3 and piece == chance.randrange(3):
+                        self.count("given up")
+                        return
         except DeadlineExceededError:
             self.count("too late")
             return
@@ -190,6 +192,9 @@ def run(soak: Soak, minutes: float, seed: int) -> list[str]:
 
 def lost(soak: Soak, threads: list[threading.Thread], early_mib: float) -> list[str]:
     """Return what did not come back."""
+    patience = time.monotonic() + 30  # for those who were given up and have yet to notice
+    while soak.engine.stats().running and time.monotonic() < patience:
+        time.sleep(0.1)
     gc.collect()
     stats, now_mib = soak.engine.stats(), resident_mib()
     print(f"memory: {early_mib:.0f} MiB after the first minute, {now_mib:.0f} at the end")

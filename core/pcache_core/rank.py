@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from pcache_core.chat.messages import Message, render_chat
 from pcache_core.errors import ModelError, PromptError
 from pcache_core.lm import CausalLM
 from pcache_core.prompt import Prompt, Segment
@@ -16,7 +15,7 @@ from pcache_core.report import Report
 
 _INSTRUCTION = "Use the following documents to answer the question.\n\n"
 _SEPARATOR = "\n\n"
-_ROOM_TOKENS = 64  # for what a chat template puts around a message
+_ROOM_TOKENS = 8  # for what joins the parts, and a beginning-of-sequence token
 
 
 def ranking_prompts(lm: CausalLM, question: str, documents: Sequence[str]) -> list[Prompt]:
@@ -53,15 +52,19 @@ def scores_of(reports: Iterable[Report], num_documents: int) -> list[float]:
 
 
 def _prompt(lm: CausalLM, question: str, documents: Sequence[tuple[int, str]]) -> Prompt:
+    """End in the question itself, as its last tokens are those that are observed.
+
+    After a chat template's ending or "Answer:", a chat model's last tokens ask for nothing: of 40
+    questions, SmolLM2-135M then found the document of 5 and 6 instead of 32. A completion model
+    asks where its answer is to begin.
+    """
     segments = [Segment(_INSTRUCTION, "literal")]
     for index, document in documents:
         segments.append(Segment(document, "document", str(index)))
         segments.append(Segment(_SEPARATOR, "literal"))
     segments.append(Segment(f"Question: {question}", "argument"))
-    if not lm.text.marks_roles():
-        return Prompt([*segments, Segment("\nAnswer:", "literal")])
-    chat = [Message("user", segments)]
-    return render_chat(chat, lm.text.apply_chat_template, lm.text.control_tokens)
+    ending = [] if lm.text.marks_roles() else [Segment("\nAnswer:", "literal")]
+    return Prompt([*segments, *ending])
 
 
 def _parts(
