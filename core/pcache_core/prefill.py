@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 
 import torch
 
@@ -13,8 +15,10 @@ from pcache_core.library.states import Loaded
 from pcache_core.lm import Batch, CausalLM
 from pcache_core.plan import PrefillPlan
 from pcache_core.report import Report, SegmentReport, Source
-from pcache_core.request import WATCHED_TOKENS
 from pcache_core.tokens import Piece
+
+_LAST_TOKENS = 3
+_ASKING_TOKENS, _REFERENCE_TOKENS, _REFERENCE_WEIGHT = 12, 3, 0.5
 
 
 def prefill(
@@ -35,12 +39,13 @@ def prefill(
     repaired: list[int] = []
     if plan.repaired and not lm.watches:
         repaired = _first_rows(plan)
-    watch = lm.watches and plan.request.observes
-    logits, attention = _compute(lm, sequence, plan.missing, repaired, watch=watch)
+    observes = lm.watches and plan.request.observes
+    watched = _watched(plan) if observes else {}
+    logits, attention = _compute(lm, sequence, plan.missing, repaired, watched)
     report.prefill_ms = ms_since(started)
     if plan.repaired and lm.watches:
         started = time.perf_counter()
-        repaired = most_attended(plan.stale, attention, plan.repaired)
+        repaired = most_attended(plan.stale, attention[0], plan.repaired)
         after = [row for row in plan.missing if row > repaired[0]]
         logits, _ = _compute(lm, sequence, after, repaired)
         report.repair_ms = ms_since(started)
@@ -49,8 +54,10 @@ def prefill(
             sequence.labels[row] = REPAIRED
         sequence.repair, sequence.repaired_for = plan.request.repair, len(sequence.token_ids)
         _describe_repair(report, plan, repaired)
-    if watch:
-        _describe_attention(report, plan, attention)
+    if observes:
+        if len(sequence.attention) != len(sequence.token_ids):  # unless it is the same prompt
+            sequence.attention = attention[1]
+        _describe_attention(report, plan, sequence.attention)
     sequence.is_filled = True
     return logits, report
 
@@ -91,12 +98,11 @@ def _compute(
     sequence: KVSequence,
     missing: Sequence[int],
     repaired: Sequence[int],
-    *,
-    watch: bool = False,
+    watched: Mapping[int, tuple[float, float]] = MappingProxyType({}),
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute rows; return logits of the last, [vocab], and attention to rows, [rows].
+    """Compute rows; return logits of the last, [vocab], and attention to rows, [2, rows].
 
-    The attention is that of the prompt's last tokens; empty unless `watch`.
+    watched: whose attention it is, see `Batch`; it is empty where this is.
     """
     if sequence.stock is not None:
         return sequence.stock(sequence.token_ids), torch.empty(0)
@@ -107,10 +113,36 @@ def _compute(
         [sequence.token_ids[row] for row in rows],
         rows,
         [sequence.positions[row] for row in rows],
-        range(max(0, len(rows) - WATCHED_TOKENS), len(rows)) if watch else None,
+        watched,
     )
     logits = lm.forward(batch)
     return logits, batch.attention
+
+
+def _watched(plan: PrefillPlan) -> dict[int, tuple[float, float]]:
+    """Weigh the tokens whose attention is read, by index in `missing`: for repair, and for sources.
+
+    The answer is read from the prompt's last few, which choose what is repaired.
+
+    What answers the question shows in the last ones from the question on, less the first ones
+    behind the documents: these don't know yet what is asked, so that what a model attends to
+    whatever the question is (the last document above all) cancels out. In-context re-ranking takes
+    a second forward with an empty question for that (arXiv 2410.02642).
+    """
+    behind, asked = (bisect_left(plan.missing, row) for row in plan.request.tokens.question)
+    end = len(plan.missing)
+    last = range(max(0, end - _LAST_TOKENS), end)
+    asking = range(max(asked, behind + _REFERENCE_TOKENS, end - _ASKING_TOKENS), end)
+    reference = range(behind, behind + _REFERENCE_TOKENS)
+    if not asking:  # so few that there is nothing to compare with
+        asking, reference = last, range(0)
+    weights = {}
+    for index in {*reference, *asking, *last}:
+        source = 1 / len(asking) if index in asking else 0.0
+        if index in reference:
+            source -= _REFERENCE_WEIGHT / len(reference)
+        weights[index] = (float(index in last), source)
+    return weights
 
 
 def _first_rows(plan: PrefillPlan) -> list[int]:
@@ -188,10 +220,12 @@ def _describe_attention(report: Report, plan: PrefillPlan, attention: torch.Tens
 
     attention: [rows of the prompt].
     """
-    shares = (attention / attention.sum()).tolist()
+    pieces, by_row = plan.request.tokens.pieces, attention.tolist()
+    paid = [max(0.0, sum(by_row[piece.start : piece.stop])) for piece in pieces]
+    whole = sum(paid) or 1.0
     report.segments = tuple(
-        replace(segment, attention=sum(shares[piece.start : piece.stop]))
-        for segment, piece in zip(report.segments, plan.request.tokens.pieces, strict=True)
+        replace(segment, attention=own / whole)
+        for segment, own in zip(report.segments, paid, strict=True)
     )
 
 

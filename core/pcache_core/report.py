@@ -24,8 +24,9 @@ class SegmentReport:
     repaired_tokens: how many of them were reused and then computed again.
     preamble_tokens: how many of its preamble's first ids its state was encoded after; 0 if it has
         no state.
-    attention: its share of the attention that the question's last tokens pay to the whole prompt,
-        in the upper half of the layers; None where that was not observed.
+    attention: its share of the attention that the question pays, less half of what the first
+        tokens behind the documents pay, which don't know yet what is asked; None where that was not
+        observed.
     """
 
     kind: str

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from types import MappingProxyType
 
 import torch
 
@@ -61,9 +62,9 @@ class Batch:
     places: rows of the prompt that the tokens stand in, where states are on loan, so that these
         are not the rows of the buffers.
     end: one after the largest position.
-    watched: tokens whose attention is added up, as a range of the batch; None for none.
-    attention: [rows of the prompt] fp32, how much the watched tokens attended to each, over the
-        upper half of the layers.
+    watched: tokens whose attention is added up, by their index in the batch: a weight for each sum.
+    attention: [sums, rows of the prompt] fp32, how much the watched tokens attended to each, over
+        heads and the layers that show it.
     """
 
     __slots__ = (
@@ -90,7 +91,7 @@ class Batch:
         rows: Sequence[int],
         positions: Sequence[int],
         spans: Sequence[Span],
-        watched: range | None = None,
+        watched: Mapping[int, Sequence[float]] = MappingProxyType({}),
     ) -> None:
         device = buffers.positions.device
         self.buffers = buffers
@@ -101,7 +102,7 @@ class Batch:
         self.spans = tuple(block for span in spans for block in _blocks(span, rows))
         self.num_rows = max(span.visible[-1][1] for span in self.spans)
         self.watched = watched
-        self.attention = torch.zeros(self.num_rows if watched else 0, device=device)
+        self.attention = self._no_attention(self.num_rows)
         self.end = max(positions) + 1
         self.places: tuple[int, ...] = ()
         self._first_rows = {span: rows[span.start] for span in self.spans}
@@ -116,7 +117,7 @@ class Batch:
         input_ids: Sequence[int],
         rows: Sequence[int],
         positions: Sequence[int],
-        watched: range | None = None,
+        watched: Mapping[int, Sequence[float]] = MappingProxyType({}),
     ) -> Batch:
         """Return one request's tokens, which see every row up to their own.
 
@@ -127,7 +128,7 @@ class Batch:
         batch = cls(buffers, input_ids, own, positions, [span], watched)
         if buffers.loans:
             batch.places = tuple(rows)
-            batch.attention = torch.zeros(rows[-1] + 1 if watched else 0, device=batch.rows.device)
+            batch.attention = batch._no_attention(rows[-1] + 1)
         return batch
 
     @property
@@ -181,11 +182,20 @@ class Batch:
             for span in self._uncut
             if span.start < stop and start < span.stop
         ]
-        watched = self.watched or range(0)
-        watched = range(max(watched.start, start) - start, min(watched.stop, stop) - start)
-        part = Batch(self.buffers, ids, rows, positions, spans, watched or None)
+        watched = {i - start: weight for i, weight in self.watched.items() if start <= i < stop}
+        part = Batch(self.buffers, ids, rows, positions, spans, watched)
         part.places = self.places[start:stop]
         return part
+
+    def watched_in(self, tokens: range) -> tuple[list[int], torch.Tensor]:
+        """Return the watched ones of these tokens, and their weights, [sums, tokens]."""
+        found = [index for index in self.watched if index in tokens]
+        weights = torch.tensor([self.watched[index] for index in found], device=self.rows.device)
+        return found, weights.T
+
+    def _no_attention(self, rows: int) -> torch.Tensor:
+        sums = len(next(iter(self.watched.values()), ()))
+        return torch.zeros(sums, rows if sums else 0, device=self.rows.device)
 
     def bias(
         self, span: Span, window: int | None, group: int, dtype: torch.dtype
