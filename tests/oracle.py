@@ -142,18 +142,15 @@ def next_logits(model: PreTrainedModel, rows: Rows) -> torch.Tensor:
     return computed_logits(model, rows)[-1]
 
 
-def asking(rows: Rows) -> dict[int, float]:
-    """Weights of the places whose attention tells what answers the question that ends a prompt.
+def asking(rows: Rows) -> tuple[dict[int, float], dict[int, float]]:
+    """Weights of the places that ask the question that ends a prompt, and of those before them.
 
     The last twelve behind its modules ask, the first three there are what they are compared with.
     """
-    computed = [row.place for row in rows if row.role == "computed"]
     last_module = max(row.place for row in rows if row.role == "module")
-    behind = [place for place in computed if place > last_module]
+    behind = [row.place for row in rows if row.role == "computed" and row.place > last_module]
     reference, asked = behind[:3], behind[3:][-12:]
-    if not asked:
-        return dict.fromkeys(computed[-3:], 1.0)
-    return {**dict.fromkeys(reference, -0.5 / 3), **dict.fromkeys(asked, 1 / len(asked))}
+    return dict.fromkeys(asked, 1 / len(asked)), dict.fromkeys(reference, 1 / 3)
 
 
 def attention_paid(

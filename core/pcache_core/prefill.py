@@ -55,8 +55,8 @@ def prefill(
         sequence.repair, sequence.repaired_for = plan.request.repair, len(sequence.token_ids)
         _describe_repair(report, plan, repaired)
     if observes:
-        if len(sequence.attention) != len(sequence.token_ids):  # unless it is the same prompt
-            sequence.attention = attention[1]
+        if sequence.attention.shape[-1] != len(sequence.token_ids):  # unless it is the same prompt
+            sequence.attention = attention[1:]
         _describe_attention(report, plan, sequence.attention)
     sequence.is_filled = True
     return logits, report
@@ -98,9 +98,9 @@ def _compute(
     sequence: KVSequence,
     missing: Sequence[int],
     repaired: Sequence[int],
-    watched: Mapping[int, tuple[float, float]] = MappingProxyType({}),
+    watched: Mapping[int, tuple[float, ...]] = MappingProxyType({}),
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute rows; return logits of the last, [vocab], and attention to rows, [2, rows].
+    """Compute rows; return logits of the last, [vocab], and attention to rows, [3, rows].
 
     watched: whose attention it is, see `Batch`; it is empty where this is.
     """
@@ -119,8 +119,10 @@ def _compute(
     return logits, batch.attention
 
 
-def _watched(plan: PrefillPlan) -> dict[int, tuple[float, float]]:
-    """Weigh the tokens whose attention is read, by index in `missing`: for repair, and for sources.
+def _watched(plan: PrefillPlan) -> dict[int, tuple[float, ...]]:
+    """Weigh the tokens whose attention is read, by index in `missing`.
+
+    Three means: of the last tokens, of those that ask, of those that they are compared with.
 
     The answer is read from the prompt's last few, which choose what is repaired.
 
@@ -136,13 +138,11 @@ def _watched(plan: PrefillPlan) -> dict[int, tuple[float, float]]:
     reference = range(behind, behind + _REFERENCE_TOKENS)
     if not asking:  # so few that there is nothing to compare with
         asking, reference = last, range(0)
-    weights = {}
-    for index in {*reference, *asking, *last}:
-        source = 1 / len(asking) if index in asking else 0.0
-        if index in reference:
-            source -= _REFERENCE_WEIGHT / len(reference)
-        weights[index] = (float(index in last), source)
-    return weights
+    parts = (last, asking, reference)
+    return {
+        index: tuple(1 / len(part) if index in part else 0.0 for part in parts)
+        for index in {*last, *asking, *reference}
+    }
 
 
 def _first_rows(plan: PrefillPlan) -> list[int]:
@@ -218,14 +218,21 @@ def _describe_repair(report: Report, plan: PrefillPlan, rows: Sequence[int]) -> 
 def _describe_attention(report: Report, plan: PrefillPlan, attention: torch.Tensor) -> None:
     """Write into a report how much of the question's attention each segment gets.
 
-    attention: [rows of the prompt].
+    attention: [2, rows of the prompt]: of the tokens that ask, and of those before them. These
+        count at most as much as attends to the documents at all.
     """
-    pieces, by_row = plan.request.tokens.pieces, attention.tolist()
-    paid = [max(0.0, sum(by_row[piece.start : piece.stop])) for piece in pieces]
-    whole = sum(paid) or 1.0
+    pieces = plan.request.tokens.pieces
+    asking, reference = (
+        [sum(by_row[piece.start : piece.stop]) for piece in pieces] for by_row in attention.tolist()
+    )
+    documents = [i for i, piece in enumerate(pieces) if piece.segment.kind == "document"]
+    most, compared = (sum(paid[i] for i in documents) for paid in (asking, reference))
+    weight = _REFERENCE_WEIGHT * (min(1.0, most / compared) if compared else 1.0)
+    shares = [max(0.0, a - weight * r) for a, r in zip(asking, reference, strict=True)]
+    whole = sum(shares) or 1.0
     report.segments = tuple(
-        replace(segment, attention=own / whole)
-        for segment, own in zip(report.segments, paid, strict=True)
+        replace(segment, attention=share / whole)
+        for segment, share in zip(report.segments, shares, strict=True)
     )
 
 

@@ -42,13 +42,20 @@ def test_a_segments_attention_is_the_models_own(subject: Subject) -> None:
     _assert_shares(report)
 
 
-def _assert_attention(subject: Subject, prompt: Prompt, weights: dict[int, float]) -> Report:
-    report = subject.engine().prefill(prompt, sources=True).report
-    paid = oracle.attention_paid(subject.twin(), subject.rows(prompt), weights)
-    expected, place = [], len(subject.lm.text.bos_ids)
-    for segment in report.segments:
-        expected.append(max(0.0, sum(paid[p] for p in range(place, place + segment.num_tokens))))
-        place += segment.num_tokens
+def _assert_attention(
+    subject: Subject, prompt: Prompt, weights: tuple[dict[int, float], dict[int, float]]
+) -> Report:
+    report, rows = subject.engine().prefill(prompt, sources=True).report, subject.rows(prompt)
+    paid = []
+    for each in weights:
+        by_place = oracle.attention_paid(subject.twin(), rows, each)
+        places = iter(range(len(subject.lm.text.bos_ids), rows[-1].place + 1))
+        paid.append(
+            [sum(by_place[next(places)] for _ in range(s.num_tokens)) for s in report.segments]
+        )
+    documents = [i for i, s in enumerate(report.segments) if s.kind == "document"]
+    ratio = sum(paid[0][i] for i in documents) / sum(paid[1][i] for i in documents)
+    expected = [max(0.0, a - 0.5 * min(1.0, ratio) * r) for a, r in zip(*paid, strict=True)]
     shares = [segment.attention for segment in report.segments]
     assert shares == pytest.approx([own / sum(expected) for own in expected], rel=1e-3, abs=1e-5)
     return report
@@ -89,9 +96,8 @@ def test_a_templates_text_before_the_question_does_not_ask(subject: Subject) -> 
     rows = subject.rows(prompt)
     behind = max(row.place for row in rows if row.role == "module") + 1
     asked = range(behind + subject.lm.count_tokens(segments[0].text), rows[-1].place + 1)
-    reference = dict.fromkeys(range(behind, behind + 3), -0.5 / 3)
-    weights = reference | dict.fromkeys(asked, 1 / len(asked))
-    _assert_attention(subject, prompt, weights)
+    reference = dict.fromkeys(range(behind, behind + 3), 1 / 3)
+    _assert_attention(subject, prompt, (dict.fromkeys(asked, 1 / len(asked)), reference))
 
 
 @pytest.mark.parametrize("mode", ["balanced", "high"])

@@ -30,7 +30,7 @@ class KVSequence:
         it came from: `COMPUTED`, `REPAIRED`, or the digest of the state it was filled from.
     repair, repaired_for: the budget of the repair that made repaired rows, and the length of the
         prompt whose question chose them.
-    attention: [rows] of the last prompt's question; empty where it was not read.
+    attention: [2, rows] of the last prompt's question, see `prefill`; empty where it was not read.
     uses: digests of the states that the request may use.
     lender: states on loan by their digests, which other running requests use as well; None where
         nothing is shared. A request that is alone with a state copies it into its buffers, where
@@ -93,7 +93,7 @@ class KVSequence:
         """Forget all but the first rows."""
         del self.token_ids[rows:], self.positions[rows:], self.labels[rows:]
         self.buffers.shorten(rows)
-        if rows < len(self.attention) - 1:
+        if rows < self.attention.shape[-1] - 1:
             self.attention = torch.empty(0)
         if REPAIRED not in self.labels:
             self.repair, self.repaired_for = None, 0
