@@ -28,7 +28,7 @@ from pcache_core.params import DEFAULT_REUSE, ReuseMode, SamplingParams
 from pcache_core.plan import plan_prefill, plan_states
 from pcache_core.pml import Positions, PromptTree, Schema
 from pcache_core.precompute import ForgetReport, forget, precompute, precompute_units
-from pcache_core.prefill import append_token, follow, ms_since, prefill
+from pcache_core.prefill import append_token, follow, prefill
 from pcache_core.prefix_cache import PrefixCache
 from pcache_core.prompt import Prompt
 from pcache_core.rank import ranking_prompts, scores_of
@@ -38,6 +38,7 @@ from pcache_core.results import Chunk, Prefill
 from pcache_core.scheduler import Scheduler
 from pcache_core.schemas import SchemaShelf
 from pcache_core.store import MemoryStore, ModuleStore, TieredStore
+from pcache_core.store.base import ms_since
 from pcache_core.totals import EngineStats
 
 

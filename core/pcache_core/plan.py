@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from pcache_core.kv.planned import ModuleTokens, PlannedState, RowRange
+from pcache_core.kv.key import ModuleTokens, PlannedState, RowRange
 from pcache_core.kv.sequence import COMPUTED, REPAIRED, KVSequence
 from pcache_core.library.states import ModuleLibrary
 from pcache_core.params import repair_budget

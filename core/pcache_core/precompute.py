@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from pcache_core.errors import BudgetError, ContextLengthError, PromptError
-from pcache_core.kv.planned import ModuleTokens
+from pcache_core.kv.key import ModuleTokens
 from pcache_core.library.states import ModuleLibrary
 from pcache_core.plan import opening_module, passages_of
 from pcache_core.prompt import Passage, Segment

@@ -17,8 +17,7 @@ from pcache_core import (
     SamplingParams,
     Segment,
 )
-from pcache_core.kv.key import ModuleKey
-from pcache_core.kv.planned import ModuleTokens, PlannedState
+from pcache_core.kv.key import ModuleKey, ModuleTokens, PlannedState
 from pcache_core.prefix_cache import whole_prefix
 from pcache_core.prompt import Passage
 from pcache_core.request import Request

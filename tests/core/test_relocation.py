@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pcache_core.kv.buffers import KVBuffers
+from pcache_core.kv.sequence import KVBuffers
 from pcache_core.kv.state import KVState, LayerShape, stack_layers
 from pcache_core.lm.relocation import Rotation, place
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from pcache_core.kv.buffers import KVBuffers
-from pcache_core.kv.planned import ModuleTokens, RowRange
+from pcache_core.kv.key import ModuleTokens, RowRange
+from pcache_core.kv.sequence import KVBuffers
 from pcache_core.kv.state import KVState
 from pcache_core.lm import Batch, CausalLM, Span, place
 

@@ -5,17 +5,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar
 from weakref import WeakValueDictionary
 
 from pcache_core.errors import StateMismatchError
-from pcache_core.kv.buffers import Loan
-from pcache_core.kv.key import KeySpace, ModuleKey
-from pcache_core.kv.planned import ModuleTokens, PlannedState
-from pcache_core.kv.sequence import KVSequence
+from pcache_core.kv.key import KeySpace, ModuleKey, ModuleTokens, PlannedState
+from pcache_core.kv.sequence import KVSequence, Loan
 from pcache_core.kv.state import KVState, StateSource
 from pcache_core.library.encode import encode_modules
 from pcache_core.library.preamble import Preamble, PreambleIds
@@ -23,13 +20,11 @@ from pcache_core.lm import CausalLM, place
 from pcache_core.prompt import Passage
 from pcache_core.report import Source
 from pcache_core.store import ModuleStore, Opened, open_many
+from pcache_core.store.base import ms_since
 from pcache_core.store.inspect import find_stored
 from pcache_core.threads import Flag, renew_in_child
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
-
 
 _FEWEST_LENT_TOKENS = 16
 
@@ -185,10 +180,10 @@ class ModuleLibrary:
         for key, state, source in self.encode(missing):
             in_memory[key.digest] = state
             sources[key.digest] = source
-        load_ms = _ms_since(started)
+        load_ms = ms_since(started)
         started = time.perf_counter()
         shared_tokens = self._place_all(states, in_memory, sequence, rows)
-        return Loaded(sources, load_ms, _ms_since(started), shared_tokens)
+        return Loaded(sources, load_ms, ms_since(started), shared_tokens)
 
     def encode(
         self, modules: Mapping[ModuleKey, ModuleTokens]
@@ -280,15 +275,15 @@ class ModuleLibrary:
             if state:  # another of the prompt's documents, or another request, has it
                 stored.settle(0.0, None)
             else:
-                state = _use(stored, lambda rows: rows.whole())
+                state = stored.whole()
             if state:
                 in_memory[digest] = state
             return state is not None
-        return _use(stored, partial(self._place, planned, sequence)) is not None
+        return stored.read(partial(self._place, planned, sequence)) is not None
 
     def _find(self, key: ModuleKey) -> KVState | None:
         stored = self._open([key]).get(key)
-        return None if stored is None else _use(stored, lambda rows: rows.whole())
+        return None if stored is None else stored.whole()
 
     def _place_all(
         self,
@@ -340,7 +335,7 @@ class ModuleLibrary:
             for module, state in encode_modules(self.lm, preamble, list(keys)):
                 if state.keys[0].device.type != "cpu":
                     state.keys[0].flatten()[-1].item()  # wait until it is computed
-                self._count(module.num_tokens, _ms_since(started))
+                self._count(module.num_tokens, ms_since(started))
                 key = keys[module]
                 if key.space != now.keys or self.lm.weights_version != now.weights:
                     logger.warning("weights changed during a request; a state was not stored")
@@ -381,18 +376,6 @@ class ModuleLibrary:
             self.encoded = Encoded(done.tokens + tokens, done.elapsed_ms + elapsed_ms)
 
 
-def _use(stored: Opened, use: Callable[[StateSource], T]) -> T | None:
-    """Let `use` read a state, once and whole; None if it was damaged, and is dropped."""
-    started = time.perf_counter()
-    result, error = None, None
-    try:
-        result = use(stored.rows)
-    except StateMismatchError as mismatch:
-        error = mismatch
-    stored.settle(_ms_since(started), error)
-    return result
-
-
 def _may_stay(planned: PlannedState, state: KVState, sequence: KVSequence) -> bool:
     """Return whether a state is one run of rows, long enough to be worth a product of its own."""
     return (
@@ -427,7 +410,3 @@ def _check_identity(state: StateSource, key: ModuleKey) -> None:
             f"the state holds other tokens than asked for ({state.num_tokens}, not "
             f"{len(key.token_ids)}, or other ids)"
         )
-
-
-def _ms_since(started: float) -> float:
-    return (time.perf_counter() - started) * 1000

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import torch
 
-from pcache_core.kv.buffers import KVBuffers, Loan
+from pcache_core.kv.sequence import KVBuffers, Loan
 
 RowRange = tuple[int, int]
 

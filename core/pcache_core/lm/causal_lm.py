@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pcache_core.errors import ModelError
-from pcache_core.kv.buffers import KVBuffers
+from pcache_core.kv.sequence import KVBuffers
 from pcache_core.kv.state import LayerShape, Stack, stack_layers
 from pcache_core.lm.batch import Batch
 from pcache_core.lm.fingerprint import fingerprint

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel
 
-from pcache_core.kv.buffers import KVBuffers, Loan
+from pcache_core.kv.sequence import KVBuffers, Loan
 from pcache_core.kv.state import KVState, LayerShape, stack_layers
 from pcache_core.lm.batch import Batch
 from pcache_core.lm.forward import Forward, ModelCall, RaggedForward, SequentialForward, fill

@@ -16,8 +16,7 @@ from pcache_core.errors import DependencyError, OptionError, StateMismatchError,
 from pcache_core.kv.key import ModuleKey
 from pcache_core.kv.state import KVState
 from pcache_core.store import serde
-from pcache_core.store.base import Opened, milliseconds_since
-from pcache_core.store.counters import Outage
+from pcache_core.store.base import Opened, Outage, ms_since
 from pcache_core.store.folder import SUFFIX
 from pcache_core.store.record import StorageDtype
 
@@ -84,7 +83,7 @@ class ObjectStore(serde.SealedStore):
         if content is None:
             self._counters.add(misses=1)
             return None
-        return self._opened(key, partial(io.BytesIO, content), milliseconds_since(started))
+        return self._opened(key, partial(io.BytesIO, content), ms_since(started))
 
     def put(self, key: ModuleKey, state: KVState) -> bool:
         """Write the state's object; False if that failed."""

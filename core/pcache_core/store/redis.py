@@ -25,8 +25,7 @@ from pcache_core.errors import DependencyError, OptionError, StateMismatchError,
 from pcache_core.kv.key import ModuleKey
 from pcache_core.kv.state import KVState
 from pcache_core.store import serde
-from pcache_core.store.base import Opened, milliseconds_since
-from pcache_core.store.counters import Outage
+from pcache_core.store.base import Opened, Outage, ms_since
 from pcache_core.store.record import StorageDtype
 
 try:
@@ -119,7 +118,7 @@ class RedisStore(serde.SealedStore):
         by_name = {self._name(key): key for key in keys}
         started = time.perf_counter()
         contents = (self._ask(lambda: self._contents(list(by_name))) or {}) if keys else {}
-        elapsed_ms = milliseconds_since(started)
+        elapsed_ms = ms_since(started)
         total = sum(map(len, contents.values()))
         return [
             self._found(key, contents.get(name), elapsed_ms / max(total, 1))
