@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from pcache_core.base_engine import Engine
+from pcache_core.base_engine import Engine, EngineStats
 from pcache_core.errors import BudgetError, OptionError
 from pcache_core.generate import AnswerText, TokenScorer, decode_loop
 from pcache_core.kv.sequence import KVSequence
@@ -32,14 +32,12 @@ from pcache_core.prefill import append_token, follow, prefill
 from pcache_core.prefix_cache import PrefixCache
 from pcache_core.prompt import Prompt
 from pcache_core.rank import ranking_prompts, scores_of
-from pcache_core.report import EncodeReport, Report
+from pcache_core.report import Chunk, EncodeReport, Prefill, Report
 from pcache_core.request import Request, check_continuation, check_request
-from pcache_core.results import Chunk, Prefill
 from pcache_core.scheduler import Scheduler
 from pcache_core.schemas import SchemaShelf
 from pcache_core.store import MemoryStore, ModuleStore, TieredStore
 from pcache_core.store.base import ms_since
-from pcache_core.totals import EngineStats
 
 
 class PromptCacheEngine(Engine):

@@ -15,9 +15,8 @@ from pcache_core.errors import BudgetError, ContextLengthError, PromptError
 from pcache_core.kv.key import ModuleTokens
 from pcache_core.library.states import ModuleLibrary
 from pcache_core.plan import opening_module, passages_of
-from pcache_core.prompt import Passage, Segment
+from pcache_core.prompt import Passage, Segment, TokenisedPrompt
 from pcache_core.report import EncodeReport
-from pcache_core.tokens import TokenisedPrompt
 
 logger = logging.getLogger(__name__)
 

@@ -12,10 +12,10 @@ from pcache_core.kv.sequence import REPAIRED, KVSequence
 from pcache_core.library.states import Loaded
 from pcache_core.lm import Batch, CausalLM
 from pcache_core.plan import PrefillPlan
+from pcache_core.prompt import Piece
 from pcache_core.report import Report, SegmentReport, Source
 from pcache_core.request import WATCHED_TOKENS
 from pcache_core.store.base import ms_since
-from pcache_core.tokens import Piece
 
 
 def prefill(

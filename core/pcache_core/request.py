@@ -9,8 +9,7 @@ from pcache_core.errors import ContextLengthError, PromptError
 from pcache_core.kv.key import PlannedState
 from pcache_core.lm import CausalLM
 from pcache_core.params import REPAIR, ReuseMode, SamplingParams
-from pcache_core.prompt import Prompt
-from pcache_core.tokens import TokenisedPrompt
+from pcache_core.prompt import Prompt, TokenisedPrompt
 
 WATCHED_TOKENS = 3
 """The answer begins after the last token; what it is read from, the last few look for."""

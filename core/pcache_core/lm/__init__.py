@@ -6,7 +6,7 @@ from pcache_core.lm.loading import context_length_on_disk
 from pcache_core.lm.probe import Support, SupportKind
 from pcache_core.lm.relocation import place
 from pcache_core.lm.sampling import Sampler
-from pcache_core.lm.text_model import TextModel
+from pcache_core.lm.tokenizer import TextModel
 
 __all__ = [
     "Batch",

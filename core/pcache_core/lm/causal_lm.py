@@ -25,7 +25,7 @@ from pcache_core.lm.probe import Support, probe
 from pcache_core.lm.sampling import Sampler
 from pcache_core.lm.stock import StockRun, own_cache_works
 from pcache_core.lm.structure import context_length
-from pcache_core.lm.text_model import TextModel
+from pcache_core.lm.tokenizer import TextModel
 from pcache_core.lm.weights import Weights
 from pcache_core.params import SamplingParams
 from pcache_core.threads import fork_safe
