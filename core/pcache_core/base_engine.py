@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import AsyncGenerator, Generator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -86,7 +86,12 @@ class Reports(deque[Report]):
     def __getitem__(self, index: Any) -> Any:
         """Return one report, or a list for a slice such as `[-3:]`."""
         with self._lock:
-            return list(self)[index] if isinstance(index, slice) else super().__getitem__(index)
+            return [*super().__iter__()][index]
+
+    def __iter__(self) -> Iterator[Report]:
+        """Yield the reports there are now, whatever ends meanwhile."""
+        with self._lock:
+            return iter([*super().__iter__()])
 
     def totals(self) -> dict[str, float]:
         """Return the sums by the names of `EngineStats`."""

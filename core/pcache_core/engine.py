@@ -210,7 +210,8 @@ class PromptCacheEngine(Engine):
                 logprobs = tuple(follow(self.lm, sequence, logits, continuation))
             yield Prefill(logits, report, logprobs)
 
-        (found,) = self._scheduler.run(read, asked_at=started, timeout_s=None)
+        spent_s = time.perf_counter() - started
+        (found,) = self._scheduler.run(read, spent_s=spent_s, timeout_s=None)
         self.reports.append(found.report)
         return found
 
@@ -246,7 +247,11 @@ class PromptCacheEngine(Engine):
         """
         started = time.perf_counter()
         request = self._check(prompt, params or SamplingParams(), reuse, repair)
-        return self._in_turn(request, time.perf_counter() - started)
+        return self._scheduler.run(
+            partial(self._answer, request),
+            spent_s=time.perf_counter() - started,
+            timeout_s=request.params.timeout_s,
+        )
 
     async def astream(
         self,
@@ -315,12 +320,12 @@ class PromptCacheEngine(Engine):
 
     def stats(self) -> EngineStats:
         """What the store holds, its hits and misses by tier, and tokens saved and computed."""
-        encoded, gate = self._library.encoded, self._scheduler.gate
+        library, gate = self._library, self._scheduler.gate
         return EngineStats.of(
             self.store.stats(),
             self.reports,
-            encoded_tokens=encoded.tokens,
-            encode_ms=encoded.elapsed_ms,
+            encoded_tokens=library.encoded_tokens,
+            encode_ms=library.encode_ms,
             running=gate.running,
             waiting=gate.waiting,
         )
@@ -344,14 +349,6 @@ class PromptCacheEngine(Engine):
             return request
         states = plan_states(request.tokens, self._library, self.min_module_tokens)
         return replace(request, states=states)
-
-    def _in_turn(self, request: Request, check_s: float) -> Generator[Chunk, None, None]:
-        """Begin when the first chunk is asked for."""
-        yield from self._scheduler.run(
-            partial(self._answer, request),
-            asked_at=time.perf_counter() - check_s,
-            timeout_s=request.params.timeout_s,
-        )
 
     def _answer(self, request: Request, asked_at: float) -> Generator[Chunk, None, None]:
         request = self._plan(request)

@@ -172,7 +172,7 @@ COMPUTED = ""
 """Label of a row whose keys and values equal those of a full prefill."""
 
 REPAIRED = "*"
-"""Label of a row that was computed again, or that stands after such a row."""
+"""Label of a row that was computed again."""
 
 NO_WEIGHTS = -1
 """Version of weights that no model has: what they computed serves nobody."""
@@ -224,6 +224,8 @@ class KVSequence:
     def take_back(self, rows: Sequence[int]) -> None:
         """Let the buffers hold those of the rows that are on loan, so that they can be computed."""
         loans = self.buffers.loans
+        if not loans:
+            return
         lent = [row for row in rows if any(loan.start <= row < loan.stop for loan in loans)]
         if lent:
             self.reserve(len(self.token_ids), more=len(lent))

@@ -30,14 +30,6 @@ _FEWEST_LENT_TOKENS = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Encoded:
-    """How much a library encoded since it was made."""
-
-    tokens: int = 0
-    elapsed_ms: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
 class Loaded:
     """Where the states of a prompt came from, by digest, and what that took.
 
@@ -74,7 +66,7 @@ class ModuleLibrary:
     ) -> None:
         self.lm = lm
         self.preambles = PreambleIds(lm.text, lm.context_length, preamble)
-        self.encoded = Encoded()
+        self.encoded_tokens, self.encode_ms = 0, 0.0  # since it was made
         self._store = store
         self.renew()
         renew_in_child(self)
@@ -177,7 +169,7 @@ class ModuleLibrary:
             if not self._read(planned, stored, sequence, in_memory):
                 del found[planned.key]
         missing = {s.key: s.module for s in states if s.key not in found}
-        for key, state, source in self.encode(missing):
+        for key, state, source in self.encode(missing) if missing else ():
             in_memory[key.digest] = state
             sources[key.digest] = source
         load_ms = ms_since(started)
@@ -251,7 +243,11 @@ class ModuleLibrary:
     def _fits(self, key: ModuleKey, stored: Opened) -> bool:
         try:
             stored.rows.check(self.lm.stacks, self.lm.dtype)
-            _check_identity(stored.rows, key)
+            if stored.rows.token_ids != key.token_ids:
+                raise StateMismatchError(
+                    f"the state holds other tokens than asked for ({stored.rows.num_tokens}, not "
+                    f"{len(key.token_ids)}, or other ids)"
+                )
         except StateMismatchError as error:
             logger.warning("dropped a stored state: %s", error)
             stored.settle(0.0, error)
@@ -335,7 +331,9 @@ class ModuleLibrary:
             for module, state in encode_modules(self.lm, preamble, list(keys)):
                 if state.keys[0].device.type != "cpu":
                     state.keys[0].flatten()[-1].item()  # wait until it is computed
-                self._count(module.num_tokens, ms_since(started))
+                with self._lock:
+                    self.encoded_tokens += module.num_tokens
+                    self.encode_ms += ms_since(started)
                 key = keys[module]
                 if key.space != now.keys or self.lm.weights_version != now.weights:
                     logger.warning("weights changed during a request; a state was not stored")
@@ -370,11 +368,6 @@ class ModuleLibrary:
             known[before, token_ids] = state
         return state
 
-    def _count(self, tokens: int, elapsed_ms: float) -> None:
-        with self._lock:
-            done = self.encoded
-            self.encoded = Encoded(done.tokens + tokens, done.elapsed_ms + elapsed_ms)
-
 
 def _may_stay(planned: PlannedState, state: KVState, sequence: KVSequence) -> bool:
     """Return whether a state is one run of rows, long enough to be worth a product of its own."""
@@ -401,12 +394,3 @@ def _parts(planned: PlannedState, rows: StateSource) -> Iterator[tuple[StateSour
     for (start, stop), position in zip(planned.runs, planned.positions, strict=True):
         yield state.part(done, done + stop - start, first + offsets[done]), start, position
         done += stop - start
-
-
-def _check_identity(state: StateSource, key: ModuleKey) -> None:
-    """Raises: StateMismatchError: the store gave the state of other tokens."""
-    if state.token_ids != key.token_ids:
-        raise StateMismatchError(
-            f"the state holds other tokens than asked for ({state.num_tokens}, not "
-            f"{len(key.token_ids)}, or other ids)"
-        )
