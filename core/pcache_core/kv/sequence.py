@@ -129,12 +129,8 @@ class KVBuffers:
         """Bytes held by the buffers; what is on loan is held by others."""
         return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
 
-    def state(self, start: int, token_ids: Sequence[int], position: int) -> KVState:
-        """Copy rows `start …` out as the state of `token_ids`, encoded at `position`."""
-        return self.state_of(range(start, start + len(token_ids)), token_ids, position)
-
-    def state_of(self, rows: Sequence[int], token_ids: Sequence[int], position: int) -> KVState:
-        """Copy any rows out as the state of `token_ids`, the first encoded at `position`."""
+    def state(self, rows: Sequence[int], token_ids: Sequence[int], position: int) -> KVState:
+        """Copy rows out as the state of `token_ids`, the first encoded at `position`."""
         index = torch.tensor(rows, device=self.positions.device)
         return KVState(
             stacks=self.stacks,

@@ -72,7 +72,7 @@ def _state(buffers: KVBuffers, start: int, module: ModuleTokens) -> KVState:
     passage = module.passage
     rows = [start + index for index in passage.kept]
     first = passage.positions(module.position)[passage.kept[0]]
-    return buffers.state_of(rows, passage.kept_ids, first)
+    return buffers.state(rows, passage.kept_ids, first)
 
 
 def _visible(preamble_tokens: int, own: RowRange) -> tuple[RowRange, ...]:

@@ -22,7 +22,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import cast
 
 import torch
@@ -271,15 +271,6 @@ class SealedStore(OpeningReads):
         logger.warning("dropped the stored state %s: %s", self._name(key), error)
         self._counters.add(damaged=1, misses=1)
         self.delete(key)
-
-
-def decode(raw: torch.Tensor | bytes, key: ModuleKey, seal: Seal) -> KVState:
-    """Return the state that is stored in `raw`: its bytes, or [bytes] uint8.
-
-    Raises: StateMismatchError: damaged, of another key, or sealed otherwise.
-    """
-    content = raw.numpy().data if isinstance(raw, torch.Tensor) else raw
-    return SealedState(partial(io.BytesIO, content), key, seal).whole()
 
 
 def read_header(file: io.RawIOBase | io.BytesIO) -> bytes:
