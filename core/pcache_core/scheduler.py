@@ -166,41 +166,6 @@ def too_late(timeout_s: float | None) -> DeadlineExceededError:
     )
 
 
-class Deadline:
-    """The moment a request has to be done by.
-
-    timeout_s: None leaves it all the time it needs. asked_at: by `time.perf_counter`.
-    is_over: whether the request has ended, so that nothing else may end by its deadline.
-    """
-
-    def __init__(self, timeout_s: float | None, asked_at: float) -> None:
-        self.is_over = False
-        self._timeout_s = timeout_s
-        self._ends = None if timeout_s is None else asked_at + timeout_s
-
-    @contextmanager
-    def over(self, lm: CausalLM) -> Iterator[None]:
-        """Inside, what waits for the model or for its turn is given up when the time has passed.
-
-        Raises: DeadlineExceededError: it has.
-        """
-        if self._ends is None:
-            yield
-            return
-        try:
-            with lm.cancelled_by(self._is_passed):
-                yield
-        except RequestCancelledError:
-            if not self._is_passed():
-                raise
-            raise too_late(self._timeout_s) from None
-
-    def _is_passed(self) -> bool:
-        if self._ends is None or self.is_over:
-            return False
-        return time.perf_counter() >= self._ends
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class _End(Generic[T]):
     """What a stream ended with."""
@@ -235,15 +200,14 @@ class Scheduler:
         Raises: OverloadedError: too many requests wait. DeadlineExceededError: the time has passed.
         """
         place = self.gate.queue(time.perf_counter() - spent_s)
-        deadline = Deadline(timeout_s, place.asked_at)
         items = answer(place.asked_at)
         try:
             try:
-                with deadline.over(self._lm):
+                with self._in_time(place, timeout_s):
                     self.gate.start(place, self._lm.check_cancelled)
                 while True:
                     # What a request made is used by later ones, in the caller's mode or not.
-                    with torch.inference_mode(mode=False), deadline.over(self._lm):
+                    with torch.inference_mode(mode=False), self._in_time(place, timeout_s):
                         item = next(items, None)
                     if item is None:
                         return
@@ -254,8 +218,30 @@ class Scheduler:
                 items.close()
         finally:  # these come first: an interrupt may land in any call
             place.state = "left"
-            deadline.is_over = True
             self.gate.leave(place)
+
+    @contextmanager
+    def _in_time(self, place: Place, timeout_s: float | None) -> Iterator[None]:
+        """Inside, what waits for the model or for its turn is given up when the time has passed.
+
+        Not when the request has been left: nothing else ends by its deadline.
+        Raises: DeadlineExceededError: it has.
+        """
+        if timeout_s is None:
+            yield
+            return
+        ends = place.asked_at + timeout_s
+
+        def is_passed() -> bool:
+            return place.state != "left" and time.perf_counter() >= ends
+
+        try:
+            with self._lm.cancelled_by(is_passed):
+                yield
+        except RequestCancelledError:
+            if not is_passed():
+                raise
+            raise too_late(timeout_s) from None
 
     async def run_in_thread(
         self, start: Callable[[], Generator[T, None, None]], timeout_s: float | None = None

@@ -8,10 +8,8 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-try:
-    from transformers.cache_utils import (
-        DummyLayer as DummyLayer,
-    )  # for a layer that shares another layer's rows
+try:  # what stands in a cache for a layer that shares another layer's keys and values
+    from transformers.cache_utils import DummyLayer as DummyLayer
 except ImportError:  # older versions, which vLLM may ask for, leave such layers out of the cache
 
     class DummyLayer:  # type: ignore[no-redef]

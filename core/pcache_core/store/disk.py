@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import stat
 import tempfile
@@ -20,8 +19,6 @@ from pcache_core.store.base import Opened, Outage, StoreStats, ms_since
 from pcache_core.store.folder import StateFolder, open_file
 from pcache_core.store.memory import check_budget
 from pcache_core.store.record import StorageDtype
-
-logger = logging.getLogger(__name__)
 
 DEFAULT_DISK_BUDGET_BYTES = 32 * 2**30
 _MOST_OPEN = 64  # states that are asked for together

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import logging
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +26,6 @@ except ImportError as error:
         "ObjectStore needs the fsspec package; pip install 'pcache-integrations[fsspec]'"
     ) from error
 
-logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _FIRST_READ_BYTES = 2**20

@@ -7,7 +7,6 @@ written last, so a state is seen whole or not at all; chunks whose writer was in
 from __future__ import annotations
 
 import io
-import logging
 import math
 import re
 import secrets
@@ -37,7 +36,6 @@ except ImportError as error:
         "RedisStore needs the redis package; pip install 'pcache-integrations[redis]'"
     ) from error
 
-logger = logging.getLogger(__name__)
 T = TypeVar("T")
 _Answers = list[bytes | None]
 
