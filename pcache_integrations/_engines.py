@@ -86,12 +86,14 @@ def server_address(
 
 def describe_engine(engine: Engine, options: Mapping[str, Any]) -> dict[str, Any]:
     """What an existing engine runs on, as options. Raises: OptionError: `options` say it too."""
-    twice = [name for name in (*ENGINE_OPTIONS, "base_url") if name in options]
+    brought = engine.settings()
+    server = [name for name in SERVER_OPTIONS if name in brought or name == "base_url"]
+    twice = [name for name in (*ENGINE_OPTIONS, *server) if name in options]
     if twice:
         raise OptionError(
             f"engine= brings its own {', '.join(twice)}; leave {'them' if twice[1:] else 'it'} out"
         )
-    return engine.settings()
+    return brought
 
 
 @dataclass(frozen=True, slots=True)
