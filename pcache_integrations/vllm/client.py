@@ -125,7 +125,14 @@ class RemoteEngine(Engine):
 
     def settings(self) -> dict[str, Any]:
         """Return what the engine was made of, by the names of a language model's options."""
-        return {**super().settings(), "base_url": self.address.base_url}
+        address = self.address
+        return {
+            **super().settings(),
+            "base_url": address.base_url,
+            "api_key": address.api_key,
+            "timeout": address.timeout_s,
+            "max_retries": address.max_retries,
+        }
 
     def preamble_for(self, text: str) -> tuple[int, ...]:
         """Return the ids that a module of this text is encoded after."""
@@ -136,7 +143,7 @@ class RemoteEngine(Engine):
 
         A document is tokenised together with what separates it from the next.
         """
-        return super().tokenise(join_separators(prompt, self.lm.text.holds_special)[0])
+        return self._tokenise(prompt)[0]
 
     def request(
         self,
@@ -148,7 +155,9 @@ class RemoteEngine(Engine):
         """Check a request, and say what the server will be asked; errors as for `stream`."""
         params = params or SamplingParams()
         mode = self._mode(reuse, repair)
-        tokens = self._checked_tokens(prompt, params)
+        self._check_types(prompt, params)
+        tokens, separators = self._tokenise(prompt)
+        self._check_length(tokens)
         if prompt.placement is not None:
             raise PromptError(
                 "prompts of a schema need a model in this process; leave out base_url"
@@ -161,7 +170,6 @@ class RemoteEngine(Engine):
         connector = found.connector
         if mode == "exact":
             return ServedRequest(tokens, params, mode, None, connector.namespace)
-        _, separators = join_separators(prompt, self.lm.text.holds_special)
         modules = PromptModules(tokens, separators, found.maker)
         reason = prompt.fallback_reason if mode == "fast" else _AS_THEY_ARE
         runs = modules.runs(connector.key_space)
@@ -250,6 +258,11 @@ class RemoteEngine(Engine):
         unknown = StoreStats("remote", None, None, None, hits=0, misses=0, evictions=0)
         tokens, elapsed_ms = self._keeper.tokens, self._keeper.elapsed_ms
         return EngineStats.of(unknown, self.reports, encoded_tokens=tokens, encode_ms=elapsed_ms)
+
+    def _tokenise(self, prompt: Prompt) -> tuple[TokenisedPrompt, tuple[str, ...]]:
+        """Return the tokens, and the separator that was joined to each piece, mostly empty."""
+        joined, separators = join_separators(prompt, self.lm.text.holds_special)
+        return super().tokenise(joined), separators
 
     def _run(
         self, request: ServedRequest, body: dict[str, Any], started: float
