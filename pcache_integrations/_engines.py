@@ -291,7 +291,7 @@ class EngineHandle:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Return a pickle holds how to build the engine, not its weights and states."""
+        """Pickle how to build the engine, not its weights and states."""
         return type(self), (self.options,)
 
 

@@ -145,7 +145,7 @@ class CachedLLM(EngineOwner, FunctionCallingLLM):
 
     @property
     def engine_handle(self) -> EngineHandle:
-        """Return how others share the engine before it is built."""
+        """Return what others share the engine by, before it is built."""
         return self._settle()
 
     def _settle(self) -> EngineHandle:

@@ -146,7 +146,7 @@ class Server:
 
     @cached_property
     def _verify(self) -> ssl.SSLContext | bool:
-        """Certificates, read once; none for plain HTTP, as reading them takes a while."""
+        """Certificates, read once; False for plain HTTP, as reading them takes a while."""
         if not self.address.base_url.startswith("https://"):
             return False
         return httpx.create_ssl_context()
