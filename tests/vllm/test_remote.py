@@ -413,13 +413,38 @@ def test_a_served_engine_refuses_what_one_in_process_does(
     assert len(plain.bodies) == 0
 
 
-def test_prompts_of_a_schema_need_a_model_in_process(plain: _PlainServer, tiny: CausalLM) -> None:
+def test_prompts_of_a_schema_stand_without_gaps_which_is_said(
+    plain: _PlainServer, tiny: CausalLM
+) -> None:
     here = PromptCacheEngine(tiny)
-    here.add_schema('<schema name="trip"><module name="plan">Go by train.</module></schema>')
-    prompt = here.prompt_from_pml('<prompt schema="trip"><plan/>When?</prompt>')
+    plan = "<module name='a'>Go by train.</module><module name='b'>Go by boat to the isle.</module>"
+    here.add_schema(f'<schema name="trip">{plan}</schema>')
+    whole, far = (
+        here.prompt_from_pml(f'<prompt schema="trip">{used}When?</prompt>')
+        for used in ("<a/><b/>", "<b/>")
+    )
     there = RemoteEngine(Address(f"http://127.0.0.1:{plain.server_port}"), "builtin:tiny-rag")
-    with pytest.raises(PromptError, match="schema need a model in this process"):
-        there.generate(prompt)
+    with pytest.raises(PromptError, match="laid out for another model than the server says"):
+        there.generate(far)
+    plain.says = connector(tiny, preambles_of(tiny))
+    there = RemoteEngine(there.address, "builtin:tiny-rag", reuse="fast")
+    for prompt, has_gaps in ((whole, False), (far, True)):
+        report = there.generate(prompt).report
+        (*_, asked) = (body["prompt"] for body in plain.bodies if body.get("stream"))
+        assert asked == list(here.tokenise(prompt).token_ids)
+        assert ("without the gaps" in str(report.fallback_reason)) == has_gaps
+        assert report.reuse == "fast"
+
+
+@pytest.mark.parametrize("mode", ["off", "exact", "fast", "balanced"])
+def test_sources_that_a_server_can_not_name_are_named_as_lost(
+    plain: _PlainServer, tiny: CausalLM, mode: ReuseMode
+) -> None:
+    plain.says = connector(tiny, preambles_of(tiny))
+    engine = RemoteEngine(Address(f"http://127.0.0.1:{plain.server_port}"), "builtin:tiny-rag")
+    report = engine.generate(Prompt.from_text("Who?"), SamplingParams(sources=True), mode).report
+    assert "answers name no sources" in str(report.fallback_reason)
+    assert ("repairs nothing" in str(report.fallback_reason)) == (mode == "balanced")
 
 
 def test_something_else_than_a_preamble_is_refused(plain: _PlainServer) -> None:
