@@ -91,12 +91,14 @@ def server_address(
 
 def describe_engine(engine: Engine, options: Mapping[str, Any]) -> dict[str, Any]:
     """What an existing engine runs on, as options. Raises: OptionError: `options` say it too."""
-    twice = [name for name in (*ENGINE_OPTIONS, "base_url") if name in options]
+    brought = engine.settings()
+    server = [name for name in SERVER_OPTIONS if name in brought or name == "base_url"]
+    twice = [name for name in (*ENGINE_OPTIONS, *server) if name in options]
     if twice:
         raise OptionError(
             f"engine= brings its own {', '.join(twice)}; leave {'them' if twice[1:] else 'it'} out"
         )
-    return engine.settings()
+    return brought
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,7 +303,7 @@ class EngineHandle:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Return a pickle holds how to build the engine, not its weights and states."""
+        """Pickle how to build the engine, not its weights and states."""
         return type(self), (self.options,)
 
 
