@@ -96,9 +96,9 @@ def test_what_can_not_be_compared_is_refused(
     assert said in capsys.readouterr().err
 
 
-def test_the_commands_of_the_readme_are_understood() -> None:
-    readme = (Path(peers.__file__).parent.parent / "README.md").read_text("utf-8")
-    commands = re.findall(r"^\$ python benchmarks/peers.py((?:.*\\\n)*.*)$", readme, flags=re.M)
+def test_the_commands_of_the_docs_are_understood() -> None:
+    page = (Path(peers.__file__).parent.parent / "docs" / "speed.md").read_text("utf-8")
+    commands = re.findall(r"^\$ python benchmarks/peers.py((?:.*\\\n)*.*)$", page, flags=re.M)
     assert len(commands) == 2
     for command in commands:
         words = shlex.split(re.sub(r"\\\n|docs/", "", command).replace("PYTHON", sys.executable))
