@@ -19,7 +19,7 @@ from pcache_integrations.vllm.model_card import ModelCard
 
 
 def serve(*options: str) -> list[str]:
-    result = CliRunner().invoke(app, ["serve", *options])
+    result = CliRunner().invoke(app, ["serve", "--model", "builtin:tiny-rag", *options])
     if result.exception is not None:
         raise result.exception
     return shlex.split(result.stdout)
