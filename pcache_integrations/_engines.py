@@ -65,7 +65,8 @@ ENGINE_OPTIONS = (
 )  # fmt: skip
 """Options of a language model that decide which engine it gets."""
 
-_DECIDING = (*ENGINE_OPTIONS, "reuse", "base_url", "api_key", "timeout", "max_retries")
+SERVER_OPTIONS = ("base_url", "api_key", "timeout", "max_retries")
+_DECIDING = (*ENGINE_OPTIONS, *SERVER_OPTIONS, "reuse")
 
 _OF_A_GIVEN_ENGINE = ("namespace", "preamble", "repair")
 """Options that may change beside an engine that was handed over: its model and store serve them."""
