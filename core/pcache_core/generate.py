@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 import torch
 
-from pcache_core.results import Chunk, FinishReason, TokenLogprob
+from pcache_core.report import Chunk, FinishReason, TokenLogprob
 
 _MOST_BYTES = 3  # of a character that is not complete
 _MOST_WAITING = 8  # tokens whose text is not out yet

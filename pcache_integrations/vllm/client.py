@@ -11,18 +11,15 @@ from contextlib import aclosing, closing
 from dataclasses import dataclass
 from typing import Any
 
-from pcache_core.base_engine import Engine
+from pcache_core.base_engine import Engine, EngineStats
 from pcache_core.errors import ModelError, OptionError, PromptError
 from pcache_core.library.preamble import Preamble
 from pcache_core.lm import TextModel
 from pcache_core.params import DEFAULT_REUSE, REPAIR, ReuseMode, SamplingParams
 from pcache_core.precompute import ForgetReport
-from pcache_core.prompt import Prompt, Segment
-from pcache_core.report import EncodeReport
-from pcache_core.results import Chunk
+from pcache_core.prompt import Prompt, Segment, TokenisedPrompt
+from pcache_core.report import Chunk, EncodeReport
 from pcache_core.store import StoreStats
-from pcache_core.tokens import TokenisedPrompt
-from pcache_core.totals import EngineStats
 from pcache_integrations.vllm.client_http import Address, Server
 from pcache_integrations.vllm.client_keeper import Keeper
 from pcache_integrations.vllm.client_modules import (

@@ -15,8 +15,7 @@ from pcache_core.errors import ContextLengthError
 from pcache_core.kv.key import KeySpace
 from pcache_core.library.preamble import Preamble, PreambleIds
 from pcache_core.lm import TextModel
-from pcache_core.prompt import Prompt, Segment
-from pcache_core.tokens import TokenisedPrompt
+from pcache_core.prompt import Prompt, Segment, TokenisedPrompt
 from pcache_integrations.vllm.protocol import (
     LEAST_MODULE_TOKENS,
     MOST_TAIL_TOKENS,

@@ -35,8 +35,8 @@ from pcache_core.kv.key import KeySpace
 from pcache_core.library.preamble import PreambleIds
 from pcache_core.lm import TextModel
 from pcache_core.params import ReuseMode
+from pcache_core.prompt import tokenise
 from pcache_core.store.inspect import stored_states
-from pcache_core.tokens import tokenise
 from pcache_integrations._engines import engine_options
 from pcache_integrations.langchain import PromptCacheLLM as LangChainLLM
 from pcache_integrations.llama_index import PromptCacheLLM as LlamaIndexLLM

@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pcache_core.errors import ModelError
-from pcache_core.kv.buffers import KVBuffers
+from pcache_core.kv.sequence import KVBuffers
 from pcache_core.kv.state import LayerShape, Stack, stack_layers
 from pcache_core.lm.batch import Batch
 from pcache_core.lm.fingerprint import fingerprint
@@ -25,7 +25,7 @@ from pcache_core.lm.probe import Support, probe
 from pcache_core.lm.sampling import Sampler
 from pcache_core.lm.stock import StockRun, own_cache_works
 from pcache_core.lm.structure import context_length
-from pcache_core.lm.text_model import TextModel
+from pcache_core.lm.tokenizer import TextModel
 from pcache_core.lm.weights import Weights
 from pcache_core.params import SamplingParams
 from pcache_core.threads import fork_safe
