@@ -1,6 +1,10 @@
-"""Keys and random states for tests of stores."""
+"""Keys and random states for tests of stores, and who may read and write them."""
 
 from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
 
 import torch
 
@@ -51,3 +55,16 @@ def same(one: KVState, other: KVState) -> bool:
         and all(map(torch.equal, one.values, other.values))
         and [t.dtype for t in one.keys] == [t.dtype for t in other.keys]
     )
+
+
+@contextlib.contextmanager
+def as_nobody() -> Iterator[None]:
+    """Without the superuser's right to read and write everything."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import resource
@@ -22,7 +21,7 @@ import torch
 from pcache_core import BudgetError, DiskStore, OptionError, StoreError
 from pcache_core.kv.key import ModuleKey
 from pcache_core.store import ModuleStore
-from stored_states import make, same
+from stored_states import as_nobody, make, same
 
 
 def files(folder: Path, pattern: str = "*.safetensors") -> list[Path]:
@@ -187,19 +186,6 @@ def test_what_is_no_regular_file_is_dropped(tmp_path: Path, kind: str) -> None:
 
 
 # --- outages ------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def as_nobody() -> Iterator[None]:
-    """Without the superuser's right to write everywhere."""
-    if os.geteuid() != 0:
-        yield
-        return
-    os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
 
 
 @pytest.fixture

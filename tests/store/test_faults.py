@@ -31,6 +31,7 @@ from pcache_core import (
 )
 from pcache_core.store.redis import RedisStore
 from redis_server import Server
+from stored_states import as_nobody
 
 OPENING = Segment("Answer from the notes.\n", "literal")
 TEXTS = [f"Note {n}: the river runs past mill number {n}, and on to the sea." for n in range(4)]
@@ -170,19 +171,6 @@ def test_on_a_full_disk_requests_are_answered_and_said_once(
     assert sum(r.levelno == logging.WARNING for r in caplog.records) == 1
     assert ask(store) == ["encoded"] * 4
     assert ask(store) == ["disk"] * 4
-
-
-@contextlib.contextmanager
-def as_nobody() -> Iterator[None]:
-    """Without the superuser's right to write everywhere."""
-    if os.geteuid() != 0:
-        yield
-        return
-    os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
 
 
 def test_a_read_only_folder_serves_what_it_has(

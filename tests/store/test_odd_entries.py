@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -10,7 +9,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,22 +19,9 @@ from typer.testing import CliRunner
 from pcache_core import CausalLM, DiskStore, PromptCacheEngine
 from pcache_core.store.inspect import Selection, clear_states, stored_states
 from pcache_integrations.cli.commands import app
-from stored_states import make, same
+from stored_states import as_nobody, make, same
 
 T = TypeVar("T")
-
-
-@contextlib.contextmanager
-def as_nobody() -> Iterator[None]:
-    """Without the superuser's right to read everything."""
-    if os.geteuid() != 0:
-        yield
-        return
-    os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
 
 
 BEES = "Ann keeps bees in Oslo."
