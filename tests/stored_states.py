@@ -1,4 +1,4 @@
-"""Keys and random states for tests of stores, and who may read and write them."""
+"""Keys and random states for tests of stores, and a user who may not do everything."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 
 from pcache_core.kv.key import KeySpace, ModuleKey
 from pcache_core.kv.state import KVState, LayerShape, stack_layers
+from pcache_core.store import ModuleStore
 
 SPACE = KeySpace(
     "a" * 64,
@@ -57,9 +58,15 @@ def same(one: KVState, other: KVState) -> bool:
     )
 
 
+def holds(store: ModuleStore, key: ModuleKey, state: KVState) -> bool:
+    """Whether a store gives just this state for a key."""
+    hit = store.get(key)
+    return hit is not None and same(hit.state, state)
+
+
 @contextlib.contextmanager
 def as_nobody() -> Iterator[None]:
-    """Without the superuser's right to read and write everything."""
+    """Without the superuser's right to read and write everywhere."""
     if os.geteuid() != 0:
         yield
         return

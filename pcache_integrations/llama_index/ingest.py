@@ -170,7 +170,7 @@ def _handle_of(llm: object, options: dict[str, Any]) -> EngineHandle:
     if isinstance(llm, PromptCacheLLM):
         if given:
             raise OptionError(f"llm= brings its own {', '.join(given)}; leave them out")
-        return llm.engine_handle
+        return llm._settle()
     if llm is not None or "model" not in options or options.get("store", "memory") == "memory":
         raise OptionError(
             "PromptCachePrecompute needs to know whose states it makes: give llm=, a "

@@ -29,6 +29,15 @@ def pack_ids(token_ids: Sequence[int]) -> bytes:
     return struct.pack(f"<{len(token_ids)}q", *token_ids)
 
 
+def check_namespace(namespace: object) -> None:
+    """Raises: OptionError: it has other characters than letters, digits and `._-`."""
+    if not isinstance(namespace, str) or not _NAMESPACE.fullmatch(namespace):
+        raise OptionError(
+            f"namespace {namespace!r} is not valid; use 1 to 64 letters, digits, "
+            "'.', '_' or '-', starting with a letter or digit"
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class KeySpace:
     """Makes the keys of one model in one namespace.
@@ -46,11 +55,7 @@ class KeySpace:
     decode: Callable[[Sequence[int]], str] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.namespace, str) or not _NAMESPACE.fullmatch(self.namespace):
-            raise OptionError(
-                f"namespace {self.namespace!r} is not valid; use 1 to 64 letters, digits, "
-                "'.', '_' or '-', starting with a letter or digit"
-            )
+        check_namespace(self.namespace)
 
     def key(
         self,
