@@ -65,7 +65,8 @@ ENGINE_OPTIONS = (
 )  # fmt: skip
 """Options of a language model that decide which engine it gets."""
 
-_DECIDING = (*ENGINE_OPTIONS, "reuse", "base_url", "api_key", "timeout", "max_retries")
+SERVER_OPTIONS = ("base_url", "api_key", "timeout", "max_retries")
+_DECIDING = (*ENGINE_OPTIONS, *SERVER_OPTIONS, "reuse")
 
 _OF_A_GIVEN_ENGINE = ("namespace", "preamble", "repair")
 """Options that may change beside an engine that was handed over: its model and store serve them."""
@@ -91,12 +92,14 @@ def server_address(
 
 def describe_engine(engine: Engine, options: Mapping[str, Any]) -> dict[str, Any]:
     """What an existing engine runs on, as options. Raises: OptionError: `options` say it too."""
-    twice = [name for name in (*ENGINE_OPTIONS, "base_url") if name in options]
+    brought = engine.settings()
+    server = [name for name in SERVER_OPTIONS if name in brought or name == "base_url"]
+    twice = [name for name in (*ENGINE_OPTIONS, *server) if name in options]
     if twice:
         raise OptionError(
             f"engine= brings its own {', '.join(twice)}; leave {'them' if twice[1:] else 'it'} out"
         )
-    return engine.settings()
+    return brought
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,7 +304,7 @@ class EngineHandle:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Return a pickle holds how to build the engine, not its weights and states."""
+        """Pickle how to build the engine, not its weights and states."""
         return type(self), (self.options,)
 
 

@@ -252,8 +252,8 @@ class Engine(ABC):
         """Return the prompt's token ids, the same for every reuse mode."""
         return tokenise(prompt, self.lm.text.ids, self.lm.text.bos_ids)
 
-    def _checked_tokens(self, prompt: Prompt, params: SamplingParams) -> TokenisedPrompt:
-        """Raises: PromptError: no prompt, or one without tokens. OptionError: no parameters."""
+    def _check_types(self, prompt: Prompt, params: SamplingParams) -> None:
+        """Raises: PromptError: no prompt. OptionError: no parameters."""
         if not isinstance(prompt, Prompt):
             raise PromptError(
                 f"prompt must be a Prompt, got {type(prompt).__name__}; "
@@ -261,10 +261,11 @@ class Engine(ABC):
             )
         if not isinstance(params, SamplingParams):
             raise OptionError(f"params must be SamplingParams, got {type(params).__name__}")
-        tokens = self.tokenise(prompt)
+
+    def _check_length(self, tokens: TokenisedPrompt) -> None:
+        """Raises: PromptError: the prompt has no tokens."""
         if not tokens.token_ids:
             raise PromptError("the prompt has no tokens; give at least one character of text")
-        return tokens
 
     def _mode(self, reuse: ReuseMode | None, repair: float | None) -> ReuseMode:
         """Return the mode that a request asks for.

@@ -338,7 +338,9 @@ class PromptCacheEngine(Engine):
         repair: float | None,
     ) -> Request:
         mode = self._mode(reuse, repair)
-        tokens = self._checked_tokens(prompt, params)
+        self._check_types(prompt, params)
+        tokens = self.tokenise(prompt)
+        self._check_length(tokens)
         budget = self.repair if repair is None else repair
         return check_request(self.lm, tokens, prompt, params, mode, budget)
 

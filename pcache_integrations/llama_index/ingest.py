@@ -124,7 +124,7 @@ class PromptCachePrecompute(TransformComponent):
         return super().to_dict(**kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Return a pickle holds how to build the engine, not its weights and states."""
+        """Pickle how to build the engine, not its weights and states."""
         return _unpickled, (self._settled(), self.progress, self.to_dict()["fingerprint"])
 
     def _settled(self) -> EngineHandle:
@@ -183,7 +183,7 @@ def _handle_of(llm: object, options: dict[str, Any]) -> EngineHandle:
 
 
 def _unpickled(handle: EngineHandle, progress: bool, fingerprint: str) -> PromptCachePrecompute:  # noqa: FBT001
-    """Return a copy, for example in a worker process: with an engine of its own, or none."""
+    """Make a copy, for example in a worker process: with an engine of its own, or none."""
     copy = PromptCachePrecompute.model_construct(
         **{name: getattr(handle.options, name) for name in _OPTIONS},
         progress=progress,

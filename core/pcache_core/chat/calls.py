@@ -167,7 +167,7 @@ class ToolReader:
         return ToolAnswer(text)
 
     def _step_in_call(self) -> ToolAnswer:
-        """Return a call, if its end is there."""
+        """Read a call, if its end is there."""
         closing = self._closing.strip()
         if closing:
             end = self._held.find(closing, self._at)
@@ -181,7 +181,7 @@ class ToolReader:
         return self._call(text, raw)
 
     def _call(self, text: str, raw: str) -> ToolAnswer:
-        """Return a call in its markup, or what it lacks."""
+        """Read the call in `text`, or say its fault. raw: the same, with what ends it."""
         self._had_call, self._shown_since_call = True, False
         written = self._marker + raw
         try:

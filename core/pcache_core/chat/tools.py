@@ -45,7 +45,7 @@ class ToolFormat:
         return ToolReader(self.marker, self.closing, [tool.name for tool in tools])
 
     def read(self, text: str, tools: Sequence[Tool]) -> ToolAnswer:
-        """Return a whole answer: content, calls, and what was meant as a call."""
+        """Take a whole answer apart: content, calls, and what was meant as a call."""
         reader = self.reader(tools)
         first, last = reader.add(text), reader.finish()
         content = first.content + last.content
@@ -53,7 +53,7 @@ class ToolFormat:
         return ToolAnswer(content.strip() if calls or invalid else content, calls, invalid)
 
     def parse(self, text: str, tools: Sequence[Tool]) -> tuple[str, tuple[ToolCall, ...]]:
-        """Return a whole answer: content and calls; a call that is not valid stays content."""
+        """Take a whole answer apart: content and calls; a call that is not valid stays content."""
         answer = self.read(text, tools)
         if not answer.invalid:
             return answer.content, answer.calls

@@ -46,7 +46,7 @@ def _batches(lm: CausalLM, modules: Sequence[ModuleTokens]) -> Iterator[list[Mod
 def _encode_batch(
     lm: CausalLM, preamble: Sequence[KVState], modules: Sequence[ModuleTokens]
 ) -> list[KVState]:
-    """Return one forward: the buffers hold the preamble, then the modules one after another."""
+    """Encode in one forward: the buffers hold the preamble, then module after module."""
     before = sum(part.num_tokens for part in preamble)
     buffers = lm.new_buffers(before + sum(module.num_tokens for module in modules))
     for part in preamble:

@@ -40,7 +40,7 @@ _locks_lock = fork_safe(threading.Lock())
 
 
 def _lock_of(model: PreTrainedModel) -> threading.RLock:
-    """Return one lock for each model, however many `CausalLM` objects run it."""
+    """Return the lock of a model, the same for all `CausalLM` objects that run it."""
     with _locks_lock:
         if model not in _locks:
             _locks[model] = fork_safe(threading.RLock())
@@ -281,7 +281,7 @@ class CausalLM(TextModel):
             return own_cache_works(self.model, self.token_ids("a b c d e f")[:6])
 
     def stock_run(self) -> Callable[[Sequence[int]], torch.Tensor]:
-        """Return a request through the model's own forward, for models without rows per token."""
+        """Begin a request through the model's own forward, for models without rows per token."""
         run = LockedStockRun(StockRun(self.model, use_cache=self._own_cache_works), self._lock)
         return lambda token_ids: self._checked(run(token_ids))
 

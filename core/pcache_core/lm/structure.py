@@ -73,7 +73,7 @@ def context_length(model: PreTrainedModel) -> int | None:
 
 
 def context_length_by(config: PreTrainedConfig) -> int | None:
-    """Return most positions that a model of this configuration accepts; None without a limit."""
+    """Return how many positions a model of this configuration accepts; None without a limit."""
     config = config.get_text_config(decoder=True)
     for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
         limit = getattr(config, name, None)

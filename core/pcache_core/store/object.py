@@ -112,7 +112,7 @@ class ObjectStore(serde.SealedStore):
         return f"{self._root}/{key.digest[:2]}/{self._name(key)}{SUFFIX}"
 
     def _ask(self, question: Callable[[], T]) -> T | None:
-        """Return the answer; None if there is no such object, or the storage can't be reached."""
+        """Ask the storage; None if there is no such object, or the storage can't be reached."""
         if not self._storage.is_over:
             return None
         answer = None

@@ -90,7 +90,7 @@ class Record:
 
     @staticmethod
     def parse(metadata: Mapping[str, str]) -> Record:
-        """Return the inverse of `metadata`.
+        """Read what `metadata` wrote.
 
         Raises: StateMismatchError: another format or version. KeyError, TypeError, ValueError:
             not metadata of a state.

@@ -161,7 +161,7 @@ class RedisStore(serde.SealedStore):
         return f"pcache:{super()._name(key)}"
 
     def _ask(self, question: Callable[[], T]) -> T | None:
-        """Return the server's answer; None while it can't be reached."""
+        """Ask the server; None while it can't be reached."""
         if not self._server.is_over:
             return None
         try:
