@@ -38,6 +38,7 @@ from pcache_integrations.langchain.watch import WATCHER, watch_chains
 
 _OF_A_CALL = (
     "reuse", "max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed",
+    "speculative",
 )  # fmt: skip
 
 _ANSWERS_DEPEND_ON = (
@@ -95,6 +96,7 @@ class CachedModel(EngineOwner, BaseLanguageModel[Any]):
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     seed: int | None = None
+    speculative: bool = True
     stop: list[str] | None = None
     base_url: str | None = None
     api_key: SecretStr | None = None

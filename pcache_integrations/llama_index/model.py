@@ -32,7 +32,7 @@ from pcache_integrations.llama_index.watch import install_handler
 
 _OF_A_CALL = (
     "reuse", "max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed",
-    "stop",
+    "stop", "speculative",
 )  # fmt: skip
 
 
@@ -73,6 +73,10 @@ class CachedLLM(EngineOwner, FunctionCallingLLM):
     min_p: float = Field(default=0.0, description="Least probability relative to the likeliest.")
     repetition_penalty: float = Field(default=1.0, description="Above 1 avoids repetition.")
     seed: int | None = Field(default=None, description="Makes sampling repeatable.")
+    speculative: bool = Field(
+        default=True,
+        description="Try several tokens at once where the answer may quote the prompt.",
+    )
     stop: str | list[str] | None = Field(default=None, description="Strings that end generation.")
     dtype: str = Field(default="auto", description="The model's number format.")
     device: str = Field(default="auto", description="Where the model runs.")
