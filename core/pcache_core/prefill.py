@@ -12,9 +12,10 @@ from pcache_core.kv.sequence import REPAIRED, KVSequence
 from pcache_core.library.states import Loaded
 from pcache_core.lm import Batch, CausalLM
 from pcache_core.plan import PrefillPlan
+from pcache_core.prompt import Piece
 from pcache_core.report import Report, SegmentReport, Source
 from pcache_core.request import WATCHED_TOKENS
-from pcache_core.tokens import Piece
+from pcache_core.store.base import ms_since
 
 
 def prefill(
@@ -174,8 +175,3 @@ def _segment(piece: Piece, sources: Sequence[Source], preambles: Sequence[int]) 
         source=max(dict.fromkeys(here), key=here.count) if here else "computed",
         preamble_tokens=max(preambles[piece.start : piece.stop], default=0),
     )
-
-
-def ms_since(started: float) -> float:
-    """Return the milliseconds since `started`, by `time.perf_counter`."""
-    return (time.perf_counter() - started) * 1000

@@ -27,8 +27,8 @@ from pcache_core import (
 from pcache_core.evaluation.evaluate import environment
 from pcache_core.lm import Batch
 from pcache_core.params import ReuseMode
+from pcache_core.prompt import TokenisedPrompt
 from pcache_core.report import Report
-from pcache_core.tokens import TokenisedPrompt
 from pcache_integrations.bench.results import (
     FLOOR,
     Benchmark,

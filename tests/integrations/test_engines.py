@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import pytest
 from langchain_core.runnables import ConfigurableField
 
 from pcache_core import CausalLM, DiskStore, MemoryStore, Preamble, PromptCacheEngine, TieredStore
-from pcache_core.errors import ModelError, OptionError
+from pcache_core.errors import DeadlineExceededError, ModelError, OptionError
 from pcache_integrations.langchain import ChatPromptCache
 from pcache_integrations.langchain import PromptCacheLLM as LangChainLLM
 from pcache_integrations.llama_index import PromptCacheLLM as LlamaIndexLLM
@@ -97,7 +99,14 @@ def test_a_model_that_cant_be_loaded_never_answers_by_another(llm: Any) -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("store", "memoy"), ("namespace", 7), ("model", None), ("repair", -1), ("reuse", "most")],
+    [
+        ("store", "memoy"),
+        ("namespace", 7),
+        ("namespace", "a b"),
+        ("model", None),
+        ("repair", -1),
+        ("reuse", "most"),
+    ],
 )
 def test_a_value_that_no_engine_can_have_is_refused_at_once(
     llm: Any, name: str, value: object
@@ -116,6 +125,17 @@ def test_a_server_that_is_named_later_is_asked(llm: Any) -> None:
         _ = llm.engine
     llm.base_url = None
     assert isinstance(llm.engine, PromptCacheEngine)
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_an_answer_may_take_no_longer_than_its_timeout(kind: Any) -> None:
+    ask = "complete" if kind is LlamaIndexLLM else "invoke"
+    hasty = kind(model=TOY, max_tokens=400, timeout=0.001)
+    with pytest.raises(DeadlineExceededError):
+        getattr(hasty, ask)("Where does Ada live?")
+    assert getattr(hasty, ask)("Where does Ada live?", timeout=60)
+    with pytest.raises(OptionError, match="timeout"):
+        kind(model=TOY, timeout=0)
 
 
 @pytest.mark.parametrize("kind", CLASSES)
@@ -178,6 +198,27 @@ def test_a_language_model_made_anew_finds_its_engine(kind: Any) -> None:
     assert make().engine.stats().encoded_tokens == encoded
     make().close()
     assert make().engine.stats().encoded_tokens == 0
+
+
+def test_one_is_made_while_the_weights_of_another_are_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    load = CausalLM.from_pretrained
+    loads, may_go_on = threading.Event(), threading.Event()
+
+    def waiting(*given: Any, **options: Any) -> CausalLM:
+        loads.set()
+        may_go_on.wait(20)
+        return load(*given, **options)
+
+    monkeypatch.setattr(CausalLM, "from_pretrained", waiting)
+    with ThreadPoolExecutor(2) as pool:
+        pool.submit(lambda: LangChainLLM(model=TOY, dtype="bfloat16").engine)
+        assert loads.wait(20)
+        try:
+            assert pool.submit(LangChainLLM, model=TOY).result(5)
+        finally:
+            may_go_on.set()
 
 
 def test_one_set_of_weights_at_most_stays_without_an_owner() -> None:

@@ -138,7 +138,7 @@ class TestEveryMethod:
             await ask(llm, tool=[])
         hints = {
             "cache_control": {"type": "ephemeral"}, "prompt_cache_key": "x", "cache_idx": 1,
-            "extra_headers": {"anthropic-beta": "prompt-caching"}, "timeout": 3,
+            "extra_headers": {"anthropic-beta": "prompt-caching"}, "timeout": 300,
         }  # fmt: skip
         assert answer(await ask(llm, **hints)) == answer(await ask(llm))
 

@@ -9,9 +9,8 @@ from itertools import pairwise
 
 import torch
 
-from pcache_core.kv.buffers import KVBuffers, Loan
-
-RowRange = tuple[int, int]
+from pcache_core.kv.key import RowRange
+from pcache_core.kv.sequence import KVBuffers, Loan
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from transformers import PreTrainedModel
 
-from pcache_core.kv.buffers import KVBuffers
+from pcache_core.kv.sequence import KVBuffers
 from pcache_core.lm.attention import IMPLEMENTATION, AttentionLayers
 from pcache_core.lm.batch import Batch
 from pcache_core.lm.cache import slot_cache
