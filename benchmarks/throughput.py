@@ -76,7 +76,7 @@ class Requests:
     def __init__(self, engine: PromptCacheEngine, workload: Workload, answer_tokens: int) -> None:
         self._engine = engine
         self._workload = workload
-        self._params = SamplingParams(max_tokens=answer_tokens)
+        self._params = SamplingParams(max_tokens=answer_tokens, speculative=False)
         self._kv_bytes = 0
         self._rows = 0
 

@@ -358,6 +358,10 @@ class EngineOwner(BaseModel):
     min_p: float = Field(default=0.0, description="Least probability relative to the likeliest.")
     repetition_penalty: float = Field(default=1.0, description="Above 1 avoids repetition.")
     seed: int | None = Field(default=None, description="Makes sampling repeatable.")
+    speculative: bool = Field(
+        default=True,
+        description="Try several tokens at once where the answer may quote the prompt.",
+    )
     stop: str | list[str] | None = Field(default=None, description="Strings that end generation.")
     base_url: str | None = Field(
         default=None,

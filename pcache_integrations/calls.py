@@ -32,7 +32,7 @@ from pcache_core.params import ReuseMode, check_reuse
 SAMPLING = tuple(field.name for field in fields(SamplingParams))
 OF_A_CALL = (
     "reuse", "max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed",
-    "stop",
+    "speculative", "stop",
 )  # fmt: skip
 """Options of a language model that a call may say otherwise, by the same name."""
 

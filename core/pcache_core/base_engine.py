@@ -35,7 +35,7 @@ class EngineStats(StoreStats):
     computed_tokens: that ran through the model as part of a prompt, and those that were encoded for
         it.
     repaired_tokens: reused ones that were computed again all the same.
-    generated_tokens: of answers.
+    generated_tokens: of answers. drafted_tokens, accepted_tokens: tried ahead, and found right.
     encoded_tokens, encode_ms: encoding of states, for requests and ahead of them.
     prefill_ms, repair_ms: forwards of the requests before their first token.
     running, waiting: requests that are at work, and those that wait for their turn, right now.
@@ -47,6 +47,8 @@ class EngineStats(StoreStats):
     computed_tokens: int = 0
     repaired_tokens: int = 0
     generated_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     encoded_tokens: int = 0
     encode_ms: float = 0.0
     prefill_ms: float = 0.0
@@ -63,7 +65,7 @@ class EngineStats(StoreStats):
 
 _SUMMED = (
     "prompt_tokens", "cached_tokens", "computed_tokens", "repaired_tokens", "generated_tokens",
-    "prefill_ms", "repair_ms",
+    "drafted_tokens", "accepted_tokens", "prefill_ms", "repair_ms",
 )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from pcache_core.base_engine import Engine, EngineStats
+from pcache_core.decode import Decoder, follow
 from pcache_core.errors import BudgetError, OptionError
 from pcache_core.generate import AnswerText, TokenScorer, decode_loop
 from pcache_core.kv.sequence import KVSequence
@@ -28,7 +29,7 @@ from pcache_core.params import DEFAULT_REUSE, ReuseMode, SamplingParams
 from pcache_core.plan import plan_prefill, plan_states
 from pcache_core.pml import Positions, PromptTree, Schema
 from pcache_core.precompute import ForgetReport, forget, precompute, precompute_units
-from pcache_core.prefill import append_token, follow, prefill
+from pcache_core.prefill import prefill
 from pcache_core.prefix_cache import PrefixCache
 from pcache_core.prompt import Prompt
 from pcache_core.rank import ranking_prompts, scores_of
@@ -370,11 +371,12 @@ class PromptCacheEngine(Engine):
     ) -> Generator[Chunk, None, None]:
         """Generate from the logits on; the last chunk has the report."""
         params = request.params
+        decoder = Decoder(self.lm, sequence, params, lambda: self._scheduler.gate.running)
         count = 0
         for chunk in decode_loop(
             request.tokens.token_ids,
             logits,
-            step=partial(append_token, self.lm, sequence),
+            step=decoder,
             choose=self.lm.sampler(params),
             text=AnswerText(self.lm.text.decode, params.stop),
             end_ids=self.lm.end_ids | self.lm.stop_ids(params.stop) | set(params.stop_token_ids),
@@ -384,6 +386,8 @@ class PromptCacheEngine(Engine):
             count += len(chunk.token_ids)
             if chunk.finish_reason is not None:
                 report.generated_tokens = count
+                report.drafted_tokens = decoder.drafted_tokens
+                report.accepted_tokens = decoder.accepted_tokens
                 self.reports.append(report)
                 chunk = replace(chunk, report=report)
             yield chunk

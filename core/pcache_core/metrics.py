@@ -39,6 +39,8 @@ _TOKENS = {
     "computed": "computed_tokens",
     "repaired": "repaired_tokens",
     "generated": "generated_tokens",
+    "drafted": "drafted_tokens",
+    "accepted": "accepted_tokens",
 }
 _TIMES = {"encode": "encode_ms", "prefill": "prefill_ms", "repair": "repair_ms"}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -56,37 +56,6 @@ def prefill(
     return logits, report
 
 
-def follow(
-    lm: CausalLM, sequence: KVSequence, logits: torch.Tensor, token_ids: Sequence[int]
-) -> Iterator[float]:
-    """Yield log probabilities of given tokens, each after those before it.
-
-    logits: [vocab], of the first.
-    """
-    for number, token_id in enumerate(token_ids, 1):
-        yield float(logits.log_softmax(-1)[token_id])
-        if number < len(token_ids):
-            logits = append_token(lm, sequence, token_id)
-
-
-def append_token(lm: CausalLM, sequence: KVSequence, token_id: int) -> torch.Tensor:
-    """Append a token; return the logits of the next, [vocab] fp32."""
-    if sequence.stock is not None:
-        return sequence.stock([token_id])
-    token_ids, positions, first = [token_id], [sequence.end], len(sequence.token_ids)
-    if positions[0] == lm.support.stable_length:
-        # With this token every rotary frequency changes: no row fits any longer.
-        token_ids, first = [*sequence.token_ids, token_id], 0
-        positions = [*sequence.positions, sequence.end]
-    rows = range(first, first + len(token_ids))
-    sequence.is_filled = False
-    sequence.reserve(rows.stop)
-    logits = lm.forward(Batch.of_rows(sequence.buffers, token_ids, rows, positions))
-    sequence.append(token_id, positions[-1])
-    sequence.is_filled = True
-    return logits
-
-
 def _compute(
     lm: CausalLM,
     sequence: KVSequence,
@@ -110,7 +79,7 @@ def _compute(
         [sequence.positions[row] for row in rows],
         range(max(0, len(rows) - WATCHED_TOKENS), len(rows)) if watch else None,
     )
-    logits = lm.forward(batch)
+    logits = lm.forward(batch)[-1]
     return logits, batch.attention
 
 

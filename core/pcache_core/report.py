@@ -60,7 +60,8 @@ class Report:
     counts those of the cached and encoded ones that were then computed again (`repaired_rows` says
     which tokens of the prompt they are). `shared_tokens` counts
     the cached and encoded ones whose keys and values other running requests use as well, and nobody
-    has a copy of.
+    has a copy of. `drafted_tokens` of the answer were tried ahead, and `accepted_tokens` of these
+    were right: see `SamplingParams.speculative`.
 
     reuse: the mode that ran.
     fallback_reason: why it is not the one that was asked for, or why documents can't be reused.
@@ -87,6 +88,8 @@ class Report:
     repaired_rows: tuple[int, ...] = ()
     repair_ms: float = 0.0
     shared_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
     @property
     def cached_share(self) -> float:

@@ -61,8 +61,8 @@ class ChatPromptCache(CachedModel, BaseChatModel):
         base_url: of a vLLM server that runs the model (`pcache serve`), instead of this process.
         reuse: `off`, `exact`, `fast`, `balanced` or `high`.
         store: `memory`, a folder, or the URL of a server or an object store.
-        max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, seed, stop: how answers
-            are made; each may differ by call.
+        max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, seed, stop, speculative:
+            how answers are made; each may differ by call.
         streaming: as in every LangChain chat model, whether `invoke` streams inside.
 
     Instantiate:

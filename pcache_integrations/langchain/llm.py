@@ -48,7 +48,8 @@ class PromptCacheLLM(CachedModel, BaseLLM):
         chat_template: whether a plain prompt is put through the model's chat template, as one
             message of the user; one that holds the template's markup never is.
         max_tokens: most tokens of an answer.
-        temperature, top_p, top_k, min_p, repetition_penalty, seed, stop: as in `SamplingParams`.
+        temperature, top_p, top_k, min_p, repetition_penalty, seed, stop, speculative: as in
+            `SamplingParams`.
 
     Key init args, cache:
         reuse: `off`, `exact`, `fast`, `balanced` or `high`.

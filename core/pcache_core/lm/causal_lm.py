@@ -222,7 +222,7 @@ class CausalLM(TextModel):
             return self._compiler
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        """Compute a batch's tokens, filling their rows; logits of the last one, [vocab] fp32.
+        """Compute a batch's tokens, filling their rows; logits [num_logits, vocab] fp32.
 
         May be called from several threads at once, and then computes their batches together.
 
