@@ -137,12 +137,12 @@ class PrefixCache:
     def _best_match(self, request: Request) -> tuple[KVSequence | None, int]:
         accepts = _filter(request)
         token_ids, positions = list(request.tokens.token_ids), list(request.tokens.positions)
-        best, rows = None, 0
+        best, rows, start = None, 0, token_ids[:1]
         # Among equals the one used last: the oldest may have to give its buffers.
         for sequence in reversed(self._idle):
             if sequence.weights != request.weights:
                 continue  # a request that began before the weights changed
-            if sequence.token_ids[rows : rows + 1] != token_ids[rows : rows + 1]:
+            if sequence.token_ids[: len(start)] != start:
                 continue  # of many sequences, few can hold more than the best so far
             alike = min(len(sequence.token_ids), len(token_ids) - request.fresh_rows)
             alike = _common(sequence.token_ids, token_ids, alike)
@@ -151,7 +151,7 @@ class PrefixCache:
                 labels = sequence.labels
                 alike = next((row for row in range(alike) if not accepts(row, labels[row])), alike)
             if alike > rows:
-                best, rows = sequence, alike
+                best, rows, start = sequence, alike, token_ids[: alike + 1]
         return best, rows
 
     def _new(self, capacity: int, keep: KVSequence | None) -> KVSequence:

@@ -277,23 +277,9 @@ class CausalLM(TextModel):
 
     @cached_property
     def _own_cache_works(self) -> bool:
-        with self._lock:
-            return own_cache_works(self.model, self.token_ids("a b c d e f")[:6])
+        return own_cache_works(self.model, self._lock, self.token_ids("a b c d e f")[:6])
 
     def stock_run(self) -> Callable[[Sequence[int]], torch.Tensor]:
         """Begin a request through the model's own forward, for models without rows per token."""
-        run = LockedStockRun(StockRun(self.model, use_cache=self._own_cache_works), self._lock)
+        run = StockRun(self.model, self._lock, use_cache=self._own_cache_works)
         return lambda token_ids: self._checked(run(token_ids))
-
-
-class LockedStockRun:
-    """A stock run whose steps take turns with the model's other forwards."""
-
-    def __init__(self, run: StockRun, lock: threading.RLock) -> None:
-        self._run = run
-        self._lock = lock
-
-    def __call__(self, token_ids: Sequence[int]) -> torch.Tensor:
-        """Append tokens; logits of the last, [vocab]."""
-        with self._lock:
-            return self._run(token_ids)

@@ -18,8 +18,7 @@ from transformers import PreTrainedModel
 from pcache_core.kv.sequence import KVBuffers
 from pcache_core.lm.attention import IMPLEMENTATION, AttentionLayers
 from pcache_core.lm.batch import Batch
-from pcache_core.lm.cache import slot_cache
-from pcache_core.lm.ragged import RaggedBatch
+from pcache_core.lm.ragged import RaggedBatch, slot_cache
 from pcache_core.lm.relocation import Rotations
 from pcache_core.lm.structure import CacheStructure, text_config
 
