@@ -94,7 +94,8 @@ def test_threads_get_one_engine(llm: Any) -> None:
 
 
 def test_what_is_no_list_of_documents_is_refused(llm: Any) -> None:
-    for one in ("one text", Document("one text"), TextNode(text="one text"), 3):
+    own = TextNode(text="a") if isinstance(llm, LlamaIndexLLM) else Document("a")
+    for one in ("one text", own, 3):
         with pytest.raises(OptionError, match="put it in a list"):
             llm.cache_documents(one)
     with pytest.raises(OptionError, match="got int"):
