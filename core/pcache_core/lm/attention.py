@@ -18,8 +18,6 @@ from pcache_core.lm.ragged import RaggedBatch
 from pcache_core.lm.relocation import Rotations
 
 IMPLEMENTATION = "pcache"
-# A causal kernel skips the half that is hidden: beyond this it beats any that sees it all.
-_LONGEST_MASKED_CAUSAL = 512
 
 
 class UnsupportedAttentionError(Exception):
@@ -151,14 +149,14 @@ def _attend_plain(
     kind: _Kind,
 ) -> torch.Tensor:
     """By whichever kernel is the fastest for these shapes: [1, heads, tokens, value dim]."""
-    is_causal = batch.is_plain_causal(span, kind.window)
-    by_matmul = kernels.prefers_matmul(query, key)
-    if is_causal and not (by_matmul and query.shape[2] <= _LONGEST_MASKED_CAUSAL):
+    if batch.is_plain_causal(span, kind.window):
         return kernels.attend_causal(query, key, value, kind.scale)
-    bias = batch.bias(span, kind.window, query.shape[1] // key.shape[1], query.dtype)
+    by_matmul = kernels.prefers_matmul(query, key)
+    seen_by_all = batch.seen_by_all(span, kind.window) if by_matmul else 0
+    group = query.shape[1] // key.shape[1]
+    bias = batch.bias(span, kind.window, group, query.dtype, seen_by_all)
     if by_matmul:
-        seen = batch.seen_by_all(span, kind.window)
-        return kernels.attend_by_matmul(query, key, value, bias, kind.scale, kind.scratch, seen)
+        return kernels.attend_by_matmul(query, key, value, bias, kind.scale, kind.scratch)
     return kernels.attend(query, key, value, bias, kind.scale)
 
 
