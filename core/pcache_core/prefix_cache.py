@@ -158,17 +158,17 @@ class PrefixCache:
         return best, rows
 
     def _new(self, capacity: int, keep: KVSequence | None) -> KVSequence:
-        """Fresh memory is slow to touch, so the oldest sequence gives its buffers when all is full.
+        """Fresh memory is slow to touch, so an emptied sequence gives its buffers.
 
-        keep: whose rows are still needed.
+        So does the oldest, when all is full. keep: whose rows are still needed.
         """
         capacity = -(-capacity // _ROUND_UP) * _ROUND_UP
-        needed = capacity * self._lm.bytes_per_token
-        if self._idle_nbytes + needed > self._budget_bytes:
-            for sequence in self._idle:
-                if sequence is not keep and sequence.buffers.capacity >= capacity:
-                    self._take(sequence).shorten(0)
-                    return sequence
+        is_full = self._idle_nbytes + capacity * self._lm.bytes_per_token > self._budget_bytes
+        for sequence in self._idle:
+            may_give = sequence is not keep and (is_full or not sequence.token_ids)
+            if may_give and sequence.buffers.capacity >= capacity:
+                self._take(sequence).shorten(0)
+                return sequence
         return KVSequence(self._lm.new_buffers, self._lm.new_buffers(capacity))
 
 
