@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import repeat
 from weakref import WeakSet, WeakValueDictionary
 
 from pcache_core.kv.sequence import COMPUTED, NO_WEIGHTS, KVSequence
@@ -195,10 +196,10 @@ def _filter(request: Request) -> Accepts:
     """
     if request.reuse == "off":
         return lambda row, label: False
-    digests: dict[tuple[int, str], None] = {}
+    digests: set[tuple[int, str]] = set()
     for planned in () if request.repair is not None else request.states:
         for start, stop in planned.runs:
-            digests.update(dict.fromkeys((row, planned.key.digest) for row in range(start, stop)))
+            digests.update(zip(range(start, stop), repeat(planned.key.digest)))
     return lambda row, label: label == COMPUTED or (row, label) in digests
 
 

@@ -131,7 +131,7 @@ class ModelCall:
         self._takes_positions = "position_ids" in parameters
         self._keeps_some = "logits_to_keep" in parameters
 
-    @torch.no_grad()
+    @torch.inference_mode()  # its operations cost less than those of `no_grad`
     def __call__(self, last: torch.Tensor, **arguments: Any) -> Any:
         """The model's output; logits of at least the tokens at the indices `last`, ascending."""
         if not self._takes_positions:
@@ -161,7 +161,7 @@ def last_logits(output: Any, last: torch.Tensor) -> list[torch.Tensor]:
     logits: torch.Tensor = output.logits[0]
     if logits.shape[0] != len(last):
         logits = logits[last]
-    return list(logits.float())
+    return list(logits.to(torch.float32, copy=True))  # a copy may be changed in place
 
 
 def runs_of(rows: Sequence[int]) -> list[tuple[int, int]]:
