@@ -29,6 +29,7 @@ class Span:
 
 
 _BLOCK_TOKENS = 128
+_SCATTERED_TOKENS = 32  # of a block whose rows are not consecutive
 _LEAST_TOKENS = 64  # of a part; fewer cost nearly as much, and other kernels compute them
 # Larger ones are made again for each layer instead of held all at once.
 _LARGEST_KEPT_BIAS = 2**22
@@ -40,13 +41,17 @@ def _blocks(span: Span, rows: Sequence[int], *, cuts_causal: bool) -> Iterator[S
     A span of exactly the rows it sees stays whole unless `cuts_causal`: a causal kernel skips the
     hidden half itself.
     """
-    tokens = span.stop - span.start
+    start, tokens = span.start, span.stop - span.start
     is_causal = tokens == sum(stop - start for start, stop in span.visible)
-    if tokens <= _BLOCK_TOKENS or (is_causal and not cuts_causal):
+    if is_causal and not cuts_causal:
         yield span
         return
-    for start in range(span.start, span.stop, _BLOCK_TOKENS):
-        yield _cut(span, start, min(start + _BLOCK_TOKENS, span.stop), rows)
+    while start < span.stop:
+        stop = min(start + _BLOCK_TOKENS, span.stop)
+        if rows[stop - 1] - rows[start] >= stop - start:
+            stop = min(start + _SCATTERED_TOKENS, stop)
+        yield _cut(span, start, stop, rows)
+        start = stop
 
 
 def _cut(span: Span, start: int, stop: int, rows: Sequence[int]) -> Span:
