@@ -7,8 +7,7 @@ from difflib import get_close_matches
 from pcache_core import DiskStore, MemoryStore, TieredStore
 from pcache_core.errors import OptionError
 from pcache_core.store import LastingStore, ModuleStore
-from pcache_core.store.packing import check_storage_dtype
-from pcache_core.store.record import StorageDtype
+from pcache_core.store.record import StorageDtype, check_storage_dtype
 
 
 def check_store(spec: str, storage_dtype: str = "auto") -> None:

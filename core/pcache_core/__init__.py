@@ -1,7 +1,8 @@
 """Prompt Cache: reuse of attention states of prompt parts, in any order (arXiv 2311.04934)."""
 
+from pcache_core.chat.calls import InvalidToolCall, Tool, ToolAnswer, ToolCall
 from pcache_core.chat.messages import Message
-from pcache_core.chat.tools import InvalidToolCall, Tool, ToolAnswer, ToolCall, ToolFormat
+from pcache_core.chat.tools import ToolFormat
 from pcache_core.engine import PromptCacheEngine
 from pcache_core.errors import (
     AnswerError,
@@ -27,8 +28,16 @@ from pcache_core.lm import CausalLM
 from pcache_core.params import ReuseMode, SamplingParams
 from pcache_core.precompute import ForgetReport
 from pcache_core.prompt import Prompt, Segment
-from pcache_core.report import DocumentShare, EncodeReport, Report, SegmentReport
-from pcache_core.results import Chunk, Generation, Prefill, TokenLogprob
+from pcache_core.report import (
+    Chunk,
+    DocumentShare,
+    EncodeReport,
+    Generation,
+    Prefill,
+    Report,
+    SegmentReport,
+    TokenLogprob,
+)
 from pcache_core.store import DiskStore, MemoryStore, ModuleStore, TieredStore
 
 __all__ = [

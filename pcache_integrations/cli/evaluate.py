@@ -114,7 +114,7 @@ def evaluate(  # noqa: PLR0913 (each is an option of the command)
     from pcache_core.evaluation.curve import check_plot, plot, sweep
     from pcache_core.evaluation.evaluate import evaluate as ask
     from pcache_core.params import REUSE_MODES, check_reuse
-    from pcache_core.store.packing import check_storage_dtype
+    from pcache_core.store.record import check_storage_dtype
     from pcache_integrations._engines import load_lm
 
     names = REUSE_MODES if modes is None else modes.split(",")
