@@ -233,7 +233,8 @@ class CausalLM(TextModel):
 
     def _checked(self, logits: torch.Tensor) -> torch.Tensor:
         """Raises: ModelError: a logit is not a number, or infinite."""
-        if not bool((logits < torch.inf).all()):  # minus infinity forbids a token
+        # What is not a number is the largest of all; minus infinity forbids a token.
+        if not bool(logits.amax() < torch.inf):
             raise ModelError(
                 f"{self.name} gives logits that are NaN or infinite: its weights are damaged, or "
                 f"overflow in {self.dtype}; load it again, or with dtype='float32'"
