@@ -14,13 +14,14 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Self
 from weakref import WeakValueDictionary
 
-from pcache_core import CausalLM, Preamble, PromptCacheEngine
+from pcache_core import Preamble
 from pcache_core.base_engine import Engine
 from pcache_core.errors import OptionError, PromptCacheError
 from pcache_core.params import check_repair, check_reuse
 from pcache_integrations._stores import build_store, check_store
 
 if TYPE_CHECKING:
+    from pcache_core import CausalLM
     from pcache_integrations.vllm.client_http import Address
 
 _loaded: WeakValueDictionary[tuple[str, str, str, bool], CausalLM] = WeakValueDictionary()
@@ -38,6 +39,8 @@ def load_lm(
 
     Raises: ModelError: the model can't be loaded.
     """
+    from pcache_core import CausalLM
+
     with _loading:
         name = model, dtype, device, trust_remote_code
         lm = _loaded.get(name)
@@ -206,6 +209,8 @@ def _new(options: EngineOptions) -> Engine:
         from pcache_integrations.vllm.client import RemoteEngine
 
         return RemoteEngine(options.server, options.model, **own)
+    from pcache_core import PromptCacheEngine
+
     return PromptCacheEngine(
         load_lm(
             options.model,
@@ -252,6 +257,8 @@ class EngineHandle:
             return self
         if self._given is None:
             return EngineHandle(options)
+        from pcache_core import PromptCacheEngine
+
         changed = [
             each.name
             for each in fields(options)

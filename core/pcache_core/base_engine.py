@@ -5,21 +5,22 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Generator, Iterable, Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pcache_core.chat.messages import Message, render_chat
 from pcache_core.chat.tool_chat import render_tool_chat
 from pcache_core.chat.tools import Tool, ToolFormat, tool_format
 from pcache_core.errors import OptionError, PromptError
 from pcache_core.library.preamble import Preamble
-from pcache_core.lm import TextModel
 from pcache_core.params import REPAIR, ReuseMode, SamplingParams, check_repair, check_reuse
-from pcache_core.precompute import ForgetReport
 from pcache_core.prompt import Prompt
-from pcache_core.report import EncodeReport
+from pcache_core.report import EncodeReport, ForgetReport
 from pcache_core.results import Chunk, Generation
 from pcache_core.tokens import TokenisedPrompt, tokenise
 from pcache_core.totals import EngineStats, Reports
+
+if TYPE_CHECKING:
+    from pcache_core.lm import TextModel
 
 
 class Engine(ABC):

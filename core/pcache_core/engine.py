@@ -27,12 +27,12 @@ from pcache_core.lm import CausalLM
 from pcache_core.params import DEFAULT_REUSE, ReuseMode, SamplingParams
 from pcache_core.plan import plan_prefill, plan_states
 from pcache_core.pml import Positions, PromptTree, Schema
-from pcache_core.precompute import ForgetReport, forget, precompute, precompute_units
+from pcache_core.precompute import forget, precompute, precompute_units
 from pcache_core.prefill import append_token, follow, ms_since, prefill
 from pcache_core.prefix_cache import PrefixCache
 from pcache_core.prompt import Prompt
 from pcache_core.rank import ranking_prompts, scores_of
-from pcache_core.report import EncodeReport, Report
+from pcache_core.report import EncodeReport, ForgetReport, Report
 from pcache_core.request import Request, check_continuation, check_request
 from pcache_core.results import Chunk, Prefill
 from pcache_core.scheduler import Scheduler

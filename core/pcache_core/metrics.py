@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from pcache_core.engine import PromptCacheEngine
 from pcache_core.errors import DependencyError, OptionError
-from pcache_core.store import ModuleStore, StoreStats
+from pcache_core.report import StoreStats
+from pcache_core.store import ModuleStore
 
 try:
     from prometheus_client import CollectorRegistry

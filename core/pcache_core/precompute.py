@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -16,26 +16,12 @@ from pcache_core.kv.planned import ModuleTokens
 from pcache_core.library.states import ModuleLibrary
 from pcache_core.plan import opening_module, passages_of
 from pcache_core.prompt import Passage, Segment
-from pcache_core.report import EncodeReport
+from pcache_core.report import EncodeReport, ForgetReport
 from pcache_core.tokens import TokenisedPrompt
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class ForgetReport:
-    """What `engine.forget` did.
-
-    texts: how many different ones were given. states: how many states of them were dropped; a text
-    has two, one for where it comes first in a prompt. freed_bytes: by how much the store shrank,
-    all tiers together; what a server holds is not counted.
-    """
-
-    texts: int
-    states: int
-    freed_bytes: int
 
 
 def precompute(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console, ConsoleOptions, RenderResult
 
@@ -15,6 +15,8 @@ from pcache_core.picture import Source as Source  # part of what reports are mad
 _LISTED = 8
 """Lines of a kind that a picture shows, of which a long prompt may have thousands."""
 _LABEL_CHARS, _LINE_CHARS = 32, 300
+
+Tier = Literal["memory", "disk", "remote"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,3 +231,44 @@ class EncodeReport:
             f"{self.kept} of them kept, {self.already_stored} already stored, "
             f"{self.too_short} too short to store"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class ForgetReport:
+    """What `engine.forget` did.
+
+    texts: how many different ones were given. states: how many states of them were dropped; a text
+    has two, one for where it comes first in a prompt. freed_bytes: by how much the store shrank,
+    all tiers together; what a server holds is not counted.
+    """
+
+    texts: int
+    states: int
+    freed_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoreStats:
+    """A store's contents and its history since it was made.
+
+    states, nbytes: None where counting them would mean asking a server for every key.
+    budget_bytes: None where the store has no limit of its own.
+    damaged: entries that were dropped because they were altered, cut or another model's.
+    failures: calls that failed because the store could not be reached, read or written.
+    load_ms: time spent in look-ups that hit.
+    loaded_nbytes: read by look-ups that hit, as kept; 0 where nothing is read.
+    tiers: of a tiered store, each tier's own.
+    """
+
+    tier: Tier
+    states: int | None
+    nbytes: int | None
+    budget_bytes: int | None
+    hits: int
+    misses: int
+    evictions: int
+    damaged: int = 0
+    failures: int = 0
+    load_ms: float = 0.0
+    tiers: tuple[StoreStats, ...] = ()
+    loaded_nbytes: int = 0

@@ -7,8 +7,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
-from pcache_core.report import Report
-from pcache_core.store import StoreStats
+from pcache_core.report import Report, StoreStats
 from pcache_core.threads import fork_safe
 
 _KEPT_REPORTS = 256

@@ -7,11 +7,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pcache_core import Preamble, PromptCacheEngine, Segment
+from pcache_core import Preamble, Segment
 from pcache_core.params import DEFAULT_MODEL
 from pcache_core.picture import shown
 from pcache_integrations._engines import load_lm
@@ -26,6 +26,9 @@ from pcache_integrations.cli.options import (
     TrustRemoteCode,
 )
 from pcache_integrations.cli.texts import SourceText, other_files, read_texts
+
+if TYPE_CHECKING:
+    from pcache_core import PromptCacheEngine
 
 _NAMED = 5  # of what is left out, in a warning
 
@@ -79,6 +82,8 @@ def encode(  # noqa: PLR0913 (each is an option of the command)
     A language model with the same model, store, namespace and preamble then finds them.
     What the store has already is not computed again: an interrupted run goes on.
     """
+    from pcache_core import PromptCacheEngine
+
     chosen = None if preamble is None else Preamble.of_file(preamble)
     texts = [replace(each, text=each.text + separator) for each in read_texts(sources, field)]
     _tell_of_others(other_files(sources))

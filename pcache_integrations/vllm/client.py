@@ -16,11 +16,9 @@ from pcache_core.errors import ModelError, OptionError, PromptError
 from pcache_core.library.preamble import Preamble
 from pcache_core.lm import TextModel
 from pcache_core.params import DEFAULT_REUSE, ReuseMode, SamplingParams
-from pcache_core.precompute import ForgetReport
 from pcache_core.prompt import Prompt, Segment
-from pcache_core.report import EncodeReport
+from pcache_core.report import EncodeReport, ForgetReport, StoreStats
 from pcache_core.results import Chunk
-from pcache_core.store import StoreStats
 from pcache_core.tokens import TokenisedPrompt
 from pcache_core.totals import EngineStats
 from pcache_integrations.vllm.client_http import Address, Server

@@ -8,7 +8,7 @@ import time
 from dataclasses import replace
 from typing import Any
 
-from pcache_core.store.base import StoreStats, Tier
+from pcache_core.report import StoreStats, Tier
 from pcache_core.threads import fork_safe
 
 logger = logging.getLogger(__name__)

@@ -15,12 +15,13 @@ from pathlib import Path
 from pcache_core.errors import OptionError, StateMismatchError, StoreError
 from pcache_core.kv.key import ModuleKey
 from pcache_core.kv.state import KVState
+from pcache_core.params import StorageDtype
+from pcache_core.report import StoreStats
 from pcache_core.store import serde
-from pcache_core.store.base import Opened, StoreStats, milliseconds_since
+from pcache_core.store.base import Opened, milliseconds_since
 from pcache_core.store.counters import Outage
 from pcache_core.store.folder import StateFolder, open_file
 from pcache_core.store.memory import check_budget
-from pcache_core.store.record import StorageDtype
 
 logger = logging.getLogger(__name__)
 

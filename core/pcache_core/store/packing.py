@@ -6,13 +6,12 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import get_args
 
 import torch
 
-from pcache_core.errors import OptionError, StateMismatchError
+from pcache_core.errors import StateMismatchError
 from pcache_core.kv.state import KVState
-from pcache_core.store.record import Record, StorageDtype
+from pcache_core.store.record import Record
 
 # The dtypes that states come in, and those that files hold, by their safetensors names.
 _STATE_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
@@ -48,17 +47,6 @@ class Field:
     def nbytes(self) -> int:
         """Bytes of its elements."""
         return math.prod(self.shape) * self.dtype.itemsize
-
-
-def check_storage_dtype(storage_dtype: object) -> StorageDtype:
-    """Return it. Raises: OptionError: unknown."""
-    for known in get_args(StorageDtype):
-        if storage_dtype == known:
-            return known  # type: ignore[no-any-return]
-    raise OptionError(
-        f"storage_dtype={storage_dtype!r} is unknown; use one of "
-        f"{', '.join(map(repr, get_args(StorageDtype)))}"
-    )
 
 
 def fields(record: Record) -> list[Field]:

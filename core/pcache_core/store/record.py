@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 from pcache_core.errors import StateMismatchError
 from pcache_core.kv.key import FORMAT_VERSION, ModuleKey
 from pcache_core.kv.state import KVState, LayerShape, Stack
+from pcache_core.params import StorageDtype
 from pcache_core.store.seal import SEAL_BYTES
-
-StorageDtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]
-"""How numbers are kept: `auto` as the model has them, `int8` with a scale per head and channel."""
 
 _TEXT_TOKENS = 64
 _TEXT_CHARACTERS = 120

@@ -30,10 +30,12 @@ import torch
 from pcache_core.errors import StateMismatchError
 from pcache_core.kv.key import ModuleKey
 from pcache_core.kv.state import Block, KVState, Part, Stack, layer_blocks
+from pcache_core.params import StorageDtype, check_storage_dtype
+from pcache_core.report import StoreStats, Tier
 from pcache_core.store import packing
-from pcache_core.store.base import Opened, OpeningReads, StoreStats, Tier
+from pcache_core.store.base import Opened, OpeningReads
 from pcache_core.store.counters import Counters
-from pcache_core.store.record import Record, StorageDtype
+from pcache_core.store.record import Record
 from pcache_core.store.seal import SEAL_BYTES, Seal
 
 logger = logging.getLogger(__name__)
@@ -210,7 +212,7 @@ class SealedStore(OpeningReads):
         storage_dtype: StorageDtype,
         hmac_key: bytes | None,
     ) -> None:
-        self.storage_dtype = packing.check_storage_dtype(storage_dtype)
+        self.storage_dtype = check_storage_dtype(storage_dtype)
         self._seal = Seal(hmac_key)
         self._tier: Tier = tier
         self._counters = Counters(tier, budget_bytes)

@@ -10,7 +10,8 @@ from dataclasses import replace
 from pcache_core.errors import BudgetError, OptionError, StateMismatchError
 from pcache_core.kv.key import ModuleKey
 from pcache_core.kv.state import Block, KVState, StateSource
-from pcache_core.store.base import ModuleStore, Opened, OpeningReads, StoreStats, open_many
+from pcache_core.report import StoreStats
+from pcache_core.store.base import ModuleStore, Opened, OpeningReads, open_many
 from pcache_core.store.counters import Counters
 from pcache_core.store.write_behind import WriteBehind
 
