@@ -3,8 +3,9 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from pcache_core.chat.calls import InvalidToolCall, Tool, ToolAnswer, ToolCall
 from pcache_core.chat.messages import Message
-from pcache_core.chat.tools import InvalidToolCall, Tool, ToolAnswer, ToolCall, ToolFormat
+from pcache_core.chat.tools import ToolFormat
 from pcache_core.errors import (
     AnswerError,
     BudgetError,
@@ -27,8 +28,17 @@ from pcache_core.grammar import Grammar
 from pcache_core.library.preamble import Preamble
 from pcache_core.params import ReuseMode, SamplingParams
 from pcache_core.prompt import Prompt, Segment
-from pcache_core.report import DocumentShare, EncodeReport, ForgetReport, Report, SegmentReport
-from pcache_core.results import Chunk, Generation, Prefill, TokenLogprob
+from pcache_core.report import (
+    Chunk,
+    DocumentShare,
+    EncodeReport,
+    ForgetReport,
+    Generation,
+    Prefill,
+    Report,
+    SegmentReport,
+    TokenLogprob,
+)
 
 if TYPE_CHECKING:
     from pcache_core.engine import PromptCacheEngine

@@ -87,8 +87,10 @@ class PrefixCache:
             lent = sum(state.num_rows for state in request.states if not state.is_opening)
             capacity = request.capacity - (lent if lends else 0)
             best, rows = self._best_match(request)
-            if best is not None and _may_continue(best, rows, capacity):
-                sequence = self._take(best)
+            # Continuing in place forgets the rows beyond, so those have to be the fewer.
+            if best and best.buffers.capacity >= capacity and 2 * rows >= len(best.token_ids):
+                sequence = best
+                self._idle.remove(best)
             else:
                 held = 0 if best is None else best.buffers.index(rows)
                 sequence = self._new(max(capacity, held), keep=best)
@@ -132,11 +134,6 @@ class PrefixCache:
     def _idle_nbytes(self) -> int:
         return sum(sequence.nbytes for sequence in self._idle)
 
-    def _take(self, sequence: KVSequence) -> KVSequence:
-        """Take a finished sequence out."""
-        self._idle.remove(sequence)
-        return sequence
-
     def _best_match(self, request: Request) -> tuple[KVSequence | None, int]:
         accepts = _filter(request)
         token_ids, positions = list(request.tokens.token_ids), list(request.tokens.positions)
@@ -167,7 +164,8 @@ class PrefixCache:
         if self._idle_nbytes + needed > self._budget_bytes:
             for sequence in self._idle:
                 if sequence is not keep and sequence.buffers.capacity >= capacity:
-                    self._take(sequence).shorten(0)
+                    self._idle.remove(sequence)
+                    sequence.shorten(0)
                     return sequence
         return KVSequence(self._lm.new_buffers, self._lm.new_buffers(capacity))
 
@@ -202,11 +200,6 @@ def _filter(request: Request) -> Accepts:
     return lambda row, label: label == COMPUTED or (row, label) in digests
 
 
-def _may_continue(sequence: KVSequence, rows: int, capacity: int) -> bool:
-    """Continuing in place forgets the rows beyond, so those have to be the fewer."""
-    return sequence.buffers.capacity >= capacity and 2 * rows >= len(sequence.token_ids)
-
-
 def _common(one: list[int], other: list[int], most: int) -> int:
     """Return how many of the first `most` numbers are equal; by bisection, as slices are fast."""
     low, high = 0, most
@@ -223,15 +216,11 @@ def _continues(
     sequence: KVSequence, token_ids: list[int], positions: list[int], repair: float | None
 ) -> bool:
     """Return whether the prompt is the one that rows were repaired for, or goes on after it."""
-    if repair is None or not _same_budget(sequence.repair, repair):
+    # 1.0 is a share of all, and an integer is a number of tokens.
+    if repair is None or sequence.repair != repair or type(sequence.repair) is not type(repair):
         return False
     count = sequence.repaired_for
     return (
         sequence.token_ids[:count] == token_ids[:count]
         and sequence.positions[:count] == positions[:count]
     )
-
-
-def _same_budget(one: float | None, other: float | None) -> bool:
-    """1.0 is a share of all, and an integer is a number of tokens."""
-    return one == other and type(one) is type(other)

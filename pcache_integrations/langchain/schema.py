@@ -21,7 +21,7 @@ from langchain_core.utils import mustache
 
 from pcache_core.errors import TemplateError
 from pcache_templates import FormatTemplate, JinjaTemplate, MustacheTemplate, PromptTemplate
-from pcache_templates.chat import ChatTemplate, GivenTurns, TurnTemplate
+from pcache_templates.base import ChatTemplate, GivenTurns, TurnTemplate
 
 _ROLES: dict[Any, str] = {
     SystemMessagePromptTemplate: "system",

@@ -49,11 +49,11 @@ class ChatTemplate:
     """
 
     def __init__(self, handle: EngineHandle) -> None:
-        self._handle = handle
+        self.handle = handle
 
     def __call__(self, messages: Sequence[ChatMessage]) -> str:
         """Render the messages."""
-        engine = self._handle.get()
+        engine = self.handle.get()
         if not engine.lm.tokenizer.chat_template:
             return joined_with_roles(messages)
         contents = [[Segment(joined(pieces_of(message)))] for message in messages]

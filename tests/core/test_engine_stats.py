@@ -15,10 +15,12 @@ from pcache_core import (
     OptionError,
     Prompt,
     PromptCacheEngine,
+    Report,
     SamplingParams,
     Segment,
     TieredStore,
 )
+from pcache_core.base_engine import Reports
 from pcache_core.metrics import register
 from pcache_core.store import StoreStats
 
@@ -105,3 +107,14 @@ def test_a_scrape_shows_tokens_and_times_by_engine_and_hits_by_tier(
         register({"third": other}, registry)
     registry.unregister(collector)
     register({"third": other}, registry)
+
+
+def test_reports_are_read_while_requests_end() -> None:
+    reports, ended = Reports(), Report((), 1, 0, 0, 1, "off")
+    for _ in range(3):
+        reports.append(ended)
+    read = []
+    for report in reports:
+        read.append(report)
+        reports.append(ended)
+    assert (len(read), len(reports), len(reports[-4:])) == (3, 6, 4)

@@ -17,12 +17,10 @@ from pcache_core import (
     SamplingParams,
     Segment,
 )
-from pcache_core.kv.key import ModuleKey
-from pcache_core.kv.planned import ModuleTokens, PlannedState
+from pcache_core.kv.key import ModuleKey, ModuleTokens, PlannedState
 from pcache_core.prefix_cache import whole_prefix
-from pcache_core.prompt import Passage
+from pcache_core.prompt import Passage, TokenisedPrompt
 from pcache_core.request import Request
-from pcache_core.tokens import TokenisedPrompt
 
 STORY = "Ann keeps bees in Oslo, and Ben sold a red boat to a friend of hers."
 LIMIT = SamplingParams(max_tokens=8, temperature=1.0, seed=1)

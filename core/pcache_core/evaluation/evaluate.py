@@ -75,7 +75,7 @@ def evaluate(  # noqa: PLR0913 (each is an option of the command)
 def _ask(
     lm: CausalLM, fitted: Sequence[Fitted], ways: Sequence[Way], conditions: Conditions
 ) -> list[Outcomes]:
-    """Return all questions in every way, or those until an interrupt."""
+    """Ask all questions in every way, or those until an interrupt."""
     outcomes: list[Outcomes] = []
     with tqdm(
         desc="answers",

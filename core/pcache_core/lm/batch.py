@@ -9,9 +9,8 @@ from itertools import pairwise
 
 import torch
 
-from pcache_core.kv.buffers import KVBuffers, Loan
-
-RowRange = tuple[int, int]
+from pcache_core.kv.key import RowRange
+from pcache_core.kv.sequence import KVBuffers, Loan
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +61,7 @@ class Batch:
         are not the rows of the buffers.
     end: one after the largest position.
     watched: tokens whose attention is added up, as a range of the batch; None for none.
+    num_logits: of how many of its last tokens a forward gives the logits.
     attention: [rows of the prompt] fp32, how much the watched tokens attended to each, over the
         upper half of the layers.
     """
@@ -74,6 +74,7 @@ class Batch:
         "attention",
         "end",
         "input_ids",
+        "num_logits",
         "num_rows",
         "places",
         "positions",
@@ -101,6 +102,7 @@ class Batch:
         self.spans = tuple(block for span in spans for block in _blocks(span, rows))
         self.num_rows = max(span.visible[-1][1] for span in self.spans)
         self.watched = watched
+        self.num_logits = 1
         self.attention = torch.zeros(self.num_rows if watched else 0, device=device)
         self.end = max(positions) + 1
         self.places: tuple[int, ...] = ()
@@ -117,6 +119,8 @@ class Batch:
         rows: Sequence[int],
         positions: Sequence[int],
         watched: range | None = None,
+        *,
+        num_logits: int = 1,
     ) -> Batch:
         """Return one request's tokens, which see every row up to their own.
 
@@ -125,6 +129,7 @@ class Batch:
         own = [buffers.index(row) for row in rows] if buffers.loans else rows
         span = Span(0, len(own), ((0, own[-1] + 1),))
         batch = cls(buffers, input_ids, own, positions, [span], watched)
+        batch.num_logits = num_logits
         if buffers.loans:
             batch.places = tuple(rows)
             batch.attention = torch.zeros(rows[-1] + 1 if watched else 0, device=batch.rows.device)
@@ -156,6 +161,7 @@ class Batch:
         parts = [self._part(*ends) for ends in pairwise((0, *borders, self.num_tokens))]
         for part in parts:
             part.attention = self.attention
+        parts[-1].num_logits = self.num_logits
         return parts
 
     def _borders(self, most: int) -> list[int]:

@@ -13,7 +13,7 @@ from transformers.cache_utils import (
 )
 
 from pcache_core.lm.ragged import RaggedBatch
-from pcache_core.lm.shared_layer import DummyLayer
+from pcache_core.lm.structure import DummyLayer
 
 
 class _SlotLayer(CacheLayerMixin):

@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pcache_core.errors import ModelError
-from pcache_core.kv.buffers import KVBuffers
+from pcache_core.kv.sequence import KVBuffers
 from pcache_core.kv.state import LayerShape, Stack, stack_layers
 from pcache_core.lm.batch import Batch
 from pcache_core.lm.fingerprint import fingerprint
@@ -25,7 +25,7 @@ from pcache_core.lm.probe import Support, probe
 from pcache_core.lm.sampling import Sampler
 from pcache_core.lm.stock import StockRun, own_cache_works
 from pcache_core.lm.structure import context_length
-from pcache_core.lm.text_model import TextModel
+from pcache_core.lm.tokenizer import TextModel
 from pcache_core.lm.weights import Weights
 from pcache_core.params import SamplingParams
 from pcache_core.threads import fork_safe
@@ -40,7 +40,7 @@ _locks_lock = fork_safe(threading.Lock())
 
 
 def _lock_of(model: PreTrainedModel) -> threading.RLock:
-    """Return one lock for each model, however many `CausalLM` objects run it."""
+    """Return the lock of a model, the same for all `CausalLM` objects that run it."""
     with _locks_lock:
         if model not in _locks:
             _locks[model] = fork_safe(threading.RLock())
@@ -222,7 +222,7 @@ class CausalLM(TextModel):
             return self._compiler
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        """Compute a batch's tokens, filling their rows; logits of the last one, [vocab] fp32.
+        """Compute a batch's tokens, filling their rows; logits [num_logits, vocab] fp32.
 
         May be called from several threads at once, and then computes their batches together.
 
@@ -281,7 +281,7 @@ class CausalLM(TextModel):
             return own_cache_works(self.model, self.token_ids("a b c d e f")[:6])
 
     def stock_run(self) -> Callable[[Sequence[int]], torch.Tensor]:
-        """Return a request through the model's own forward, for models without rows per token."""
+        """Begin a request through the model's own forward, for models without rows per token."""
         run = LockedStockRun(StockRun(self.model, use_cache=self._own_cache_works), self._lock)
         return lambda token_ids: self._checked(run(token_ids))
 

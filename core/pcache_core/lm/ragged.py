@@ -13,11 +13,12 @@ from pcache_core.lm.shared import LayerRows, SharedStates
 class RaggedBatch:
     """What one forward computes: one batch, or batches of different sequences.
 
-    input_ids, positions: [tokens], of all of them. last: [batches], the index of each one's last
-    token. starts: of each one's first. shared: states that batches have on loan.
+    input_ids, positions: [tokens], of all of them. kept: the indices of the tokens whose logits
+    are wanted, ascending. starts: of each batch's first token. shared: states that batches have on
+    loan.
     """
 
-    __slots__ = ("_rows_by_keys", "input_ids", "last", "parts", "positions", "shared", "starts")
+    __slots__ = ("_rows_by_keys", "input_ids", "kept", "parts", "positions", "shared", "starts")
 
     def __init__(self, parts: Sequence[Batch]) -> None:
         self.parts = tuple(parts)
@@ -29,8 +30,12 @@ class RaggedBatch:
         self.starts = [0]
         for part in parts:
             self.starts.append(self.starts[-1] + part.num_tokens)
-        ends = self.starts[1:]
-        self.last = torch.tensor(ends, device=self.input_ids.device) - 1
+        kept = [
+            index
+            for part, end in zip(parts, self.starts[1:], strict=True)
+            for index in range(end - part.num_logits, end)
+        ]
+        self.kept = torch.tensor(kept, device=self.input_ids.device)
         self.shared = SharedStates(parts, self.starts)
         self._rows_by_keys: dict[int, list[LayerRows]] = {}
 

@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 
-from pcache_core.kv.buffers import KVBuffers
+from pcache_core.kv.sequence import KVBuffers
 from pcache_core.kv.state import KVState, Part, StateSource
 
 # Largest relative error of a right rotation beyond twice the layer's own drift, by dtype.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from pcache_core.lm.forward import ModelCall, last_logits
+from pcache_core.lm.forward import ModelCall, kept_logits
 
 
 class StockRun:
@@ -38,8 +38,7 @@ class StockRun:
                 for name in ("past_key_values", "cache_params")
                 if getattr(output, name, None) is not None
             }
-        [logits] = last_logits(output, last)
-        return logits
+        return kept_logits(output, last)[-1]
 
 
 def own_cache_works(model: PreTrainedModel, token_ids: Sequence[int]) -> bool:
