@@ -1,4 +1,4 @@
-"""`benchmarks/`: the scripts behind the README's figures run as it says, on a tiny model."""
+"""`benchmarks/`: the scripts behind docs/speed.md and the soak run, on a tiny model."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ import throughput
 ROOT = Path(throughput.__file__).parent.parent
 
 
-def test_throughput_measures_what_the_readme_names(
+def test_throughput_measures_what_the_page_names(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    readme = (ROOT / "README.md").read_text("utf-8")
+    page = (ROOT / "docs" / "speed.md").read_text("utf-8")
     (command,) = re.findall(
-        r"^\$ python benchmarks/throughput.py((?:.*\\\n)*.*)$", readme, flags=re.M
+        r"^\$ python benchmarks/throughput.py((?:.*\\\n)*.*)$", page, flags=re.M
     )
     named = shlex.split(command.replace("\\\n", ""))
     small = (

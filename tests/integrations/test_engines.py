@@ -6,16 +6,20 @@ import copy
 import gc
 import pickle
 import threading
+import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+from langchain_core.documents import Document
 from langchain_core.runnables import ConfigurableField
+from llama_index.core.schema import TextNode
 
 from pcache_core import CausalLM, DiskStore, MemoryStore, Preamble, PromptCacheEngine, TieredStore
 from pcache_core.errors import DeadlineExceededError, ModelError, OptionError
+from pcache_integrations._engines import load_lm
 from pcache_integrations.langchain import ChatPromptCache
 from pcache_integrations.langchain import PromptCacheLLM as LangChainLLM
 from pcache_integrations.llama_index import PromptCacheLLM as LlamaIndexLLM
@@ -29,6 +33,72 @@ COMPANY = Preamble(company=["Tea is warm."])
 @pytest.fixture(params=CLASSES)
 def llm(request: pytest.FixtureRequest) -> Any:
     return request.param(model=TOY, max_tokens=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"reuse": "warp"}, "unknown reuse mode 'warp'"),
+        ({"stop": [""]}, "stop strings must be non-empty"),
+        ({"temperature": -1}, "temperature"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": "many"}, "max_tokens"),
+        ({"timeout": 0}, "timeout"),
+        ({"store": "nosuch://localhost"}, "can't be a store"),
+        ({"store": "memroy"}, "did you mean 'memory'"),
+        ({"max_token": 5}, "did you mean 'max_tokens'"),
+    ],
+)
+@pytest.mark.parametrize("kind", CLASSES)
+def test_a_bad_option_is_refused_at_construction(
+    kind: Any, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(OptionError, match=message):
+        kind(**options)
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_construction_does_not_load_the_model(kind: Any) -> None:
+    started = time.process_time()
+    for _ in range(10):
+        kind(model="no/such/model", temperature=0.5, stop=["x"])
+    assert time.process_time() - started < 1
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_a_shared_engine_brings_its_own_options_and_copies_share_it(kind: Any) -> None:
+    engine = PromptCacheEngine(load_lm(TOY))
+    llm = kind(engine=engine)
+    assert (llm.engine, llm.model, llm.reuse) == (engine, TOY, engine.reuse)
+    with pytest.raises(OptionError, match="brings its own model, store; leave them out"):
+        kind(model="other", engine=engine, store="memory")
+    assert copy.deepcopy(llm).engine is llm.model_copy(update={"max_tokens": 3}).engine is engine
+
+
+def test_a_pickle_is_small_and_makes_an_equal_one(
+    llm: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    llm.stop, llm.temperature = ["x"], 0.5
+    with caplog.at_level("WARNING"):
+        saved = pickle.dumps(llm)
+    assert not caplog.records
+    assert len(saved) < 10_000
+    again = pickle.loads(saved)
+    assert again.model_dump() == llm.model_dump()
+    assert again.engine is llm.engine
+
+
+def test_threads_get_one_engine(llm: Any) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        assert len({id(engine) for engine in pool.map(lambda _: llm.engine, range(4))}) == 1
+
+
+def test_what_is_no_list_of_documents_is_refused(llm: Any) -> None:
+    for one in ("one text", Document("one text"), TextNode(text="one text"), 3):
+        with pytest.raises(OptionError, match="put it in a list"):
+            llm.cache_documents(one)
+    with pytest.raises(OptionError, match="got int"):
+        llm.cache_documents([3])
 
 
 def _what_runs(engine: Any) -> dict[str, Any]:
@@ -134,8 +204,6 @@ def test_an_answer_may_take_no_longer_than_its_timeout(kind: Any) -> None:
     with pytest.raises(DeadlineExceededError):
         getattr(hasty, ask)("Where does Ada live?")
     assert getattr(hasty, ask)("Where does Ada live?", timeout=60)
-    with pytest.raises(OptionError, match="timeout"):
-        kind(model=TOY, timeout=0)
 
 
 @pytest.mark.parametrize("kind", CLASSES)
@@ -174,8 +242,6 @@ def test_a_precompute_step_that_is_changed_encodes_for_what_it_says() -> None:
     step = PromptCachePrecompute(llm)
     step.namespace = "b"
     before = llm.engine.stats().encoded_tokens
-    from llama_index.core.schema import TextNode
-
     step([TextNode(text="Brindlewick sells umbrellas in the town of Ostermouth.")])
     assert llm.engine.stats().encoded_tokens == before
     assert LlamaIndexLLM(model=TOY, namespace="b").engine.stats().encoded_tokens > 0

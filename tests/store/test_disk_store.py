@@ -6,8 +6,8 @@ import logging
 import os
 import shutil
 import stat
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -132,30 +132,23 @@ def test_a_folder_that_can_not_be_made_is_an_error_of_ours(nobodys_folder: Path)
 def test_a_folder_that_comes_and_goes_under_several_threads_fails_no_call(tmp_path: Path) -> None:
     store = DiskStore(tmp_path / "store", budget_bytes=20_000)
     pairs = [make(n, n + 1) for n in range(8)]
-    wrong: list[object] = []
     until = time.monotonic() + 1.5
 
     def work(index: int) -> None:
-        try:
-            while time.monotonic() < until:
-                for key, state in pairs[index:] + pairs[:index]:
-                    store.put(key, state)
-                    hit = store.get(key)
-                    if hit is not None and not same(hit.state, state):
-                        wrong.append(key)
-                    store.stats()
-        except BaseException as error:
-            wrong.append(error)
+        while time.monotonic() < until:
+            for key, state in pairs[index:] + pairs[:index]:
+                store.put(key, state)
+                hit = store.get(key)
+                assert hit is None or same(hit.state, state)
+                store.stats()
 
-    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
-    for thread in threads:
-        thread.start()
-    while time.monotonic() < until:
-        shutil.rmtree(tmp_path / "store", ignore_errors=True)
-        time.sleep(0.05)
-    for thread in threads:
-        thread.join()
-    assert wrong == []
+    with ThreadPoolExecutor(4) as threads:
+        jobs = [threads.submit(work, index) for index in range(4)]
+        while time.monotonic() < until:
+            shutil.rmtree(tmp_path / "store", ignore_errors=True)
+            time.sleep(0.05)
+        for job in jobs:
+            job.result()
 
 
 # --- budget -------------------------------------------------------------------------------------

@@ -77,6 +77,11 @@ class WriteBehind:
         item = self._items.get(key.digest)
         return item.state if item is not None and item.state.token_ids == key.token_ids else None
 
+    def keys(self) -> list[ModuleKey]:
+        """Return the keys of what waits, or is being written."""
+        with self._lock:
+            return [item.key for item in self._items.values()]
+
     def discard(self, key: ModuleKey) -> None:
         """Don't write it; if it is being written, wait until it is."""
         while True:
@@ -217,6 +222,10 @@ class TieredStore(OpeningReads):
         self._writer.discard(key)
         for tier in self.tiers:
             tier.delete(key)
+
+    def held_keys(self) -> list[ModuleKey]:
+        """Return the keys of states that wait to be written; the first tier may not have them."""
+        return self._writer.keys()
 
     def stats(self) -> StoreStats:
         """Return all tiers together, each one's own in `tiers`.
