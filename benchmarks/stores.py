@@ -31,8 +31,8 @@ from pcache_core.kv.sequence import KVBuffers
 from pcache_core.kv.state import KVState, LayerShape, stack_layers
 from pcache_core.lm import place
 from pcache_core.lm.relocation import Rotation
+from pcache_core.params import check_storage_dtype
 from pcache_core.store.base import ms_since
-from pcache_core.store.record import check_storage_dtype
 
 SPACE = KeySpace("0" * 64, "torch.bfloat16", "benchmark")
 STACKS = stack_layers([LayerShape(4, 64, 4, 64)] * 24)  # 24 layers, 24 KiB a token in bfloat16

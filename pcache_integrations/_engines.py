@@ -17,15 +17,21 @@ from weakref import WeakValueDictionary
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
-from pcache_core import CausalLM, Preamble, PromptCacheEngine
+from pcache_core import Preamble
 from pcache_core.base_engine import Engine
 from pcache_core.errors import OptionError, PromptCacheError
-from pcache_core.kv.key import check_namespace
-from pcache_core.params import DEFAULT_MODEL, DEFAULT_REUSE, check_repair, check_reuse
+from pcache_core.params import (
+    DEFAULT_MODEL,
+    DEFAULT_REUSE,
+    check_namespace,
+    check_repair,
+    check_reuse,
+)
 from pcache_integrations._stores import build_store, check_store
 from pcache_integrations.calls import OF_A_CALL, call_options, check_names
 
 if TYPE_CHECKING:
+    from pcache_core import CausalLM
     from pcache_integrations.vllm.client_http import Address
 
 _loaded: WeakValueDictionary[tuple[str, str, str, bool], CausalLM] = WeakValueDictionary()
@@ -44,6 +50,8 @@ def load_lm(
 
     Raises: ModelError: the model can't be loaded.
     """
+    from pcache_core import CausalLM
+
     with _loading:
         name = model, dtype, device, trust_remote_code
         lm = _loaded.get(name)
@@ -222,6 +230,8 @@ def _new(options: EngineOptions) -> Engine:
         from pcache_integrations.vllm.client import RemoteEngine
 
         return RemoteEngine(options.server, options.model, **own)
+    from pcache_core import PromptCacheEngine
+
     return PromptCacheEngine(
         load_lm(
             options.model,
@@ -268,6 +278,8 @@ class EngineHandle:
             return self
         if self._given is None:
             return EngineHandle(options)
+        from pcache_core import PromptCacheEngine
+
         changed = [
             each.name
             for each in fields(options)

@@ -8,20 +8,20 @@ from collections import deque
 from collections.abc import AsyncGenerator, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pcache_core.chat.calls import Tool
 from pcache_core.chat.messages import Message, render_chat
 from pcache_core.chat.tools import ToolFormat, render_tool_chat, tool_format
 from pcache_core.errors import OptionError, PromptError
 from pcache_core.library.preamble import Preamble
-from pcache_core.lm import TextModel
 from pcache_core.params import REPAIR, ReuseMode, SamplingParams, check_repair, check_reuse
-from pcache_core.precompute import ForgetReport
 from pcache_core.prompt import Prompt, TokenisedPrompt, tokenise
-from pcache_core.report import Chunk, EncodeReport, Generation, Report
-from pcache_core.store import StoreStats
+from pcache_core.report import Chunk, EncodeReport, ForgetReport, Generation, Report, StoreStats
 from pcache_core.threads import fork_safe
+
+if TYPE_CHECKING:
+    from pcache_core.lm import TextModel
 
 _KEPT_REPORTS = 256
 

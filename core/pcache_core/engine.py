@@ -28,12 +28,12 @@ from pcache_core.lm import CausalLM
 from pcache_core.params import DEFAULT_REUSE, ReuseMode, SamplingParams
 from pcache_core.plan import plan_prefill, plan_states
 from pcache_core.pml import Positions, PromptTree, Schema
-from pcache_core.precompute import ForgetReport, forget, precompute, precompute_units
+from pcache_core.precompute import forget, precompute, precompute_units
 from pcache_core.prefill import prefill
 from pcache_core.prefix_cache import PrefixCache
 from pcache_core.prompt import Prompt
 from pcache_core.rank import ranking_prompts, scores_of
-from pcache_core.report import Chunk, EncodeReport, Prefill, Report
+from pcache_core.report import Chunk, EncodeReport, ForgetReport, Prefill, Report
 from pcache_core.request import Request, check_continuation, check_request
 from pcache_core.scheduler import Scheduler
 from pcache_core.schemas import SchemaShelf

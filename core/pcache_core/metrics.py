@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from pcache_core.engine import PromptCacheEngine
 from pcache_core.errors import DependencyError, OptionError
-from pcache_core.store import StoreStats
+from pcache_core.report import StoreStats
 
 try:
     from prometheus_client import CollectorRegistry

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -14,8 +15,12 @@ ReuseMode = Literal["off", "exact", "fast", "balanced", "high"]
 REUSE_MODES: tuple[ReuseMode, ...] = get_args(ReuseMode)
 DEFAULT_REUSE: ReuseMode = "balanced"
 DEFAULT_MODEL = "builtin:smollm2"
+StorageDtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]
+"""How numbers are kept: `auto` as the model has them, `int8` with a scale per head and channel."""
+
 MAX_LOGPROBS = 20
 """Most alternatives of a token whose log probabilities can be asked for."""
+_NAMESPACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 def check_reuse(mode: str) -> ReuseMode:
@@ -24,6 +29,26 @@ def check_reuse(mode: str) -> ReuseMode:
         if mode == known:
             return known
     raise OptionError(f"unknown reuse mode {mode!r}; use one of {', '.join(REUSE_MODES)}")
+
+
+def check_namespace(namespace: object) -> None:
+    """Raises: OptionError: it has other characters than letters, digits and `._-`."""
+    if not isinstance(namespace, str) or not _NAMESPACE.fullmatch(namespace):
+        raise OptionError(
+            f"namespace {namespace!r} is not valid; use 1 to 64 letters, digits, "
+            "'.', '_' or '-', starting with a letter or digit"
+        )
+
+
+def check_storage_dtype(storage_dtype: object) -> StorageDtype:
+    """Return it. Raises: OptionError: unknown."""
+    for known in get_args(StorageDtype):
+        if storage_dtype == known:
+            return known  # type: ignore[no-any-return]
+    raise OptionError(
+        f"storage_dtype={storage_dtype!r} is unknown; use one of "
+        f"{', '.join(map(repr, get_args(StorageDtype)))}"
+    )
 
 
 def check_repair(repair: float | None) -> float | None:

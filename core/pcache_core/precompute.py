@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -16,25 +15,11 @@ from pcache_core.kv.key import ModuleTokens
 from pcache_core.library.states import ModuleLibrary
 from pcache_core.plan import opening_module, passages_of
 from pcache_core.prompt import Passage, Segment, TokenisedPrompt
-from pcache_core.report import EncodeReport
+from pcache_core.report import EncodeReport, ForgetReport
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class ForgetReport:
-    """What `engine.forget` did.
-
-    texts: how many different ones were given. states: how many states of them were dropped; a text
-    has two, one for where it comes first in a prompt. freed_bytes: by how much the store shrank,
-    all tiers together; what a server holds is not counted.
-    """
-
-    texts: int
-    states: int
-    freed_bytes: int
 
 
 def precompute(

@@ -1,4 +1,4 @@
-"""What a request returns: an answer, and what happened to each part of its prompt."""
+"""What is returned: answers, what happened to each part of a prompt, what stores did."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 FinishReason = Literal["stop", "length"]
+Tier = Literal["memory", "disk", "remote"]
 _LISTED = 8
 """Lines of a kind that a picture shows, of which a long prompt may have thousands."""
 _LABEL_CHARS, _LINE_CHARS = 32, 300
@@ -305,3 +306,44 @@ class Prefill:
     logits: torch.Tensor
     report: Report
     logprobs: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ForgetReport:
+    """What `engine.forget` did.
+
+    texts: how many different ones were given. states: how many states of them were dropped; a text
+    has two, one for where it comes first in a prompt. freed_bytes: by how much the store shrank,
+    all tiers together; what a server holds is not counted.
+    """
+
+    texts: int
+    states: int
+    freed_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoreStats:
+    """A store's contents and its history since it was made.
+
+    states, nbytes: None where counting them would mean asking a server for every key.
+    budget_bytes: None where the store has no limit of its own.
+    damaged: entries that were dropped because they were altered, cut or another model's.
+    failures: calls that failed because the store could not be reached, read or written.
+    load_ms: time spent in look-ups that hit.
+    loaded_nbytes: read by look-ups that hit, as kept; 0 where nothing is read.
+    tiers: of a tiered store, each tier's own.
+    """
+
+    tier: Tier
+    states: int | None
+    nbytes: int | None
+    budget_bytes: int | None
+    hits: int
+    misses: int
+    evictions: int
+    damaged: int = 0
+    failures: int = 0
+    load_ms: float = 0.0
+    tiers: tuple[StoreStats, ...] = ()
+    loaded_nbytes: int = 0

@@ -36,7 +36,6 @@ from langchain_core.tools import BaseTool
 from pcache_core import Prompt
 from pcache_core.base_engine import Engine
 from pcache_core.errors import ChatTemplateError
-from pcache_core.lm import context_length_on_disk
 from pcache_core.params import DEFAULT_MODEL
 from pcache_integrations.calls import Call, as_choice, check_names, core_tool, make_call
 from pcache_integrations.langchain.messages import as_openai, chat_prompt
@@ -249,6 +248,8 @@ def _profile(engine: Engine | None, options: Mapping[str, Any]) -> dict[str, Any
     """Say what agents and middleware ask of a model, without loading it for that."""
     length = engine.lm.context_length if engine else None
     if engine is None and options.get("base_url") is None:
+        from pcache_core.lm import context_length_on_disk
+
         length = context_length_on_disk(options.get("model", DEFAULT_MODEL))
     return {
         "text_inputs": True,

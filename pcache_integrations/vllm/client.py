@@ -16,10 +16,8 @@ from pcache_core.errors import ModelError, OptionError, PromptError
 from pcache_core.library.preamble import Preamble
 from pcache_core.lm import TextModel
 from pcache_core.params import DEFAULT_REUSE, REPAIR, ReuseMode, SamplingParams
-from pcache_core.precompute import ForgetReport
 from pcache_core.prompt import Prompt, Segment, TokenisedPrompt
-from pcache_core.report import Chunk, EncodeReport
-from pcache_core.store import StoreStats
+from pcache_core.report import Chunk, EncodeReport, ForgetReport, StoreStats
 from pcache_integrations.vllm.client_http import Address, Server
 from pcache_integrations.vllm.client_keeper import Keeper
 from pcache_integrations.vllm.client_modules import (

@@ -17,8 +17,7 @@ from pcache_core.evaluation.prompts import Fitted, Layout, fit
 from pcache_core.evaluation.run import BASELINE, Conditions, Outcomes, Way, measure
 from pcache_core.evaluation.table import Evaluation, summarise
 from pcache_core.lm import CausalLM
-from pcache_core.params import REUSE_MODES, ReuseMode, SamplingParams
-from pcache_core.store.record import StorageDtype
+from pcache_core.params import REUSE_MODES, ReuseMode, SamplingParams, StorageDtype
 
 ANSWER_TOKENS = 32
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import re
 import struct
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from pcache_core.errors import OptionError
+from pcache_core.params import check_namespace
 from pcache_core.prompt import Passage
 
 FORMAT_VERSION = 2
-_NAMESPACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 def digest(fields: Iterable[bytes]) -> str:
@@ -27,15 +25,6 @@ def digest(fields: Iterable[bytes]) -> str:
 def pack_ids(token_ids: Sequence[int]) -> bytes:
     """Token ids as little-endian int64."""
     return struct.pack(f"<{len(token_ids)}q", *token_ids)
-
-
-def check_namespace(namespace: object) -> None:
-    """Raises: OptionError: it has other characters than letters, digits and `._-`."""
-    if not isinstance(namespace, str) or not _NAMESPACE.fullmatch(namespace):
-        raise OptionError(
-            f"namespace {namespace!r} is not valid; use 1 to 64 letters, digits, "
-            "'.', '_' or '-', starting with a letter or digit"
-        )
 
 
 @dataclass(frozen=True, slots=True)

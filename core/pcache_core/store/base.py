@@ -8,42 +8,15 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from pcache_core.errors import StateMismatchError
 from pcache_core.kv.key import ModuleKey
 from pcache_core.kv.state import KVState, StateSource
+from pcache_core.report import StoreStats, Tier
 from pcache_core.threads import fork_safe
 
 T = TypeVar("T")
-Tier = Literal["memory", "disk", "remote"]
-
-
-@dataclass(frozen=True, slots=True)
-class StoreStats:
-    """A store's contents and its history since it was made.
-
-    states, nbytes: None where counting them would mean asking a server for every key.
-    budget_bytes: None where the store has no limit of its own.
-    damaged: entries that were dropped because they were altered, cut or another model's.
-    failures: calls that failed because the store could not be reached, read or written.
-    load_ms: time spent in look-ups that hit.
-    loaded_nbytes: read by look-ups that hit, as kept; 0 where nothing is read.
-    tiers: of a tiered store, each tier's own.
-    """
-
-    tier: Tier
-    states: int | None
-    nbytes: int | None
-    budget_bytes: int | None
-    hits: int
-    misses: int
-    evictions: int
-    damaged: int = 0
-    failures: int = 0
-    load_ms: float = 0.0
-    tiers: tuple[StoreStats, ...] = ()
-    loaded_nbytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -14,11 +14,12 @@ from pathlib import Path
 from pcache_core.errors import OptionError, StateMismatchError, StoreError
 from pcache_core.kv.key import ModuleKey
 from pcache_core.kv.state import KVState
+from pcache_core.params import StorageDtype
+from pcache_core.report import StoreStats
 from pcache_core.store import serde
-from pcache_core.store.base import Opened, Outage, StoreStats, ms_since
+from pcache_core.store.base import Opened, Outage, ms_since
 from pcache_core.store.folder import StateFolder, open_file
 from pcache_core.store.memory import check_budget
-from pcache_core.store.record import StorageDtype
 
 DEFAULT_DISK_BUDGET_BYTES = 32 * 2**30
 _MOST_OPEN = 64  # states that are asked for together

@@ -14,10 +14,10 @@ from typing import Any, TypeVar
 from pcache_core.errors import DependencyError, OptionError, StateMismatchError, StoreError
 from pcache_core.kv.key import ModuleKey
 from pcache_core.kv.state import KVState
+from pcache_core.params import StorageDtype
 from pcache_core.store import serde
 from pcache_core.store.base import Opened, Outage, ms_since
 from pcache_core.store.folder import SUFFIX
-from pcache_core.store.record import StorageDtype
 
 try:
     import fsspec

@@ -7,17 +7,14 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal, get_args
 
 import torch
 
-from pcache_core.errors import OptionError, StateMismatchError
+from pcache_core.errors import StateMismatchError
 from pcache_core.kv.key import FORMAT_VERSION, ModuleKey
 from pcache_core.kv.state import KVState, LayerShape, Stack
+from pcache_core.params import StorageDtype
 from pcache_core.store.seal import SEAL_BYTES
-
-StorageDtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]
-"""How numbers are kept: `auto` as the model has them, `int8` with a scale per head and channel."""
 
 _TEXT_TOKENS = 64
 _TEXT_CHARACTERS = 120
@@ -196,17 +193,6 @@ class Field:
     def nbytes(self) -> int:
         """Bytes of its elements."""
         return math.prod(self.shape) * self.dtype.itemsize
-
-
-def check_storage_dtype(storage_dtype: object) -> StorageDtype:
-    """Return it. Raises: OptionError: unknown."""
-    for known in get_args(StorageDtype):
-        if storage_dtype == known:
-            return known  # type: ignore[no-any-return]
-    raise OptionError(
-        f"storage_dtype={storage_dtype!r} is unknown; use one of "
-        f"{', '.join(map(repr, get_args(StorageDtype)))}"
-    )
 
 
 def stored_fields(record: Record) -> list[Field]:

@@ -30,13 +30,13 @@ import torch
 from pcache_core.errors import StateMismatchError
 from pcache_core.kv.key import ModuleKey
 from pcache_core.kv.state import Block, KVState, Part, Stack, layer_blocks
-from pcache_core.store.base import Counters, Opened, OpeningReads, StoreStats, Tier
+from pcache_core.params import StorageDtype, check_storage_dtype
+from pcache_core.report import StoreStats, Tier
+from pcache_core.store.base import Counters, Opened, OpeningReads
 from pcache_core.store.record import (
     DTYPE_CODES,
     Field,
     Record,
-    StorageDtype,
-    check_storage_dtype,
     pack,
     stored_fields,
     unpack,

@@ -14,12 +14,12 @@ from dataclasses import dataclass, replace
 from pcache_core.errors import BudgetError, OptionError, StateMismatchError
 from pcache_core.kv.key import ModuleKey
 from pcache_core.kv.state import Block, KVState, StateSource
+from pcache_core.report import StoreStats
 from pcache_core.store.base import (
     Counters,
     ModuleStore,
     Opened,
     OpeningReads,
-    StoreStats,
     open_many,
 )
 from pcache_core.threads import Flag, renew_in_child
