@@ -32,8 +32,9 @@ from pcache_integrations.calls import OF_A_CALL, Call, call_options
 from pcache_integrations.langchain import schema
 from pcache_integrations.langchain.watch import WATCHER, watch_chains
 
-_ANSWERS_DEPEND_ON = (
-    "model", "dtype", "storage_dtype", "preamble", "repair", "base_url", *OF_A_CALL[:-1],
+_ANSWERS_DEPEND_ON = (  # LangChain itself adds the stop strings
+    "model", "dtype", "storage_dtype", "preamble", "repair", "base_url",
+    *(name for name in OF_A_CALL if name != "stop"),
 )  # fmt: skip
 
 # Errors by which LangChain's middleware knows what to do; some are in its newer versions only.
