@@ -74,6 +74,8 @@ ENGINE_OPTIONS = (
 """Options of a language model that decide which engine it gets."""
 
 SERVER_OPTIONS = ("base_url", "api_key", "timeout", "max_retries")
+"""Options that say which server answers, and how it is asked."""
+
 _DECIDING = (*ENGINE_OPTIONS, *SERVER_OPTIONS, "reuse")
 
 _OF_A_GIVEN_ENGINE = ("namespace", "preamble", "repair")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import cycle, islice
 
 # Measured on answers of a small chat model that quote, retell and invent: the longer match is more
 # often right, the shorter one finds a quotation a token sooner.
@@ -64,8 +65,8 @@ class PromptLookup:
         self._index()
         for length in _NGRAMS:
             start = self._after.get(tuple(self._token_ids[-length:]))
-            if start is not None:
-                return self._token_ids[start : start + most]
+            if start is not None:  # what reaches the text's end goes round again
+                return list(islice(cycle(self._token_ids[start : start + most]), most))
         return []
 
     def _index(self) -> None:

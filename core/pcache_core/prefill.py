@@ -102,12 +102,10 @@ def most_attended(rows: Sequence[int], attention: torch.Tensor, count: int) -> l
     by_attention = torch.argsort(attention[torch.tensor(rows)], descending=True, stable=True)
     candidates = set(rows)
     chosen: set[int] = set()
-    for index in by_attention.tolist():
+    for index in by_attention[:count].tolist():
         for row in (rows[index], rows[index] + 1):
             if row in candidates and len(chosen) < count:
                 chosen.add(row)
-        if len(chosen) == count:
-            break
     return sorted(chosen)
 
 

@@ -125,7 +125,7 @@ def measure(lm: CausalLM, options: BenchOptions, peers: Sequence[Way] = ()) -> B
     kind_of_store = options.tier.partition("://")[0]  # an address may hold a password
     return Benchmark(
         model=lm.name,
-        parameters=lm.model.num_parameters(),
+        parameters=lm.num_parameters,
         kv_bytes_per_token=lm.bytes_per_token,
         options=asdict(options) | {"tier": kind_of_store},
         environment=environment(lm),

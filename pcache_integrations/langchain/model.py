@@ -79,7 +79,7 @@ class CachedModel(EngineOwner, BaseLanguageModel[Any]):
 
         Raises: OptionError: something else than documents or strings was given.
         """
-        if isinstance(documents, (str, Document)):
+        if isinstance(documents, (str, Document)) or not isinstance(documents, Iterable):
             raise OptionError(
                 f"cache_documents takes several documents, got one {type(documents).__name__}; "
                 "put it in a list"

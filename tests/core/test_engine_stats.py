@@ -50,15 +50,19 @@ def test_totals_are_sums_over_all_reports_and_the_store_counts_beside_them(
     assert engine.stats().encoded_tokens == ahead
     reports = [
         engine.prefill(ONE).report,
-        engine.generate(TWO, SamplingParams(max_tokens=5)).report,
+        engine.generate(TWO, SamplingParams(max_tokens=40, repetition_penalty=0.3)).report,
         engine.prefill(TWO, reuse="off").report,
     ]
     stats = engine.stats()
     assert isinstance(stats, StoreStats)
     assert stats.requests == 3
-    for name in ("prompt_tokens", "cached_tokens", "computed_tokens", "generated_tokens"):
+    for name in (
+        "prompt_tokens", "cached_tokens", "computed_tokens", "generated_tokens", "drafted_tokens",
+        "accepted_tokens",
+    ):  # fmt: skip
         assert getattr(stats, name) == sum(getattr(report, name) for report in reports)
     assert stats.cached_tokens > 0
+    assert 0 < stats.accepted_tokens < stats.drafted_tokens
     assert stats.encoded_tokens == ahead + sum(report.encoded_tokens for report in reports)
     assert stats.encode_ms > 0
     assert stats.prefill_ms == pytest.approx(sum(report.prefill_ms for report in reports))

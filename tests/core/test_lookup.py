@@ -204,12 +204,15 @@ def test_in_bfloat16_answers_part_only_where_the_two_best_tokens_are_close() -> 
     assert all(gap < 0.1 for gap in gaps), gaps  # rounding to bfloat16 moves a logit of 12 by 0.03
 
 
-def longest_quotation(ids: Sequence[int]) -> list[int]:
+def quotation(ids: Sequence[int], count: int) -> list[int]:
     """What followed the last three tokens, or else the last two, where they came last before."""
     for length in (3, 2):
         for start in range(len(ids) - length - 1, -1, -1):
             if ids[start : start + length] == ids[-length:]:
-                return list(ids[start + length :])
+                said = list(ids)
+                for at in range(start + length, start + length + count):
+                    said.append(said[at])
+                return said[len(ids) :]
     return []
 
 
@@ -220,7 +223,7 @@ def test_a_draft_is_what_followed_the_last_tokens_before() -> None:
         lookup = PromptLookup(ids[: count // 2])
         for token_id in ids[count // 2 :]:
             lookup.add(token_id)
-        assert lookup.draft(4) == longest_quotation(ids)[:4]
+        assert lookup.draft(4) == quotation(ids, 4)
         assert lookup.draft(0) == []
 
 

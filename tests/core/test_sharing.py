@@ -244,12 +244,15 @@ def error(found: torch.Tensor, right: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("tokens", "rows"), [(1, 40), (24, 300), (40, 1100)])
-def test_kernels_are_as_exact_as_the_flash_kernel(
-    dtype: torch.dtype, tokens: int, rows: int
+# 20: what all keys have in common is larger than they are, as where they have a bias.
+@pytest.mark.parametrize("common", [0, 20])
+def test_kernels_are_about_as_exact_as_the_flash_kernel(
+    dtype: torch.dtype, tokens: int, rows: int, common: int
 ) -> None:
     torch.manual_seed(0)
     query = (3 * torch.randn(1, 6, tokens, 24)).to(dtype)
-    key, value = (torch.randn(1, 2, rows, 24).to(dtype) for _ in range(2))
+    key = (torch.randn(1, 2, rows, 24) + common * torch.randn(24)).to(dtype)
+    value = torch.randn(1, 2, rows, 24).to(dtype)
     hidden = torch.ones(tokens, rows).triu(rows - tokens + 1).bool()
     bias = torch.zeros(tokens, rows, dtype=dtype)
     bias = bias.masked_fill(hidden, torch.finfo(dtype).min).repeat(3, 1)
@@ -261,12 +264,10 @@ def test_kernels_are_as_exact_as_the_flash_kernel(
         for a, b in ((0, cut), (cut, rows))
     ]
     outputs, lses = (torch.stack([part[which][0] for part in parts]) for which in (0, 1))
-    allowed = 1.5 * error(flash, right)
-    for found in (
-        attend_by_matmul(query, key, value, bias, 0.31, Scratch()),
-        merge(outputs, lses)[None],
-    ):
-        assert error(found, right) < allowed
+    assert error(merge(outputs, lses)[None], right) < 1.5 * error(flash, right)
+    found = attend_by_matmul(query, key, value, bias, 0.31, Scratch())
+    # It rounds scores to the dtype, here of a standard deviation of 4.6; the flash kernel does not.
+    assert error(found, right) < 3.5 * error(flash, right)
 
 
 @pytest.mark.parametrize("window", [None, 12])
@@ -292,7 +293,7 @@ def test_rows_that_a_kernel_takes_as_seen_by_all_are_hidden_from_nobody(
                 assert bool((bias[:, seen + 1] < 0).any())
 
 
-def test_a_kernel_that_is_told_what_all_see_gives_the_same(
+def test_a_bias_of_the_rows_that_not_all_see_says_the_same(
     tiny_lm: Callable[..., CausalLM],
 ) -> None:
     torch.manual_seed(0)
@@ -303,8 +304,9 @@ def test_a_kernel_that_is_told_what_all_see_gives_the_same(
     key, value = (torch.randn(1, 2, 640, 24).bfloat16() for _ in range(2))
     bias = batch.bias(span, None, 3, torch.bfloat16)
     assert bias is not None
-    seen = batch.seen_by_all(span, None)
-    assert seen == 600
+    last = batch.bias(span, None, 3, torch.bfloat16, batch.seen_by_all(span, None))
+    assert last is not None
+    assert last.shape[1] == 40
     right = softmax_attention(query, key, value, bias, 0.31)
-    found = attend_by_matmul(query, key, value, bias, 0.31, Scratch(), seen)
-    assert error(found, right) < 1.5 * error(attend(query, key, value, bias, 0.31), right)
+    found = attend_by_matmul(query, key, value, last, 0.31, Scratch())
+    assert error(found, right) < 3.5 * error(attend(query, key, value, bias, 0.31), right)

@@ -94,7 +94,8 @@ def test_threads_get_one_engine(llm: Any) -> None:
 
 
 def test_what_is_no_list_of_documents_is_refused(llm: Any) -> None:
-    for one in ("one text", Document("one text"), TextNode(text="one text"), 3):
+    own = TextNode(text="a") if isinstance(llm, LlamaIndexLLM) else Document("a")
+    for one in ("one text", own, 3):
         with pytest.raises(OptionError, match="put it in a list"):
             llm.cache_documents(one)
     with pytest.raises(OptionError, match="got int"):
@@ -309,3 +310,20 @@ def test_weights_with_an_owner_stay() -> None:
     gc.collect()
     assert half() is None
     assert owner.engine is engine
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_drafts_are_turned_off_for_an_object_or_for_a_call(kind: Any) -> None:
+    engine = PromptCacheEngine(CausalLM.from_pretrained(TOY))
+    repeating = {"engine": engine, "max_tokens": 24, "repetition_penalty": 0.3}
+    on, off = kind(**repeating), kind(**repeating, speculative=False)
+
+    def drafted(llm: Any, **options: Any) -> int:
+        ask = llm.complete if kind is LlamaIndexLLM else llm.invoke
+        ask("Rhea enjoys kayaking. Rhea works as a painter.", **options)
+        return int(engine.reports[-1].drafted_tokens)
+
+    assert drafted(on) > 0
+    assert drafted(on, speculative=False) == 0
+    assert drafted(off) == 0
+    assert drafted(off, speculative=True) > 0

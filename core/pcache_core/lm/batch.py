@@ -11,6 +11,7 @@ import torch
 
 from pcache_core.kv.key import RowRange
 from pcache_core.kv.sequence import KVBuffers, Loan
+from pcache_core.lm.kernels import multiplies
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,23 +27,30 @@ class Span:
     visible: tuple[RowRange, ...]
 
 
-_BLOCK_TOKENS = 256
+_BLOCK_TOKENS = 128
+_SCATTERED_TOKENS = 32  # of a block whose rows are not consecutive
 _LEAST_TOKENS = 64  # of a part; fewer cost nearly as much, and other kernels compute them
 # Larger ones are made again for each layer instead of held all at once.
 _LARGEST_KEPT_BIAS = 2**22
 
 
-def _blocks(span: Span, rows: Sequence[int]) -> Iterator[Span]:
+def _blocks(span: Span, rows: Sequence[int], *, cuts_causal: bool) -> Iterator[Span]:
     """Cut a long span, so that its first tokens don't attend to rows that are hidden anyway.
 
-    A span of exactly the rows it sees stays whole: a causal kernel skips the hidden half itself.
+    A span of exactly the rows it sees stays whole unless `cuts_causal`: a causal kernel skips the
+    hidden half itself.
     """
-    tokens = span.stop - span.start
-    if tokens <= _BLOCK_TOKENS or tokens == sum(stop - start for start, stop in span.visible):
+    start, tokens = span.start, span.stop - span.start
+    is_causal = tokens == sum(stop - start for start, stop in span.visible)
+    if is_causal and not cuts_causal:
         yield span
         return
-    for start in range(span.start, span.stop, _BLOCK_TOKENS):
-        yield _cut(span, start, min(start + _BLOCK_TOKENS, span.stop), rows)
+    while start < span.stop:
+        stop = min(start + _BLOCK_TOKENS, span.stop)
+        if rows[stop - 1] - rows[start] >= stop - start:
+            stop = min(start + _SCATTERED_TOKENS, stop)
+        yield _cut(span, start, stop, rows)
+        start = stop
 
 
 def _cut(span: Span, start: int, stop: int, rows: Sequence[int]) -> Span:
@@ -99,7 +107,10 @@ class Batch:
         self.rows = torch.tensor(rows, dtype=torch.long, device=device)
         self.positions = torch.tensor(positions, dtype=torch.long, device=device)
         self._uncut = tuple(spans)
-        self.spans = tuple(block for span in spans for block in _blocks(span, rows))
+        cuts = multiplies(buffers.keys[0])
+        self.spans = tuple(
+            block for span in spans for block in _blocks(span, rows, cuts_causal=cuts)
+        )
         self.num_rows = max(span.visible[-1][1] for span in self.spans)
         self.watched = watched
         self.num_logits = 1
@@ -108,7 +119,7 @@ class Batch:
         self.places: tuple[int, ...] = ()
         self._first_rows = {span: rows[span.start] for span in self.spans}
         self._last_rows = {span: rows[span.stop - 1] for span in self.spans}
-        self._biases: dict[tuple[Span, int | None, int, torch.dtype], torch.Tensor] = {}
+        self._biases: dict[tuple[Span, int | None, int, torch.dtype, int], torch.Tensor] = {}
         buffers.positions.index_copy_(0, self.rows, self.positions)
 
     @classmethod
@@ -194,21 +205,22 @@ class Batch:
         return part
 
     def bias(
-        self, span: Span, window: int | None, group: int, dtype: torch.dtype
+        self, span: Span, window: int | None, group: int, dtype: torch.dtype, first: int = 0
     ) -> torch.Tensor | None:
         """What is added to attention scores: 0 where a row may be seen, the minimum elsewhere.
 
         window: a row further back than this many positions is hidden; None for no limit.
         group: query heads folded into query rows, see `attention.py`.
+        first: how many of the visible rows to leave out, from the first on.
         Returns: [group * tokens, visible rows] of `dtype`; None if every token sees every row.
         """
         if window is not None and self.end <= window:
             window = None
         if window is None and self._sees_all(span):
             return None
-        name = (span, window, group, dtype)
+        name = (span, window, group, dtype, first)
         if name not in self._biases:
-            hidden = ~self._allowed(span, window)
+            hidden = ~self._allowed(span, window, first)
             bias = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
             bias.masked_fill_(hidden, torch.finfo(dtype).min)
             bias = bias.repeat(group, 1)
@@ -232,9 +244,10 @@ class Batch:
     def _sees_all(self, span: Span) -> bool:
         return span.stop - span.start == 1 and self._last_rows[span] == span.visible[-1][1] - 1
 
-    def _allowed(self, span: Span, window: int | None) -> torch.Tensor:
+    def _allowed(self, span: Span, window: int | None, first: int) -> torch.Tensor:
         device = self.rows.device
         key_rows = torch.cat([torch.arange(*visible, device=device) for visible in span.visible])
+        key_rows = key_rows[first:]
         query_rows = self.rows[span.start : span.stop]
         allowed = key_rows[None, :] <= query_rows[:, None]  # [tokens, visible rows]
         if window is not None:

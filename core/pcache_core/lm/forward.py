@@ -18,8 +18,7 @@ from transformers import PreTrainedModel
 from pcache_core.kv.sequence import KVBuffers
 from pcache_core.lm.attention import IMPLEMENTATION, AttentionLayers
 from pcache_core.lm.batch import Batch
-from pcache_core.lm.cache import slot_cache
-from pcache_core.lm.ragged import RaggedBatch
+from pcache_core.lm.ragged import RaggedBatch, slot_cache
 from pcache_core.lm.relocation import Rotations
 from pcache_core.lm.structure import CacheStructure, text_config
 
@@ -132,7 +131,7 @@ class ModelCall:
         self._takes_positions = "position_ids" in parameters
         self._keeps_some = "logits_to_keep" in parameters
 
-    @torch.no_grad()
+    @torch.inference_mode()  # its operations cost less than those of `no_grad`
     def __call__(self, kept: torch.Tensor, **arguments: Any) -> Any:
         """The model's output; logits of at least the tokens at the indices `kept`, ascending."""
         if not self._takes_positions:
@@ -162,7 +161,7 @@ def kept_logits(output: Any, kept: torch.Tensor) -> torch.Tensor:
     logits: torch.Tensor = output.logits[0]
     if logits.shape[0] != len(kept):
         logits = logits[kept]
-    return logits.float()
+    return logits.to(torch.float32, copy=True)  # a copy may be changed in place
 
 
 def runs_of(rows: Sequence[int]) -> list[tuple[int, int]]:
