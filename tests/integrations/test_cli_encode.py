@@ -220,9 +220,9 @@ def test_what_cannot_be_read_is_listed_and_the_rest_is_encoded(texts: Path, tmp_
     bad = tmp_path / "bad"
     shutil.copytree(texts, bad)
     (bad / "0.txt").write_bytes(b"abc\xff")
-    (bad / "lines.jsonl").write_text(f'{{"text": \n{json.dumps(DOCUMENTS[8])}\n{{"foo": 1}}\n')
+    (bad / "lines.jsonl").write_text(f'{{"text": \n"{DOCUMENTS[0]} Again."\n{{"foo": 1}}\n')
     figures = encode(bad, tmp_path / "none.txt", "--store", tmp_path / "s", status=1)
-    assert figures["texts"] == len(list(texts.rglob("*.txt"))) + 1
+    assert figures["texts"] == len(DOCUMENTS) + 1
     assert figures["encoded"] == figures["texts"]
     expected = ("0.txt is not UTF-8", "lines.jsonl:1 is not JSON", "lines.jsonl:3: exp", "none.txt")
     assert len(figures["unread"]) == len(expected)
