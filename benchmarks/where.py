@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from statistics import median
 from typing import Any
@@ -35,8 +35,8 @@ class Stopwatch:
     """Adds up the seconds spent in a model's linear layers, in its attention and in all of it."""
 
     def __init__(self, lm: CausalLM) -> None:
-        self._seconds: Counter[str] = Counter()
-        self._wait = torch.cuda.synchronize if lm.device.type == "cuda" else lambda: None
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._on_gpu = lm.device.type == "cuda"
         self._watch("model", lm.model)
         for module in lm.model.modules():
             if type(module).__name__.endswith("Linear"):
@@ -48,7 +48,8 @@ class Stopwatch:
         module.register_forward_hook(lambda *_: self._add(name, 1))
 
     def _add(self, name: str, sign: int) -> None:
-        self._wait()
+        if self._on_gpu:
+            torch.cuda.synchronize()
         self._seconds[name] += sign * time.perf_counter()
 
     def _attention(self, *args: Any, **kwargs: Any) -> Any:
@@ -87,12 +88,13 @@ def main() -> None:
     engine, stopwatch = PromptCacheEngine(lm), Stopwatch(lm)
     engine.encode(workload.documents, progress=False)
     table = Table("ms", *PLACES, "all", box=None, title=f"{lm.name}, {args.cached:,} tokens")
-    for name, measure in {
+    requests: dict[str, Callable[[], list[float]]] = {
         "a step": lambda: _step(engine, workload.round().new, stopwatch),
         "cold": lambda: _prefill(engine, workload.round().new, "off", stopwatch),
         "fast": lambda: _prefill(engine, workload.round().new, "fast", stopwatch),
         "balanced": lambda: _prefill(engine, workload.round().new, "balanced", stopwatch),
-    }.items():
+    }
+    for name, measure in requests.items():
         rounds = [measure() for _ in range(args.rounds + 1)][1:]  # the first one warms up
         times = [median(column) for column in zip(*rounds, strict=True)]
         table.add_row(name, *(f"{ms:,.1f}" for ms in (*times, sum(times))))
