@@ -21,7 +21,7 @@ check: .venv/developed
 	$(MAKE) --no-print-directory docs
 
 docs: .venv/developed
-	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
 
 format: .venv/developed
 	.venv/bin/ruff format .

@@ -56,7 +56,7 @@ class Peer:
 
     def __init__(self, name: str, python: str = sys.executable) -> None:
         self.name = name
-        self.library = LIBRARIES[name]
+        self.package = LIBRARIES[name]
         self.version = ""
         self.note = ""
         self.problem: str | None = None
@@ -76,7 +76,7 @@ class Peer:
         self.version = hello["version"]
         if hello["missing"]:
             raise PeerError(
-                f"not installed; pip install {self.library.install}, or name the python of an "
+                f"not installed; pip install {self.package.install}, or name the python of an "
                 f"environment that has it: --peer {self.name}=PYTHON"
             )
 
@@ -88,7 +88,7 @@ class Peer:
         """Answer a prompt. Raises: PeerError: it failed, or read another number of tokens."""
         found = self._call("run", prompt_ids=list(prompt_ids), text=text, max_tokens=max_tokens)
         wanted, counted = len(prompt_ids), found["prompt_tokens"]
-        if abs(counted - wanted) > (0 if self.library.takes_ids else TEXT_TOLERANCE * wanted):
+        if abs(counted - wanted) > (0 if self.package.takes_ids else TEXT_TOLERANCE * wanted):
             raise PeerError(
                 f"read {counted} tokens of a prompt of {wanted}, so its times don't compare"
             )
@@ -99,7 +99,9 @@ class Peer:
         self._call("reset")
 
     def close(self) -> None:
-        """End the process and what it started."""
+        """End the process and what it started; again, it does nothing: the id may be another's."""
+        if self._log.closed:
+            return
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
         self._process.wait()
@@ -183,7 +185,7 @@ def load(
         expected = int(engine.prefill(prompt, reuse="off").logits.argmax())
         found = peer.run(engine.tokenise(prompt).token_ids, prompt.text, options.answer_tokens)
         alike.append(found["tokens"][:1] == [expected])
-    if peer.library.takes_ids:
+    if peer.package.takes_ids:
         peer.note = f"the first token of off in {sum(alike)} of {len(alike)} short prompts"
 
 
@@ -211,9 +213,9 @@ def way_of(peer: Peer, engine: PromptCacheEngine, options: BenchOptions) -> Way:
                 peer.reset()
 
     orders: tuple[Order, ...] = (
-        ("cold", *options.orders) if peer.library.keeps_prefix else ("cold",)
+        ("cold", *options.orders) if peer.package.keeps_prefix else ("cold",)
     )
-    return Way(peer.library.label, "peer", orders, ask, reset)
+    return Way(peer.package.label, "peer", orders, ask, reset)
 
 
 class Files:
@@ -316,12 +318,12 @@ def main(arguments: Sequence[str]) -> None:
         for peer in peers:
             if peer.problem is None:
                 with peer.noting():
-                    model = files.gguf if peer.library.gguf else files.weights
+                    model = files.gguf if peer.package.gguf else files.weights
                     load(peer, engine, options, model, (short.first, short.same, short.new))
         running = [way_of(peer, engine, options) for peer in peers if peer.problem is None]
         result = measure(lm, options, running)
     states = [
-        {"name": p.library.label, "version": p.version, "note": p.note, "problem": p.problem}
+        {"name": p.package.label, "version": p.version, "note": p.note, "problem": p.problem}
         for p in peers
     ]
     if args.json:
@@ -330,7 +332,7 @@ def main(arguments: Sequence[str]) -> None:
         Console(width=None if sys.stdout.isatty() else 140).print(result)
         for peer in peers:
             said = peer.problem or ", ".join(filter(None, (peer.version, peer.note)))
-            print(f"{peer.library.label}: {said}")
+            print(f"{peer.package.label}: {said}")
     if args.plot is not None:
         from plot import plot
 

@@ -26,13 +26,13 @@ import numpy as np
 import torch
 
 from pcache_core import DiskStore
-from pcache_core.kv.buffers import KVBuffers
 from pcache_core.kv.key import KeySpace, ModuleKey
+from pcache_core.kv.sequence import KVBuffers
 from pcache_core.kv.state import KVState, LayerShape, stack_layers
 from pcache_core.lm import place
 from pcache_core.lm.relocation import Rotation
-from pcache_core.store.base import milliseconds_since
-from pcache_core.store.packing import check_storage_dtype
+from pcache_core.params import check_storage_dtype
+from pcache_core.store.base import ms_since
 
 SPACE = KeySpace("0" * 64, "torch.bfloat16", "benchmark")
 STACKS = stack_layers([LayerShape(4, 64, 4, 64)] * 24)  # 24 layers, 24 KiB a token in bfloat16
@@ -67,7 +67,7 @@ def load(store: DiskStore, key: ModuleKey, buffers: KVBuffers, position: int) ->
     assert opened is not None
     started = time.perf_counter()
     place(buffers, 0, opened.rows, (ROTATION,) * 24, position)
-    opened.settle(milliseconds_since(started), None)
+    opened.settle(ms_since(started), None)
 
 
 def measure_loading(folder: Path, arguments: argparse.Namespace) -> None:

@@ -76,7 +76,7 @@ class Requests:
     def __init__(self, engine: PromptCacheEngine, workload: Workload, answer_tokens: int) -> None:
         self._engine = engine
         self._workload = workload
-        self._params = SamplingParams(max_tokens=answer_tokens)
+        self._params = SamplingParams(max_tokens=answer_tokens, speculative=False)
         self._kv_bytes = 0
         self._rows = 0
 
@@ -116,7 +116,7 @@ class Requests:
         return prompt_tokens, answered
 
 
-def main() -> None:
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     known = BenchOptions()
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", help="a built-in model, a directory or a hub id")
@@ -129,7 +129,11 @@ def main() -> None:
         parser.add_argument(option, type=int, default=getattr(known, name))
     parser.add_argument("--requests", type=int, default=16, help="at once")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    args = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str]) -> None:
+    args = parse_arguments(arguments)
     shape = {name: getattr(args, name) for name in ("documents", "question_tokens")}
     options = BenchOptions((args.cached,), answer_tokens=args.answer_tokens, **shape)
     torch.set_num_threads(args.threads)
@@ -151,7 +155,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     try:
-        main()
+        main(sys.argv[1:])
     except PromptCacheError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -57,7 +57,7 @@ def main() -> None:
         lm.model.save_pretrained(folder / "model")
         lm.tokenizer.save_pretrained(folder / "model")
         print(
-            f"{lm.model.num_parameters() / 1e9:.2f}B parameters, {args.dtype}, "
+            f"{lm.num_parameters / 1e9:.2f}B parameters, {args.dtype}, "
             f"{os.cpu_count()} cores, {platform.machine()} "
             f"{torch.backends.cpu.get_cpu_capability()}"
         )

@@ -8,24 +8,36 @@ anew; but never the weights of more than one model that nobody uses.
 from __future__ import annotations
 
 import gc
+import os
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Self
 from weakref import WeakValueDictionary
 
-from pcache_core import CausalLM, Preamble, PromptCacheEngine
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+
+from pcache_core import Preamble
 from pcache_core.base_engine import Engine
 from pcache_core.errors import OptionError, PromptCacheError
-from pcache_core.params import check_repair, check_reuse
+from pcache_core.params import (
+    DEFAULT_MODEL,
+    DEFAULT_REUSE,
+    check_namespace,
+    check_repair,
+    check_reuse,
+)
 from pcache_integrations._stores import build_store, check_store
+from pcache_integrations.calls import OF_A_CALL, call_options, check_names
 
 if TYPE_CHECKING:
+    from pcache_core import CausalLM
     from pcache_integrations.vllm.client_http import Address
 
 _loaded: WeakValueDictionary[tuple[str, str, str, bool], CausalLM] = WeakValueDictionary()
 _loading = threading.Lock()
-_building = threading.RLock()
+_building = threading.Lock()  # held as long as that takes
+_keeping = threading.Lock()
 
 
 def load_lm(
@@ -38,12 +50,15 @@ def load_lm(
 
     Raises: ModelError: the model can't be loaded.
     """
+    from pcache_core import CausalLM
+
     with _loading:
         name = model, dtype, device, trust_remote_code
         lm = _loaded.get(name)
         if lm is None:
             if _kept:
-                _kept.clear()
+                with _keeping:
+                    _kept.clear()
                 gc.collect()
             lm = CausalLM.from_pretrained(
                 model, dtype=dtype, device=device, trust_remote_code=trust_remote_code
@@ -58,9 +73,10 @@ ENGINE_OPTIONS = (
 )  # fmt: skip
 """Options of a language model that decide which engine it gets."""
 
-
 SERVER_OPTIONS = ("base_url", "api_key", "timeout", "max_retries")
 """Options that say which server answers, and how it is asked."""
+
+_DECIDING = (*ENGINE_OPTIONS, *SERVER_OPTIONS, "reuse")
 
 _OF_A_GIVEN_ENGINE = ("namespace", "preamble", "repair")
 """Options that may change beside an engine that was handed over: its model and store serve them."""
@@ -86,12 +102,14 @@ def server_address(
 
 def describe_engine(engine: Engine, options: Mapping[str, Any]) -> dict[str, Any]:
     """What an existing engine runs on, as options. Raises: OptionError: `options` say it too."""
-    twice = [name for name in (*ENGINE_OPTIONS, "base_url") if name in options]
+    brought = engine.settings()
+    server = [name for name in SERVER_OPTIONS if name in brought or name == "base_url"]
+    twice = [name for name in (*ENGINE_OPTIONS, *server) if name in options]
     if twice:
         raise OptionError(
             f"engine= brings its own {', '.join(twice)}; leave {'them' if twice[1:] else 'it'} out"
         )
-    return engine.settings()
+    return brought
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +134,8 @@ class EngineOptions:
     server: Address | None = None
 
     def __post_init__(self) -> None:
-        for name in ("model", "dtype", "device", "namespace"):
+        check_namespace(self.namespace)
+        for name in ("model", "dtype", "device"):
             if not isinstance(getattr(self, name), str):
                 raise OptionError(f"{name} must be a text, got {getattr(self, name)!r:.80}")
         if not isinstance(self.trust_remote_code, bool):
@@ -126,6 +145,12 @@ class EngineOptions:
         check_store(self.store, self.storage_dtype)
         if self.server is not None:
             self._check_served()
+
+    def describe(self, llm: EngineOwner) -> bool:
+        """Return whether the fields of a language model without a server say just this."""
+        said, own = ([getattr(each, n) for n in ENGINE_OPTIONS] for each in (llm, self))
+        alike = said == own and list(map(type, said)) == list(map(type, own))
+        return alike and self.server is None and llm.base_url is None
 
     def _check_served(self) -> None:
         """Raises: OptionError: an option that is the server's to settle."""
@@ -140,13 +165,12 @@ class EngineOptions:
             raise OptionError("repair= has no effect on a server; leave it out beside base_url")
 
 
-def engine_options(llm: Any) -> EngineOptions:
+def engine_options(llm: EngineOwner) -> EngineOptions:
     """Return what the fields of a language model say about its engine.
 
     Raises: OptionError: a value that no engine can be built from.
     """
-    key = llm.api_key
-    key = key.get_secret_value() if hasattr(key, "get_secret_value") else key
+    key = None if llm.api_key is None else llm.api_key.get_secret_value()
     return EngineOptions(
         **{name: getattr(llm, name) for name in ENGINE_OPTIONS},
         reuse=llm.reuse,
@@ -178,22 +202,22 @@ def build_engine(options: EngineOptions) -> Engine:
 
 
 def _living(options: EngineOptions) -> Engine | None:
-    """Return the engine of these options, if there is one."""
-    with _building:
-        engine = _built.get(options)
-        if engine is not None:
-            _keep(options, engine)
-        return engine
+    """Return the engine of these options, if there is one; waits for none that is being built."""
+    engine = _built.get(options)
+    if engine is not None:
+        _keep(options, engine)
+    return engine
 
 
 def _keep(options: EngineOptions, engine: Engine) -> None:
     """Keep an engine as the one used last."""
-    for other in [name for name, kept in list(_kept.items()) if kept.lm is not engine.lm]:
-        del _kept[other]
-    _kept.pop(options, None)
-    _kept[options] = engine
-    if len(_kept) > _MOST_KEPT:
-        del _kept[next(iter(_kept))]
+    with _keeping:
+        for other in [name for name, kept in _kept.items() if kept.lm is not engine.lm]:
+            del _kept[other]
+        _kept.pop(options, None)
+        _kept[options] = engine
+        if len(_kept) > _MOST_KEPT:
+            del _kept[next(iter(_kept))]
 
 
 def _new(options: EngineOptions) -> Engine:
@@ -206,6 +230,8 @@ def _new(options: EngineOptions) -> Engine:
         from pcache_integrations.vllm.client import RemoteEngine
 
         return RemoteEngine(options.server, options.model, **own)
+    from pcache_core import PromptCacheEngine
+
     return PromptCacheEngine(
         load_lm(
             options.model,
@@ -252,6 +278,8 @@ class EngineHandle:
             return self
         if self._given is None:
             return EngineHandle(options)
+        from pcache_core import PromptCacheEngine
+
         changed = [
             each.name
             for each in fields(options)
@@ -276,11 +304,12 @@ class EngineHandle:
 
     def release(self) -> None:
         """Let the engine go, unless it was handed over; `get` builds it again."""
-        with self._lock, _building:
+        with self._lock:
             engine, self._engine = self._engine, self._given
             if engine is not None:
                 engine.flush()
-            _kept.pop(self.options, None)
+            with _keeping:
+                _kept.pop(self.options, None)
         del engine
         gc.collect()  # an engine and its parts know each other
 
@@ -289,22 +318,105 @@ class EngineHandle:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Return a pickle holds how to build the engine, not its weights and states."""
+        """Pickle how to build the engine, not its weights and states."""
         return type(self), (self.options,)
 
 
-class EngineOwner:
-    """What both language model classes have: the engine that their fields describe.
+class EngineOwner(BaseModel):
+    """What all language model classes have: their options, and the engine that these describe.
 
     However a field came to its value (constructor, assignment, a copy with `update=`), the engine
     that answers is the one of the present fields.
+
+    Raises: OptionError: an unknown option, a value out of range, or both `engine` and an option
+        that it has settled.
     """
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    model: str = Field(
+        default=DEFAULT_MODEL,
+        description="A built-in model, a directory, a hub id, a GGUF file or ollama:NAME.",
+    )
+    reuse: str = Field(
+        default=DEFAULT_REUSE, description="What is reused: off, exact, fast, balanced or high."
+    )
+    preamble: Preamble | None = Field(
+        default=None, description="What documents are encoded after, if not the model's own."
+    )
+    repair: int | float | None = Field(
+        default=None,
+        description="How much balanced and high compute again, if not what they choose: an int "
+        "counts tokens, a float is a share of the reused ones.",
+    )
+    store: str = Field(
+        default="memory",
+        description="Where states are kept: memory, a folder, or the URL of a server or an "
+        "object store.",
+    )
+    storage_dtype: str = Field(
+        default="auto",
+        description="How folders and servers keep states: auto as the model has them, or float32, "
+        "bfloat16, float16, int8, which is a quarter of float32.",
+    )
+    trust_remote_code: bool = Field(
+        default=False, description="Run Python code that comes with the model."
+    )
+    dtype: str = Field(default="auto", description="The model's number format.")
+    device: str = Field(default="auto", description="Where the model runs.")
+    namespace: str = Field(default="default", description="States are shared only inside of it.")
+    max_tokens: int = Field(default=256, description="Most tokens to generate.")
+    temperature: float = Field(default=0.0, description="0 takes the likeliest token.")
+    top_p: float = Field(default=1.0, description="Sample from this much probability.")
+    top_k: int = Field(default=0, description="Sample from the k likeliest tokens; 0 from all.")
+    min_p: float = Field(default=0.0, description="Least probability relative to the likeliest.")
+    repetition_penalty: float = Field(default=1.0, description="Above 1 avoids repetition.")
+    seed: int | None = Field(default=None, description="Makes sampling repeatable.")
+    speculative: bool = Field(
+        default=True,
+        description="Try several tokens at once where the answer may quote the prompt.",
+    )
+    stop: str | list[str] | None = Field(default=None, description="Strings that end generation.")
+    base_url: str | None = Field(
+        default=None,
+        description="Of a vLLM server that runs the model (`pcache serve`), instead of this "
+        "process; store, dtype and device are the server's then.",
+    )
+    api_key: SecretStr | None = Field(default=None, description="Of that server.", exclude=True)
+    timeout: float | None = Field(
+        default=None,
+        description="Seconds that an answer may take; with base_url, that the server may keep "
+        "silent.",
+    )
+    max_retries: int | None = Field(default=None, description="Of connections to that server.")
+    engine_handle: EngineHandle | None = Field(
+        default=None, exclude=True, repr=False, description="How copies share the engine."
+    )
+
+    def __init__(self, *, engine: Engine | None = None, **options: Any) -> None:
+        """Check the options; the model is loaded when it is first needed.
+
+        engine: one to share, instead of one that is made from the options.
+        """
+        place = type(self).__name__
+        check_names(options, type(self).model_fields, place)
+        if engine is not None:
+            options = {**describe_engine(engine, options), **options}
+        if isinstance(options.get("model"), os.PathLike):
+            options["model"] = os.fspath(options["model"])
+        try:
+            super().__init__(**options)
+        except ValidationError as error:
+            raise OptionError(f"{place}: {error}") from error
+        if engine is not None:
+            self.engine_handle = EngineHandle(engine_options(self), engine)
+        self._settle()
+        call_options(self._own_options, {}, place)  # refuses a value out of range now
 
     @property
     def engine(self) -> Engine:
         """Return the engine; the first use loads the model. Raises: ModelError: it can't."""
-        engine: Engine = self._settle().get()
-        return engine
+        return self._settle().get()
 
     def close(self) -> None:
         """Let go of the engine: what it keeps in memory, and its weights if nobody else uses them.
@@ -322,22 +434,33 @@ class EngineOwner:
 
     def model_copy(self, **how: Any) -> Self:
         """Copy, with other values as `update`. Raises: OptionError: no engine can be of them."""
-        copy: Self = super().model_copy(**how)  # type: ignore[misc]
+        copy = super().model_copy(**how)
         copy._settle()
         return copy
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Assign. Raises: OptionError: no engine can be of this value, and the old one stays."""
-        is_deciding = name in ENGINE_OPTIONS or name in SERVER_OPTIONS or name == "reuse"
         before = getattr(self, name, None)
         super().__setattr__(name, value)
-        if is_deciding:
+        if name in _DECIDING:
             try:
                 self._settle()
             except PromptCacheError:
                 super().__setattr__(name, before)
                 raise
 
+    @property
+    def _own_options(self) -> dict[str, Any]:
+        """Return what a call may say otherwise. A server's silence is timed where it is asked."""
+        own = {name: getattr(self, name) for name in OF_A_CALL}
+        return {**own, "timeout_s": None if self.base_url else self.timeout}
+
     def _settle(self) -> EngineHandle:
         """Return the handle of the engine that the fields describe, and hold it from now on."""
-        raise NotImplementedError
+        check_reuse(self.reuse)
+        held = self.engine_handle
+        if held is None or not held.options.describe(self):
+            wanted = engine_options(self)
+            held = EngineHandle(wanted) if held is None else held.for_options(wanted)
+            self.engine_handle = held
+        return held

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from difflib import get_close_matches
+from typing import TYPE_CHECKING
 
-from pcache_core import DiskStore, MemoryStore, TieredStore
 from pcache_core.errors import OptionError
-from pcache_core.store import LastingStore, ModuleStore
-from pcache_core.store.packing import check_storage_dtype
-from pcache_core.store.record import StorageDtype
+from pcache_core.params import StorageDtype, check_storage_dtype
+
+if TYPE_CHECKING:
+    from pcache_core.store import LastingStore, ModuleStore
 
 
 def check_store(spec: str, storage_dtype: str = "auto") -> None:
@@ -35,6 +36,8 @@ def build_store(spec: str, storage_dtype: str = "auto") -> ModuleStore:
 
     Raises: OptionError, DependencyError: as `check_store`. StoreError: the folder can't be made.
     """
+    from pcache_core.store import MemoryStore, TieredStore
+
     check_store(spec)
     if spec == "memory":
         return MemoryStore()
@@ -54,7 +57,11 @@ def lasting_store(spec: str, storage_dtype: str = "auto") -> LastingStore:
             "redis://host:port/database or an object store's URL"
         )
     dtype = check_storage_dtype(storage_dtype)
-    return _remote_store(spec, dtype) if "://" in spec else DiskStore(spec, storage_dtype=dtype)
+    if "://" in spec:
+        return _remote_store(spec, dtype)
+    from pcache_core.store import DiskStore
+
+    return DiskStore(spec, storage_dtype=dtype)
 
 
 def _remote_store(url: str, storage_dtype: StorageDtype = "auto") -> LastingStore:

@@ -30,8 +30,15 @@ from pcache_core.grammar import close_objects
 from pcache_core.params import ReuseMode, check_reuse
 
 SAMPLING = tuple(field.name for field in fields(SamplingParams))
+OF_A_CALL = (
+    "reuse", "max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed",
+    "speculative", "stop",
+)  # fmt: skip
+"""Options of a language model that a call may say otherwise, by the same name."""
+
 ToolChoice = str | bool | Mapping[str, Any] | None
 
+_NAMES = {"timeout": "timeout_s"}
 _ANY_OBJECT: dict[str, Any] = {"type": "object"}
 _NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}}
 _MEANINGS = {"any": "any", "required": "any", "auto": "auto", "none": "none"}
@@ -173,12 +180,13 @@ def call_options(
 ) -> tuple[SamplingParams, ReuseMode]:
     """Check a call's sampling and reuse: what is given for it, else the language model's own.
 
-    Names with `cache` in them are other providers' hints about what to cache. What can be reused
-    is found without them, so they are accepted and have no effect.
+    `timeout` is what the frameworks call `timeout_s`. Names with `cache` in them are other
+    providers' hints about what to cache. What can be reused is found without them, so they are
+    accepted and have no effect.
 
     Raises: OptionError: an unknown name; a value out of range.
     """
-    meant = {name: value for name, value in given.items() if "cache" not in name.lower()}
+    meant = {_NAMES.get(n, n): v for n, v in given.items() if "cache" not in n.lower()}
     check_names(meant, (*SAMPLING, "reuse"), place)
     chosen = {**own, **{name: value for name, value in meant.items() if value is not None}}
     reuse = check_reuse(chosen.pop("reuse"))

@@ -167,9 +167,10 @@ class WrittenIndex:
             (end, name is None and any(part in source for source in sources), name)
             for end, (part, name) in zip(ends, parts, strict=True)
         ]
+        digest = _digest(text)
         with self._lock:
-            self._spans[_digest(text)] = spans
-            self._spans.move_to_end(_digest(text))
+            self._spans[digest] = spans
+            self._spans.move_to_end(digest)
             while len(self._spans) > self._max_texts:
                 self._spans.popitem(last=False)
 

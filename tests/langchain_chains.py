@@ -7,9 +7,7 @@ from typing import Any
 from langchain_core.callbacks import CallbackManagerForRetrieverRun
 from langchain_core.documents import Document
 from langchain_core.language_models import BaseLanguageModel
-from langchain_core.language_models.chat_models import SimpleChatModel
 from langchain_core.language_models.llms import LLM
-from langchain_core.messages import BaseMessage
 from langchain_core.prompts import BasePromptTemplate
 from langchain_core.retrievers import BaseRetriever
 from langchain_core.runnables import Runnable, RunnablePassthrough
@@ -71,20 +69,6 @@ class RecordingLLM(LLM):
         return "ok"
 
 
-class RecordingChat(SimpleChatModel):
-    """Keeps the exact messages that LangChain gives to a chat model."""
-
-    chats: list[list[BaseMessage]] = Field(default_factory=list)
-
-    @property
-    def _llm_type(self) -> str:
-        return "recording"
-
-    def _call(self, messages: list[BaseMessage], *_: Any, **__: Any) -> str:
-        self.chats.append(messages)
-        return "ok"
-
-
 def join(documents: list[Document]) -> str:
     """What LangChain's tutorials call `format_docs`."""
     return "\n\n".join(document.page_content for document in documents)
@@ -103,8 +87,3 @@ def text_of(report: Report) -> str:
 def documents_of(report: Report) -> list[str | None]:
     """The names of the documents in a report, in the prompt's order."""
     return [segment.name for segment in report.segments if segment.kind == "document"]
-
-
-def kinds_of(report: Report) -> list[tuple[str, str | None]]:
-    """Kinds and names of a report's segments."""
-    return [(segment.kind, segment.name) for segment in report.segments]

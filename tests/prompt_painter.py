@@ -1,7 +1,7 @@
 """What each character of a prompt ought to be, from texts that a test knows.
 
-Nothing here knows how the mapping is found: a prompt is painted with documents, questions and
-template texts wherever they stand in it, and the report is held against that.
+Nothing here knows how the mapping is found: a prompt is painted with documents and questions
+wherever they stand in it, and the report is held against that.
 """
 
 from __future__ import annotations
@@ -13,29 +13,19 @@ from dataclasses import dataclass, field
 
 from pcache_core import Report
 
-_MIN_CHARS = 4  # shorter pieces of templates may stand anywhere
-
 
 @dataclass
 class Painted:
-    """How many documents, literals and questions stand in prompts, and what is wrong with any."""
+    """How many documents and questions stand in prompts, and what is wrong with any."""
 
     counts: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
-
-
-def pieces_of_templates(sources: Iterable[str]) -> list[str]:
-    """The texts between the variables of templates, of braces or of Jinja."""
-    variables = re.compile(r"\{\{.*?\}\}|\{%.*?%\}|\{[a-zA-Z_0-9.]+\}", re.DOTALL)
-    found = {piece.strip() for source in sources for piece in variables.split(source)}
-    return sorted((p for p in found if len(p) >= _MIN_CHARS), key=len, reverse=True)
 
 
 def paint(
     report: Report,
     documents: Mapping[str, str],
     questions: Iterable[str],
-    templates: Iterable[str],
 ) -> Painted:
     """Hold a report against what is known. documents: names by text."""
     canvas = _Canvas(report)
@@ -43,8 +33,6 @@ def paint(
         canvas.expect("document", part, {("document", documents[part])})
     for part in questions:
         canvas.expect("question", part, {("argument", None), ("text", None)})
-    for part in templates:
-        canvas.expect("literal", part, {("literal", None)})
     canvas.expect_no_other_documents()
     return canvas.painted
 

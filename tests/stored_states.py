@@ -1,11 +1,16 @@
-"""Keys and random states for tests of stores."""
+"""Keys and random states for tests of stores, and a user who may not do everything."""
 
 from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
 
 import torch
 
 from pcache_core.kv.key import KeySpace, ModuleKey
 from pcache_core.kv.state import KVState, LayerShape, stack_layers
+from pcache_core.store import ModuleStore
 
 SPACE = KeySpace(
     "a" * 64,
@@ -51,3 +56,22 @@ def same(one: KVState, other: KVState) -> bool:
         and all(map(torch.equal, one.values, other.values))
         and [t.dtype for t in one.keys] == [t.dtype for t in other.keys]
     )
+
+
+def holds(store: ModuleStore, key: ModuleKey, state: KVState) -> bool:
+    """Whether a store gives just this state for a key."""
+    hit = store.get(key)
+    return hit is not None and same(hit.state, state)
+
+
+@contextlib.contextmanager
+def as_nobody() -> Iterator[None]:
+    """Without the superuser's right to read and write everywhere."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from command import pcache
@@ -46,6 +47,12 @@ def test_help_names_every_command_and_the_exit_statuses() -> None:
         assert re.search(rf"^│ {command} ", text, flags=re.MULTILINE)
     assert "Exit status: 0 done; 1" in text
     assert "130 interrupted" in text
+
+
+def test_versions_are_those_that_are_installed() -> None:
+    status, text = run("--version")
+    assert (status, text.split()[::2]) == (0, ["pcache-integrations", "torch", "transformers"])
+    assert text.split()[3] == torch.__version__
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -96,7 +103,7 @@ def test_encode_says_what_is_wrong_and_what_to_do(
     (tmp_path / "a.txt").write_text("A text of more than eight words, so that it has a state.")
     (tmp_path / "q.txt").write_text("Read this.")
     (tmp_path / "bad.txt").write_bytes(b"abc\xff")
-    (tmp_path / "fields.jsonl").write_text('{"text": "fine"}\n{"foo": 1}\n')
+    (tmp_path / "fields.jsonl").write_text('\n{"foo": 1}\n')
     (tmp_path / "cut.jsonl").write_text('{"text": "not')
     status, text = run("encode", *TINY, *(each.replace("TMP", str(tmp_path)) for each in arguments))
     assert status == 2

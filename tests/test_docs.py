@@ -49,6 +49,13 @@ def test_the_snippets_of_a_page_run_one_after_another(
         assert capsys.readouterr().out.strip()
 
 
+@pytest.mark.parametrize("page", ["engine.md", "langchain.md"])
+def test_the_toy_model_answers_right(page: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for snippet in blocks(page, "python"):
+        exec(compile(snippet, page, "exec"), {"__name__": "docs"})
+        assert capsys.readouterr().out.strip().startswith("kayaking.")
+
+
 def test_the_report_in_the_concepts_is_the_one_that_is_printed(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

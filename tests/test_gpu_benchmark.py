@@ -24,12 +24,15 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
 
 
 def test_it_checks_and_times_a_small_model_on_a_cpu() -> None:
-    small = ["--layers=2", "--hidden=64", "--documents=3", "--tokens=20", "--rounds=1"]
-    done = run("--device=cpu", *small)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count(": right") == 2
-    for name in ("transformers", "off", "fast"):
-        assert any(line.split()[:1] == [name] for line in done.stdout.splitlines()), done.stdout
+    small = ["--layers=2", "--hidden=64", "--documents=3", "--cached=60,90", "--rounds=1"]
+    done = run("--device=cpu", *small, "--answer-tokens=4", "--requests=2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert sum(line.startswith("right: ") for line in lines) == 8
+    names = [line.split()[0] for line in lines if line.startswith("  ") and "(" not in line]
+    first_tokens = ["generate", "off", "exact", "fast", "balanced"]
+    decoding, at_once = ["generate", "fast"], ["off", "fast", "balanced"]
+    assert names == [*first_tokens, *first_tokens, *decoding, *at_once]
 
 
 def test_without_cuda_it_says_so_in_one_line() -> None:

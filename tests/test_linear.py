@@ -10,8 +10,9 @@ import pytest
 import tiny_models
 from growth import growth
 from pcache_core import Message, Segment
+from pcache_core.chat.calls import Tool
 from pcache_core.chat.messages import render_chat
-from pcache_core.chat.tools import FORMATS, Tool
+from pcache_core.chat.tools import FORMATS
 from pcache_core.library.preamble import language_of
 from pcache_core.lm.tokenizer import SegmentTokenizer
 from pcache_core.picture import shown

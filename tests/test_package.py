@@ -58,9 +58,32 @@ def test_an_installed_package_finds_its_model_and_its_corpus(unpacked: Path) -> 
     assert all(path.startswith(str(unpacked)) for path in done.stdout.split())
 
 
-def test_importing_the_package_imports_no_framework() -> None:
+_HEAVY = {"torch", "transformers", "llguidance", "huggingface_hub"}
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("pcache_integrations", {*_HEAVY, "langchain_core", "llama_index"}),
+        ("pcache_core", _HEAVY),
+        ("pcache_integrations.cli", {*_HEAVY, "langchain_core", "llama_index"}),
+        ("pcache_integrations.langchain", {*_HEAVY, "llama_index", "numpy"}),
+        ("pcache_integrations.llama_index", {*_HEAVY, "langchain_core"}),
+    ],
+)
+def test_an_import_leaves_for_later_what_takes_seconds(module: str, absent: set[str]) -> None:
+    code = f"import sys, {module}; print(*{absent} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+def test_what_is_imported_late_has_its_public_names_all_the_same() -> None:
     code = (
-        "import sys, pcache_integrations\n"
-        "assert not {'langchain_core', 'llama_index', 'torch'} & set(sys.modules)\n"
+        "import pcache_core, pickle\n"
+        "assert set(pcache_core.__all__) <= set(dir(pcache_core))\n"
+        "from pcache_core import *\n"
+        "from pcache_core.store import DiskStore as same\n"
+        "assert DiskStore is same and pickle.loads(pickle.dumps(CausalLM)) is CausalLM\n"
+        "assert not hasattr(pcache_core, 'Nothing')\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -60,7 +61,12 @@ class VllmServer:
         command = self._command()
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
-                command, env=self._environment(), cwd=self.log.parent, stdout=log, stderr=log
+                command,
+                env=self._environment(),
+                cwd=self.log.parent,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
         until = time.monotonic() + _UP_S
         while time.monotonic() < until:
@@ -75,13 +81,14 @@ class VllmServer:
         raise RuntimeError(f"vLLM did not start:\n{self.log.read_text()[-3000:]}")
 
     def stop(self) -> None:
-        if self._process is None:
+        """End it and the engine that it started, which outlives one that is still starting."""
+        if self._process is None or self._process.poll() is not None:
             return
-        self._process.terminate()
+        os.killpg(self._process.pid, signal.SIGTERM)
         try:
             self._process.wait(20)
         except subprocess.TimeoutExpired:
-            self._process.kill()
+            os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
 
     def metric(self, name: str) -> float:

@@ -1,8 +1,11 @@
 """Prompt Cache: reuse of attention states of prompt parts, in any order (arXiv 2311.04934)."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from pcache_core.chat.calls import InvalidToolCall, Tool, ToolAnswer, ToolCall
 from pcache_core.chat.messages import Message
-from pcache_core.chat.tools import InvalidToolCall, Tool, ToolAnswer, ToolCall, ToolFormat
-from pcache_core.engine import PromptCacheEngine
+from pcache_core.chat.tools import ToolFormat
 from pcache_core.errors import (
     AnswerError,
     BudgetError,
@@ -23,13 +26,24 @@ from pcache_core.errors import (
 )
 from pcache_core.grammar import Grammar
 from pcache_core.library.preamble import Preamble
-from pcache_core.lm import CausalLM
 from pcache_core.params import ReuseMode, SamplingParams
-from pcache_core.precompute import ForgetReport
 from pcache_core.prompt import Prompt, Segment
-from pcache_core.report import DocumentShare, EncodeReport, Report, SegmentReport
-from pcache_core.results import Chunk, Generation, Prefill, TokenLogprob
-from pcache_core.store import DiskStore, MemoryStore, ModuleStore, TieredStore
+from pcache_core.report import (
+    Chunk,
+    DocumentShare,
+    EncodeReport,
+    ForgetReport,
+    Generation,
+    Prefill,
+    Report,
+    SegmentReport,
+    TokenLogprob,
+)
+
+if TYPE_CHECKING:
+    from pcache_core.engine import PromptCacheEngine
+    from pcache_core.lm import CausalLM
+    from pcache_core.store import DiskStore, MemoryStore, ModuleStore, TieredStore
 
 __all__ = [
     "AnswerError",
@@ -76,3 +90,24 @@ __all__ = [
     "ToolCall",
     "ToolFormat",
 ]
+
+# Imported when they are first used: torch and transformers take seconds.
+_HOMES = {
+    "CausalLM": "lm",
+    "DiskStore": "store",
+    "MemoryStore": "store",
+    "ModuleStore": "store",
+    "PromptCacheEngine": "engine",
+    "TieredStore": "store",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = globals()[name] = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,25 +1,104 @@
-"""What every engine offers, whether its model runs in this process or on a server."""
+"""What every engine offers, wherever its model runs, and its history in numbers."""
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Generator, Iterable, Sequence
+from collections import deque
+from collections.abc import AsyncGenerator, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from pcache_core.chat.calls import Tool
 from pcache_core.chat.messages import Message, render_chat
-from pcache_core.chat.tool_chat import render_tool_chat
-from pcache_core.chat.tools import Tool, ToolFormat, tool_format
+from pcache_core.chat.tools import ToolFormat, render_tool_chat, tool_format
 from pcache_core.errors import OptionError, PromptError
 from pcache_core.library.preamble import Preamble
-from pcache_core.lm import TextModel
 from pcache_core.params import REPAIR, ReuseMode, SamplingParams, check_repair, check_reuse
-from pcache_core.precompute import ForgetReport
-from pcache_core.prompt import Prompt
-from pcache_core.report import EncodeReport
-from pcache_core.results import Chunk, Generation
-from pcache_core.tokens import TokenisedPrompt, tokenise
-from pcache_core.totals import EngineStats, Reports
+from pcache_core.prompt import Prompt, TokenisedPrompt, tokenise
+from pcache_core.report import Chunk, EncodeReport, ForgetReport, Generation, Report, StoreStats
+from pcache_core.threads import fork_safe
+
+if TYPE_CHECKING:
+    from pcache_core.lm import TextModel
+
+_KEPT_REPORTS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats(StoreStats):
+    """What the store holds and did, and what the engine did since it was made.
+
+    requests: that were finished. prompt_tokens: of all of them, the sum of
+    cached_tokens: served from a prefix or a state, and so saved from being computed,
+    computed_tokens: that ran through the model as part of a prompt, and those that were encoded for
+        it.
+    repaired_tokens: reused ones that were computed again all the same.
+    generated_tokens: of answers. drafted_tokens, accepted_tokens: tried ahead, and found right.
+    encoded_tokens, encode_ms: encoding of states, for requests and ahead of them.
+    prefill_ms, repair_ms: forwards of the requests before their first token.
+    running, waiting: requests that are at work, and those that wait for their turn, right now.
+    """
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    computed_tokens: int = 0
+    repaired_tokens: int = 0
+    generated_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    encoded_tokens: int = 0
+    encode_ms: float = 0.0
+    prefill_ms: float = 0.0
+    repair_ms: float = 0.0
+    running: int = 0
+    waiting: int = 0
+
+    @staticmethod
+    def of(store: StoreStats, reports: Reports, **counts: float) -> EngineStats:
+        """Make it from what each part counted."""
+        own: dict[str, Any] = {name: getattr(store, name) for name in StoreStats.__slots__}
+        return EngineStats(**own | reports.totals() | counts)
+
+
+_SUMMED = (
+    "prompt_tokens", "cached_tokens", "computed_tokens", "repaired_tokens", "generated_tokens",
+    "drafted_tokens", "accepted_tokens", "prefill_ms", "repair_ms",
+)  # fmt: skip
+
+
+class Reports(deque[Report]):
+    """The last 256 reports, and sums over all there ever were. Thread-safe."""
+
+    def __init__(self) -> None:
+        super().__init__(maxlen=_KEPT_REPORTS)
+        self._lock = fork_safe(threading.Lock())
+        self._totals: dict[str, float] = dict.fromkeys(("requests", *_SUMMED), 0)
+
+    def append(self, report: Report) -> None:
+        """Add a finished request."""
+        with self._lock:
+            super().append(report)
+            self._totals["requests"] += 1
+            for name in _SUMMED:
+                self._totals[name] += getattr(report, name)
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return one report, or a list for a slice such as `[-3:]`."""
+        with self._lock:
+            return [*super().__iter__()][index]
+
+    def __iter__(self) -> Iterator[Report]:
+        """Yield the reports there are now, whatever ends meanwhile."""
+        with self._lock:
+            return iter([*super().__iter__()])
+
+    def totals(self) -> dict[str, float]:
+        """Return the sums by the names of `EngineStats`."""
+        with self._lock:
+            return dict(self._totals)
 
 
 class Engine(ABC):
@@ -175,8 +254,8 @@ class Engine(ABC):
         """Return the prompt's token ids, the same for every reuse mode."""
         return tokenise(prompt, self.lm.text.ids, self.lm.text.bos_ids)
 
-    def _checked_tokens(self, prompt: Prompt, params: SamplingParams) -> TokenisedPrompt:
-        """Raises: PromptError: no prompt, or one without tokens. OptionError: no parameters."""
+    def _check_types(self, prompt: Prompt, params: SamplingParams) -> None:
+        """Raises: PromptError: no prompt. OptionError: no parameters."""
         if not isinstance(prompt, Prompt):
             raise PromptError(
                 f"prompt must be a Prompt, got {type(prompt).__name__}; "
@@ -184,10 +263,11 @@ class Engine(ABC):
             )
         if not isinstance(params, SamplingParams):
             raise OptionError(f"params must be SamplingParams, got {type(params).__name__}")
-        tokens = self.tokenise(prompt)
+
+    def _check_length(self, tokens: TokenisedPrompt) -> None:
+        """Raises: PromptError: the prompt has no tokens."""
         if not tokens.token_ids:
             raise PromptError("the prompt has no tokens; give at least one character of text")
-        return tokens
 
     def _mode(self, reuse: ReuseMode | None, repair: float | None) -> ReuseMode:
         """Return the mode that a request asks for.

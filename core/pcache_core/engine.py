@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from pcache_core.base_engine import Engine
+from pcache_core.base_engine import Engine, EngineStats
+from pcache_core.decode import Decoder, follow
 from pcache_core.errors import BudgetError, OptionError
 from pcache_core.generate import AnswerText, TokenScorer, decode_loop
 from pcache_core.kv.sequence import KVSequence
@@ -27,18 +28,17 @@ from pcache_core.lm import CausalLM
 from pcache_core.params import DEFAULT_REUSE, ReuseMode, SamplingParams
 from pcache_core.plan import plan_prefill, plan_states
 from pcache_core.pml import Positions, PromptTree, Schema
-from pcache_core.precompute import ForgetReport, forget, precompute, precompute_units
-from pcache_core.prefill import append_token, follow, ms_since, prefill
+from pcache_core.precompute import forget, precompute, precompute_units
+from pcache_core.prefill import prefill
 from pcache_core.prefix_cache import PrefixCache
 from pcache_core.prompt import Prompt
 from pcache_core.rank import ranking_prompts, scores_of
-from pcache_core.report import EncodeReport, Report
+from pcache_core.report import Chunk, EncodeReport, ForgetReport, Prefill, Report
 from pcache_core.request import Request, check_continuation, check_request
-from pcache_core.results import Chunk, Prefill
 from pcache_core.scheduler import Scheduler
 from pcache_core.schemas import SchemaShelf
 from pcache_core.store import MemoryStore, ModuleStore, TieredStore
-from pcache_core.totals import EngineStats
+from pcache_core.store.base import ms_since
 
 
 class PromptCacheEngine(Engine):
@@ -211,7 +211,8 @@ class PromptCacheEngine(Engine):
                 logprobs = tuple(follow(self.lm, sequence, logits, continuation))
             yield Prefill(logits, report, logprobs)
 
-        (found,) = self._scheduler.run(read, asked_at=started, timeout_s=None)
+        spent_s = time.perf_counter() - started
+        (found,) = self._scheduler.run(read, spent_s=spent_s, timeout_s=None)
         self.reports.append(found.report)
         return found
 
@@ -247,7 +248,11 @@ class PromptCacheEngine(Engine):
         """
         started = time.perf_counter()
         request = self._check(prompt, params or SamplingParams(), reuse, repair)
-        return self._in_turn(request, time.perf_counter() - started)
+        return self._scheduler.run(
+            partial(self._answer, request),
+            spent_s=time.perf_counter() - started,
+            timeout_s=request.params.timeout_s,
+        )
 
     async def astream(
         self,
@@ -316,12 +321,12 @@ class PromptCacheEngine(Engine):
 
     def stats(self) -> EngineStats:
         """What the store holds, its hits and misses by tier, and tokens saved and computed."""
-        encoded, gate = self._library.encoded, self._scheduler.gate
+        library, gate = self._library, self._scheduler.gate
         return EngineStats.of(
             self.store.stats(),
             self.reports,
-            encoded_tokens=encoded.tokens,
-            encode_ms=encoded.elapsed_ms,
+            encoded_tokens=library.encoded_tokens,
+            encode_ms=library.encode_ms,
             running=gate.running,
             waiting=gate.waiting,
         )
@@ -334,7 +339,9 @@ class PromptCacheEngine(Engine):
         repair: float | None,
     ) -> Request:
         mode = self._mode(reuse, repair)
-        tokens = self._checked_tokens(prompt, params)
+        self._check_types(prompt, params)
+        tokens = self.tokenise(prompt)
+        self._check_length(tokens)
         budget = self.repair if repair is None else repair
         return check_request(self.lm, tokens, prompt, params, mode, budget)
 
@@ -345,14 +352,6 @@ class PromptCacheEngine(Engine):
             return request
         states = plan_states(request.tokens, self._library, self.min_module_tokens)
         return replace(request, states=states)
-
-    def _in_turn(self, request: Request, check_s: float) -> Generator[Chunk, None, None]:
-        """Begin when the first chunk is asked for."""
-        yield from self._scheduler.run(
-            partial(self._answer, request),
-            asked_at=time.perf_counter() - check_s,
-            timeout_s=request.params.timeout_s,
-        )
 
     def _answer(self, request: Request, asked_at: float) -> Generator[Chunk, None, None]:
         request = self._plan(request)
@@ -372,11 +371,12 @@ class PromptCacheEngine(Engine):
     ) -> Generator[Chunk, None, None]:
         """Generate from the logits on; the last chunk has the report."""
         params = request.params
+        decoder = Decoder(self.lm, sequence, params, lambda: self._scheduler.gate.running)
         count = 0
         for chunk in decode_loop(
             request.tokens.token_ids,
             logits,
-            step=partial(append_token, self.lm, sequence),
+            step=decoder,
             choose=self.lm.sampler(params),
             text=AnswerText(self.lm.text.decode, params.stop),
             end_ids=self.lm.end_ids | self.lm.stop_ids(params.stop) | set(params.stop_token_ids),
@@ -386,6 +386,8 @@ class PromptCacheEngine(Engine):
             count += len(chunk.token_ids)
             if chunk.finish_reason is not None:
                 report.generated_tokens = count
+                report.drafted_tokens = decoder.drafted_tokens
+                report.accepted_tokens = decoder.accepted_tokens
                 self.reports.append(report)
                 chunk = replace(chunk, report=report)
             yield chunk

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 import torch
 
-from pcache_core.results import Chunk, FinishReason, TokenLogprob
+from pcache_core.report import Chunk, FinishReason, TokenLogprob
 
 _MOST_BYTES = 3  # of a character that is not complete
 _MOST_WAITING = 8  # tokens whose text is not out yet
@@ -161,7 +161,7 @@ class TokenScorer:
         self._count = count
 
     def __call__(self, token_id: int, logits: torch.Tensor) -> tuple[TokenLogprob, ...]:
-        """Return the next token. logits: [vocab], fp32, that it was chosen from."""
+        """Record the next token, if that is wanted. logits: [vocab], fp32, it was chosen from."""
         if self._count is None:
             return ()
         logprobs = torch.log_softmax(logits, dim=-1)
@@ -172,7 +172,7 @@ class TokenScorer:
     def record(
         self, token_id: int, logprob: float, likeliest: Iterable[tuple[int, float]]
     ) -> TokenLogprob:
-        """The next token, with what is known of it already. likeliest: ids, log probabilities."""
+        """Record the next token from known figures. likeliest: ids, log probabilities."""
         peek = self._text.peek
         top = tuple(TokenLogprob(number, peek(number), value) for number, value in likeliest)
         return TokenLogprob(token_id, self._text.add(token_id), logprob, top)

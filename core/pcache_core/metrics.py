@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from pcache_core.engine import PromptCacheEngine
 from pcache_core.errors import DependencyError, OptionError
-from pcache_core.store import ModuleStore, StoreStats
+from pcache_core.report import StoreStats
 
 try:
     from prometheus_client import CollectorRegistry
@@ -39,65 +39,39 @@ _TOKENS = {
     "computed": "computed_tokens",
     "repaired": "repaired_tokens",
     "generated": "generated_tokens",
+    "drafted": "drafted_tokens",
+    "accepted": "accepted_tokens",
 }
 _TIMES = {"encode": "encode_ms", "prefill": "prefill_ms", "repair": "repair_ms"}
-
-
-class StoreCollector(Collector):
-    """Reads stores' counts whenever a registry asks for them; nothing is counted twice.
-
-    stores: by the label `store` of their metrics. Each tier of a tiered store has its label `tier`.
-    """
-
-    def __init__(self, stores: Mapping[str, ModuleStore]) -> None:
-        self._stores = dict(stores)
-
-    def describe(self) -> Iterator[Metric]:
-        """The metrics without values, by which a registry finds a second collector of them."""
-        return self._metrics([])
-
-    def collect(self) -> Iterator[Metric]:
-        """`pcache_store_hits_total`, `pcache_store_bytes` and so on."""
-        tiers = []
-        for name, store in self._stores.items():
-            stats = store.stats()
-            tiers += [(name, tier) for tier in stats.tiers or (stats,)]
-        return self._metrics(tiers)
-
-    def _metrics(self, tiers: Sequence[tuple[str, StoreStats]]) -> Iterator[Metric]:
-        for field, text in _COUNTERS.items():
-            yield _filled(CounterMetricFamily(_metric(field), text, labels=_LABELS), field, tiers)
-        for field, text in _GAUGES.items():
-            yield _filled(GaugeMetricFamily(_metric(field), text, labels=_LABELS), field, tiers)
 
 
 class EngineCollector(Collector):
     """Reads engines' counts whenever a registry asks for them; nothing is counted twice.
 
-    engines: by the label `engine`; their stores have the same name as the label `store`.
+    engines: by the label `engine`; their stores have the same name as the label `store`, and each
+        tier of a tiered store has its label `tier`.
     """
 
     def __init__(self, engines: Mapping[str, PromptCacheEngine]) -> None:
         self._engines = dict(engines)
-        self._stores = StoreCollector({name: each.store for name, each in engines.items()})
 
     def describe(self) -> Iterator[Metric]:
         """The metrics without values, by which a registry finds a second collector of them."""
-        yield from self._stores.describe()
-        yield from _families()
+        yield from (*_store_metrics([]), *_families())
 
     def collect(self) -> Iterator[Metric]:
         """`pcache_requests_total`, `pcache_tokens_total`, `pcache_store_hits_total` and so on."""
-        yield from self._stores.collect()
+        tiers = []
         requests, tokens, times = _families()
         for name, engine in self._engines.items():
             stats = engine.stats()
+            tiers += [(name, tier) for tier in stats.tiers or (stats,)]
             requests.add_metric([name], stats.requests)
             for kind, field in _TOKENS.items():
                 tokens.add_metric([name, kind], getattr(stats, field))
             for work, field in _TIMES.items():
                 times.add_metric([name, work], getattr(stats, field))
-        yield from (requests, tokens, times)
+        yield from (*_store_metrics(tiers), requests, tokens, times)
 
 
 def register(
@@ -132,6 +106,13 @@ def _families() -> tuple[CounterMetricFamily, CounterMetricFamily, CounterMetric
             "pcache_milliseconds", "Time spent in the model.", labels=("engine", "work")
         ),
     )
+
+
+def _store_metrics(tiers: Sequence[tuple[str, StoreStats]]) -> Iterator[Metric]:
+    for field, text in _COUNTERS.items():
+        yield _filled(CounterMetricFamily(_metric(field), text, labels=_LABELS), field, tiers)
+    for field, text in _GAUGES.items():
+        yield _filled(GaugeMetricFamily(_metric(field), text, labels=_LABELS), field, tiers)
 
 
 def _metric(field: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -14,8 +15,12 @@ ReuseMode = Literal["off", "exact", "fast", "balanced", "high"]
 REUSE_MODES: tuple[ReuseMode, ...] = get_args(ReuseMode)
 DEFAULT_REUSE: ReuseMode = "balanced"
 DEFAULT_MODEL = "builtin:smollm2"
+StorageDtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]
+"""How numbers are kept: `auto` as the model has them, `int8` with a scale per head and channel."""
+
 MAX_LOGPROBS = 20
 """Most alternatives of a token whose log probabilities can be asked for."""
+_NAMESPACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 def check_reuse(mode: str) -> ReuseMode:
@@ -24,6 +29,26 @@ def check_reuse(mode: str) -> ReuseMode:
         if mode == known:
             return known
     raise OptionError(f"unknown reuse mode {mode!r}; use one of {', '.join(REUSE_MODES)}")
+
+
+def check_namespace(namespace: object) -> None:
+    """Raises: OptionError: it has other characters than letters, digits and `._-`."""
+    if not isinstance(namespace, str) or not _NAMESPACE.fullmatch(namespace):
+        raise OptionError(
+            f"namespace {namespace!r} is not valid; use 1 to 64 letters, digits, "
+            "'.', '_' or '-', starting with a letter or digit"
+        )
+
+
+def check_storage_dtype(storage_dtype: object) -> StorageDtype:
+    """Return it. Raises: OptionError: unknown."""
+    for known in get_args(StorageDtype):
+        if storage_dtype == known:
+            return known  # type: ignore[no-any-return]
+    raise OptionError(
+        f"storage_dtype={storage_dtype!r} is unknown; use one of "
+        f"{', '.join(map(repr, get_args(StorageDtype)))}"
+    )
 
 
 def check_repair(repair: float | None) -> float | None:
@@ -74,6 +99,10 @@ class SamplingParams:
     logprobs: report each token's log probability, and those of this many likeliest ones; None
         reports none. They are the model's own, before temperature, penalties and filters.
     timeout_s: seconds from the call until the answer has to be done; None for no limit.
+    speculative: try several tokens in one forward where the text has gone on like this before, as
+        answers do that quote their documents (prompt lookup). Only tokens that are chosen anyway
+        are kept, so answers are the same, up to rounding. Beside more than a few running requests
+        it is off. A server has its own setting.
     sources: report how much of the question's attention each document gets, in modes that don't
         observe it anyway (`balanced` and `high` do).
 
@@ -93,6 +122,7 @@ class SamplingParams:
     logprobs: int | None = None
     timeout_s: float | None = None
     sources: bool = False
+    speculative: bool = True
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else _as_tuple("stop", self.stop)
@@ -130,8 +160,8 @@ class SamplingParams:
             _check_range("logprobs", self.logprobs, 0, MAX_LOGPROBS, f"from 0 to {MAX_LOGPROBS}")
         if self.timeout_s is not None:
             _check_range("timeout_s", self.timeout_s, 0.001, None, "0.001 seconds or more")
-        if not isinstance(self.sources, bool):
-            raise OptionError(f"sources must be True or False, got {self.sources!r}")
+        _check_flag("sources", self.sources)
+        _check_flag("speculative", self.speculative)
 
 
 def _as_tuple(name: str, value: object) -> tuple[Any, ...]:
@@ -148,6 +178,11 @@ def _check_range(name: str, value: float, low: float, high: float | None, allowe
     infinite = isinstance(value, float) and not math.isfinite(value)
     if infinite or value < low or (high is not None and value > high):
         raise OptionError(f"{name}={value!r} is out of range; use {allowed}")
+
+
+def _check_flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise OptionError(f"{name} must be True or False, got {value!r}")
 
 
 def _check_integer(name: str, value: object) -> None:

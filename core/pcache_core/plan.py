@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from pcache_core.kv.planned import ModuleTokens, PlannedState, RowRange
+from pcache_core.kv.key import ModuleTokens, PlannedState, RowRange
 from pcache_core.kv.sequence import COMPUTED, REPAIRED, KVSequence
 from pcache_core.library.states import ModuleLibrary
 from pcache_core.params import repair_budget
-from pcache_core.prompt import Passage
+from pcache_core.prompt import Passage, Piece, TokenisedPrompt
 from pcache_core.request import Request
-from pcache_core.tokens import Piece, TokenisedPrompt
 
 _MIN_LITERAL_TOKENS = 64
 

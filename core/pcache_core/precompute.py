@@ -5,37 +5,21 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
 from tqdm import tqdm
 
 from pcache_core.errors import BudgetError, ContextLengthError, PromptError
-from pcache_core.kv.planned import ModuleTokens
+from pcache_core.kv.key import ModuleTokens
 from pcache_core.library.states import ModuleLibrary
 from pcache_core.plan import opening_module, passages_of
-from pcache_core.prompt import Passage, Segment
-from pcache_core.report import EncodeReport
-from pcache_core.tokens import TokenisedPrompt
+from pcache_core.prompt import Passage, Segment, TokenisedPrompt
+from pcache_core.report import EncodeReport, ForgetReport
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class ForgetReport:
-    """What `engine.forget` did.
-
-    texts: how many different ones were given. states: how many states of them were dropped; a text
-    has two, one for where it comes first in a prompt. freed_bytes: by how much the store shrank,
-    all tiers together; what a server holds is not counted.
-    """
-
-    texts: int
-    states: int
-    freed_bytes: int
 
 
 def precompute(
@@ -57,14 +41,7 @@ def precompute(
             too_short += 1
         elif passage not in wanted:
             wanted[passage] = _fitting(library, passage, text, 0)
-    report = _encode_missing(library, wanted, progress=progress)
-    return replace(
-        report,
-        texts=len(texts),
-        already_stored=len(texts) - too_short - report.encoded,
-        too_short=too_short,
-        seconds=_since(started),
-    )
+    return _encode_missing(library, wanted, len(texts), too_short, started, progress=progress)
 
 
 def precompute_units(
@@ -79,10 +56,10 @@ def precompute_units(
     library.follow_weights()
     wanted: dict[tuple[Passage, int], list[ModuleTokens]] = {}
     short: set[Passage] = set()
+    openings: set[ModuleTokens] = set()
     for tokens in prompts:
         opening = opening_module(tokens, min_module_tokens)
-        if opening is not None and library.lm.support.reuses_modules:
-            _encode_missing(library, {opening: [opening]}, progress=False)
+        openings |= {opening} if opening is not None else set()
         for passage, text, position in passages_of(tokens):
             if len(passage.kept_ids) < min_module_tokens:
                 short.add(passage)
@@ -93,10 +70,10 @@ def precompute_units(
                 wanted[passage, 0] = []
     if not library.lm.support.reuses_modules:
         return _nothing(len(wanted) + len(short), started, library.lm.support.reason)
-    report = _encode_missing(library, wanted, progress=progress)
-    return replace(
-        report, texts=len(wanted) + len(short), too_short=len(short), seconds=_since(started)
-    )
+    constant = {opening: [opening] for opening in openings}
+    _encode_missing(library, constant, 0, 0, started, progress=False)
+    texts = len(wanted) + len(short)
+    return _encode_missing(library, wanted, texts, len(short), started, progress=progress)
 
 
 def forget(library: ModuleLibrary, texts: Iterable[str]) -> ForgetReport:
@@ -109,10 +86,18 @@ def forget(library: ModuleLibrary, texts: Iterable[str]) -> ForgetReport:
 
 
 def _encode_missing(
-    library: ModuleLibrary, wanted: Mapping[T, Sequence[ModuleTokens]], *, progress: bool
+    library: ModuleLibrary,
+    wanted: Mapping[T, Sequence[ModuleTokens]],
+    texts: int,
+    too_short: int,
+    started: float,
+    *,
+    progress: bool,
 ) -> EncodeReport:
-    """Encode what the store doesn't have; counts are of texts, each with all of its states."""
-    started = time.perf_counter()
+    """Encode what the store doesn't have; counts are of texts, each with all of its states.
+
+    texts, too_short, started: for the report.
+    """
     keys = {text: [library.key(module) for module in wanted[text]] for text in wanted}
     modules = {
         key: module
@@ -136,15 +121,9 @@ def _encode_missing(
             kept,
             len(encoded),
         )
-    return EncodeReport(
-        texts=len(wanted),
-        encoded=len(encoded),
-        kept=kept,
-        already_stored=len(wanted) - len(encoded),
-        too_short=0,
-        tokens=total,
-        seconds=_since(started),
-    )
+    stored = texts - too_short - len(encoded)
+    seconds = time.perf_counter() - started
+    return EncodeReport(texts, len(encoded), kept, stored, too_short, total, seconds)
 
 
 def _checked(texts: Iterable[str], name: str) -> list[str]:
@@ -183,8 +162,4 @@ def _fitting(
 
 
 def _nothing(texts: int, started: float, reason: str | None) -> EncodeReport:
-    return EncodeReport(texts, 0, 0, 0, 0, 0, _since(started), reason)
-
-
-def _since(started: float) -> float:
-    return time.perf_counter() - started
+    return EncodeReport(texts, 0, 0, 0, 0, 0, time.perf_counter() - started, reason)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 
@@ -14,8 +14,9 @@ from pcache_core.kv.sequence import REPAIRED, KVSequence
 from pcache_core.library.states import Loaded
 from pcache_core.lm import Batch, CausalLM
 from pcache_core.plan import PrefillPlan
+from pcache_core.prompt import Piece
 from pcache_core.report import Report, SegmentReport, Source
-from pcache_core.tokens import Piece
+from pcache_core.store.base import ms_since
 
 _LAST_TOKENS = 3
 _ASKING_TOKENS, _REFERENCE_TOKENS, _REFERENCE_WEIGHT = 12, 3, 0.5
@@ -62,37 +63,6 @@ def prefill(
     return logits, report
 
 
-def follow(
-    lm: CausalLM, sequence: KVSequence, logits: torch.Tensor, token_ids: Sequence[int]
-) -> Iterator[float]:
-    """Yield log probabilities of given tokens, each after those before it.
-
-    logits: [vocab], of the first.
-    """
-    for number, token_id in enumerate(token_ids, 1):
-        yield float(logits.log_softmax(-1)[token_id])
-        if number < len(token_ids):
-            logits = append_token(lm, sequence, token_id)
-
-
-def append_token(lm: CausalLM, sequence: KVSequence, token_id: int) -> torch.Tensor:
-    """Append a token; return the logits of the next, [vocab] fp32."""
-    if sequence.stock is not None:
-        return sequence.stock([token_id])
-    token_ids, positions, first = [token_id], [sequence.end], len(sequence.token_ids)
-    if positions[0] == lm.support.stable_length:
-        # With this token every rotary frequency changes: no row fits any longer.
-        token_ids, first = [*sequence.token_ids, token_id], 0
-        positions = [*sequence.positions, sequence.end]
-    rows = range(first, first + len(token_ids))
-    sequence.is_filled = False
-    sequence.reserve(rows.stop)
-    logits = lm.forward(Batch.of_rows(sequence.buffers, token_ids, rows, positions))
-    sequence.append(token_id, positions[-1])
-    sequence.is_filled = True
-    return logits
-
-
 def _compute(
     lm: CausalLM,
     sequence: KVSequence,
@@ -115,7 +85,7 @@ def _compute(
         [sequence.positions[row] for row in rows],
         watched,
     )
-    logits = lm.forward(batch)
+    logits = lm.forward(batch)[-1]
     return logits, batch.attention
 
 
@@ -164,12 +134,10 @@ def most_attended(rows: Sequence[int], attention: torch.Tensor, count: int) -> l
     by_attention = torch.argsort(attention[torch.tensor(rows)], descending=True, stable=True)
     candidates = set(rows)
     chosen: set[int] = set()
-    for index in by_attention.tolist():
+    for index in by_attention[:count].tolist():
         for row in (rows[index], rows[index] + 1):
             if row in candidates and len(chosen) < count:
                 chosen.add(row)
-        if len(chosen) == count:
-            break
     return sorted(chosen)
 
 
@@ -246,8 +214,3 @@ def _segment(piece: Piece, sources: Sequence[Source], preambles: Sequence[int]) 
         source=max(dict.fromkeys(here), key=here.count) if here else "computed",
         preamble_tokens=max(preambles[piece.start : piece.stop], default=0),
     )
-
-
-def ms_since(started: float) -> float:
-    """Return the milliseconds since `started`, by `time.perf_counter`."""
-    return (time.perf_counter() - started) * 1000

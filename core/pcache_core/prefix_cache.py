@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import repeat
 from weakref import WeakSet, WeakValueDictionary
 
 from pcache_core.kv.sequence import COMPUTED, NO_WEIGHTS, KVSequence
@@ -87,8 +88,10 @@ class PrefixCache:
             lent = sum(state.num_rows for state in request.states if not state.is_opening)
             capacity = request.capacity - (lent if lends else 0)
             best, rows = self._best_match(request)
-            if best is not None and _may_continue(best, rows, capacity):
-                sequence = self._take(best)
+            # Continuing in place forgets the rows beyond, so those have to be the fewer.
+            if best and best.buffers.capacity >= capacity and 2 * rows >= len(best.token_ids):
+                sequence = best
+                self._idle.remove(best)
             else:
                 held = 0 if best is None else best.buffers.index(rows)
                 sequence = self._new(max(capacity, held), keep=best)
@@ -132,20 +135,15 @@ class PrefixCache:
     def _idle_nbytes(self) -> int:
         return sum(sequence.nbytes for sequence in self._idle)
 
-    def _take(self, sequence: KVSequence) -> KVSequence:
-        """Take a finished sequence out."""
-        self._idle.remove(sequence)
-        return sequence
-
     def _best_match(self, request: Request) -> tuple[KVSequence | None, int]:
         accepts = _filter(request)
         token_ids, positions = list(request.tokens.token_ids), list(request.tokens.positions)
-        best, rows = None, 0
+        best, rows, start = None, 0, token_ids[:1]
         # Among equals the one used last: the oldest may have to give its buffers.
         for sequence in reversed(self._idle):
             if sequence.weights != request.weights:
                 continue  # a request that began before the weights changed
-            if sequence.token_ids[rows : rows + 1] != token_ids[rows : rows + 1]:
+            if sequence.token_ids[: len(start)] != start:
                 continue  # of many sequences, few can hold more than the best so far
             alike = min(len(sequence.token_ids), len(token_ids) - request.fresh_rows)
             alike = _common(sequence.token_ids, token_ids, alike)
@@ -154,21 +152,22 @@ class PrefixCache:
                 labels = sequence.labels
                 alike = next((row for row in range(alike) if not accepts(row, labels[row])), alike)
             if alike > rows:
-                best, rows = sequence, alike
+                best, rows, start = sequence, alike, token_ids[: alike + 1]
         return best, rows
 
     def _new(self, capacity: int, keep: KVSequence | None) -> KVSequence:
-        """Fresh memory is slow to touch, so the oldest sequence gives its buffers when all is full.
+        """Fresh memory is slow to touch, so an emptied sequence gives its buffers.
 
-        keep: whose rows are still needed.
+        So does the oldest, when all is full. keep: whose rows are still needed.
         """
         capacity = -(-capacity // _ROUND_UP) * _ROUND_UP
-        needed = capacity * self._lm.bytes_per_token
-        if self._idle_nbytes + needed > self._budget_bytes:
-            for sequence in self._idle:
-                if sequence is not keep and sequence.buffers.capacity >= capacity:
-                    self._take(sequence).shorten(0)
-                    return sequence
+        is_full = self._idle_nbytes + capacity * self._lm.bytes_per_token > self._budget_bytes
+        for sequence in self._idle:
+            may_give = sequence is not keep and (is_full or not sequence.token_ids)
+            if may_give and sequence.buffers.capacity >= capacity:
+                self._idle.remove(sequence)
+                sequence.shorten(0)
+                return sequence
         return KVSequence(self._lm.new_buffers, self._lm.new_buffers(capacity))
 
 
@@ -195,16 +194,11 @@ def _filter(request: Request) -> Accepts:
     """
     if request.reuse == "off":
         return lambda row, label: False
-    digests: dict[tuple[int, str], None] = {}
+    digests: set[tuple[int, str]] = set()
     for planned in () if request.repair is not None else request.states:
         for start, stop in planned.runs:
-            digests.update(dict.fromkeys((row, planned.key.digest) for row in range(start, stop)))
+            digests.update(zip(range(start, stop), repeat(planned.key.digest)))
     return lambda row, label: label == COMPUTED or (row, label) in digests
-
-
-def _may_continue(sequence: KVSequence, rows: int, capacity: int) -> bool:
-    """Continuing in place forgets the rows beyond, so those have to be the fewer."""
-    return sequence.buffers.capacity >= capacity and 2 * rows >= len(sequence.token_ids)
 
 
 def _common(one: list[int], other: list[int], most: int) -> int:
@@ -223,15 +217,11 @@ def _continues(
     sequence: KVSequence, token_ids: list[int], positions: list[int], repair: float | None
 ) -> bool:
     """Return whether the prompt is the one that rows were repaired for, or goes on after it."""
-    if repair is None or not _same_budget(sequence.repair, repair):
+    # 1.0 is a share of all, and an integer is a number of tokens.
+    if repair is None or sequence.repair != repair or type(sequence.repair) is not type(repair):
         return False
     count = sequence.repaired_for
     return (
         sequence.token_ids[:count] == token_ids[:count]
         and sequence.positions[:count] == positions[:count]
     )
-
-
-def _same_budget(one: float | None, other: float | None) -> bool:
-    """1.0 is a share of all, and an integer is a number of tokens."""
-    return one == other and type(one) is type(other)

@@ -1,17 +1,22 @@
-"""What happened to each part of a prompt: reused, encoded or computed, and how long it took."""
+"""What is returned: answers, what happened to each part of a prompt, what stores did."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console, ConsoleOptions, RenderResult
 
 from pcache_core.picture import Picture, Run, Time, html, shown, terminal
 from pcache_core.picture import Source as Source  # part of what reports are made of
 
+if TYPE_CHECKING:
+    import torch
+
+FinishReason = Literal["stop", "length"]
+Tier = Literal["memory", "disk", "remote"]
 _LISTED = 8
 """Lines of a kind that a picture shows, of which a long prompt may have thousands."""
 _LABEL_CHARS, _LINE_CHARS = 32, 300
@@ -57,7 +62,8 @@ class Report:
     counts those of the cached and encoded ones that were then computed again (`repaired_rows` says
     which tokens of the prompt they are). `shared_tokens` counts
     the cached and encoded ones whose keys and values other running requests use as well, and nobody
-    has a copy of.
+    has a copy of. `drafted_tokens` of the answer were tried ahead, and `accepted_tokens` of these
+    were right: see `SamplingParams.speculative`.
 
     reuse: the mode that ran.
     fallback_reason: why it is not the one that was asked for, or why documents can't be reused.
@@ -84,6 +90,8 @@ class Report:
     repaired_rows: tuple[int, ...] = ()
     repair_ms: float = 0.0
     shared_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
     @property
     def cached_share(self) -> float:
@@ -239,3 +247,113 @@ class EncodeReport:
             f"{self.kept} of them kept, {self.already_stored} already stored, "
             f"{self.too_short} too short to store"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token and the log probability that the model gave it.
+
+    token: its text; those of an answer's tokens join to the answer, so a token that ends inside a
+        character has none, and the one that completes it has the character.
+    top: the likeliest tokens in its place, likeliest first; as many as were asked for.
+    """
+
+    token_id: int
+    token: str
+    logprob: float
+    top: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A piece of a streamed answer. Only the last one has `finish_reason` and `report`.
+
+    text: never ends inside a character, never holds a part of a stop string; may be empty.
+    token_ids: the tokens generated since the chunk before. logprobs: of each of them; none unless
+        asked for.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None = None
+    report: Report | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """A whole answer. logprobs: of each of its tokens; none unless asked for."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    report: Report
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+    @classmethod
+    def of(cls, chunks: Sequence[Chunk]) -> Generation:
+        """Return the answer that a finished stream's chunks make up."""
+        last = chunks[-1]
+        assert last.finish_reason is not None, "the stream has not finished"
+        assert last.report is not None
+        return cls(
+            text="".join(chunk.text for chunk in chunks),
+            token_ids=tuple(token for chunk in chunks for token in chunk.token_ids),
+            finish_reason=last.finish_reason,
+            report=last.report,
+            logprobs=tuple(record for chunk in chunks for record in chunk.logprobs),
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prefill:
+    """The state after reading a prompt.
+
+    logits: [vocab], fp32, of the token after the prompt. logprobs: of the continuation's tokens, in
+        nats, each given the prompt and the tokens before it; none unless one was given.
+    """
+
+    logits: torch.Tensor
+    report: Report
+    logprobs: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ForgetReport:
+    """What `engine.forget` did.
+
+    texts: how many different ones were given. states: how many states of them were dropped; a text
+    has two, one for where it comes first in a prompt. freed_bytes: by how much the store shrank,
+    all tiers together; what a server holds is not counted.
+    """
+
+    texts: int
+    states: int
+    freed_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoreStats:
+    """A store's contents and its history since it was made.
+
+    states, nbytes: None where counting them would mean asking a server for every key.
+    budget_bytes: None where the store has no limit of its own.
+    damaged: entries that were dropped because they were altered, cut or another model's.
+    failures: calls that failed because the store could not be reached, read or written.
+    load_ms: time spent in look-ups that hit.
+    loaded_nbytes: read by look-ups that hit, as kept; 0 where nothing is read.
+    tiers: of a tiered store, each tier's own.
+    """
+
+    tier: Tier
+    states: int | None
+    nbytes: int | None
+    budget_bytes: int | None
+    hits: int
+    misses: int
+    evictions: int
+    damaged: int = 0
+    failures: int = 0
+    load_ms: float = 0.0
+    tiers: tuple[StoreStats, ...] = ()
+    loaded_nbytes: int = 0

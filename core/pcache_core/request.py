@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from pcache_core.errors import ContextLengthError, PromptError
-from pcache_core.kv.planned import PlannedState
+from pcache_core.kv.key import PlannedState
 from pcache_core.lm import CausalLM
 from pcache_core.params import REPAIR, ReuseMode, SamplingParams
-from pcache_core.prompt import Prompt
-from pcache_core.tokens import TokenisedPrompt
+from pcache_core.prompt import Prompt, TokenisedPrompt
 
 _USUAL_ANSWER_TOKENS = 512
 

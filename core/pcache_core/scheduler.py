@@ -13,7 +13,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, Literal, TypeVar
 from weakref import WeakSet
 
@@ -26,6 +26,20 @@ from pcache_core.threads import Flag, renew_in_child
 T = TypeVar("T")
 
 _LOOK_S = 0.05  # how often a request that waits looks whether it still has to
+
+
+@dataclass(slots=True, eq=False, weakref_slot=True)
+class Place:
+    """One request's: first in the queue, then at work.
+
+    asked_at: when the request came, by `time.perf_counter`.
+    state: to set it to `left` is enough to leave, whatever comes after that.
+    turn: wakes the one who waits to start.
+    """
+
+    asked_at: float
+    state: Literal["queued", "working", "paused", "left"] = "queued"
+    turn: Flag = field(default_factory=Flag)
 
 
 class _TakenPlace(threading.local):
@@ -80,7 +94,7 @@ class Gate:
         if held is not None:
             return held
         limit = self.max_running + self.max_waiting
-        place = Place(self, asked_at)
+        place = Place(asked_at)
         with self._lock:
             if len(self._begun) + len(self._queued) >= limit:
                 running, waiting = self.running, self.waiting
@@ -93,12 +107,40 @@ class Gate:
             self._queued.add(place)
         return place
 
-    def line_up(self, place: Place) -> None:
-        """Let a place have its turn after all that are in the line."""
+    def start(self, place: Place, check: Callable[[], None]) -> None:
+        """Wait until it is a request's turn to work, after all that began to wait before.
+
+        check: is asked again and again; ends the waiting by raising.
+        """
+        check()
         with self._lock:
             self._line.append(place)
+        while True:
+            place.turn.clear()
+            if self._admit(place):
+                break
+            place.turn.wait(_LOOK_S)
+            check()
+        self._wake()
 
-    def admit(self, place: Place) -> bool:
+    def pause(self, place: Place) -> None:
+        """Let others work while nobody asks for a request's next piece.
+
+        It goes on at once when its state is `working` again: what has begun is never kept waiting,
+        so nobody waits for ever.
+        """
+        place.state = "paused"
+        self._wake()
+
+    def leave(self, place: Place) -> None:
+        """Be done with a request, or give it up."""
+        place.state = "left"
+        with self._lock:
+            self._begun.discard(place)
+            self._queued.discard(place)
+        self._wake()
+
+    def _admit(self, place: Place) -> bool:
         """Let a place work if it is the first in the line and there is room."""
         with self._lock:
             self._line = [other for other in self._line if other.state == "queued"]
@@ -110,61 +152,10 @@ class Gate:
             del self._line[0]
         return True
 
-    def forget(self, place: Place) -> None:
-        """Clear a place away that was left."""
-        with self._lock:
-            self._begun.discard(place)
-            self._queued.discard(place)
-
-    def wake(self) -> None:
+    def _wake(self) -> None:
         """Tell the first in the line that there may be room."""
         for place in self._line[:1]:
             place.turn.set()
-
-
-class Place:
-    """One request's: first in the queue, then at work.
-
-    asked_at: when the request came, by `time.perf_counter`.
-    state: to set it to `left` is enough to leave, whatever comes after that.
-    turn: wakes the one who waits to start.
-    """
-
-    def __init__(self, gate: Gate, asked_at: float) -> None:
-        self.asked_at = asked_at
-        self.state: Literal["queued", "working", "paused", "left"] = "queued"
-        self.turn = Flag()
-        self._gate = gate
-
-    def start(self, check: Callable[[], None]) -> None:
-        """Wait until it is this request's turn to work.
-
-        check: is asked again and again; ends the waiting by raising.
-        """
-        check()
-        self._gate.line_up(self)
-        while True:
-            self.turn.clear()
-            if self._gate.admit(self):
-                break
-            self.turn.wait(_LOOK_S)
-            check()
-        self._gate.wake()
-
-    def pause(self) -> None:
-        """Let others work while nobody asks for this request's next piece."""
-        self.state = "paused"
-        self._gate.wake()
-
-    def resume(self) -> None:
-        """Go on, at once: what has begun is never kept waiting, so nobody waits for ever."""
-        self.state = "working"
-
-    def leave(self) -> None:
-        """Be done, or give up."""
-        self.state = "left"
-        self._gate.forget(self)
-        self._gate.wake()
 
 
 def too_late(timeout_s: float | None) -> DeadlineExceededError:
@@ -173,41 +164,6 @@ def too_late(timeout_s: float | None) -> DeadlineExceededError:
         f"the answer was not done within timeout_s={timeout_s}; allow more time, ask for fewer "
         "max_tokens, or run fewer requests at once"
     )
-
-
-class Deadline:
-    """The moment a request has to be done by.
-
-    timeout_s: None leaves it all the time it needs. asked_at: by `time.perf_counter`.
-    is_over: whether the request has ended, so that nothing else may end by its deadline.
-    """
-
-    def __init__(self, timeout_s: float | None, asked_at: float) -> None:
-        self.is_over = False
-        self._timeout_s = timeout_s
-        self._ends = None if timeout_s is None else asked_at + timeout_s
-
-    @contextmanager
-    def over(self, lm: CausalLM) -> Iterator[None]:
-        """Inside, what waits for the model or for its turn is given up when the time has passed.
-
-        Raises: DeadlineExceededError: it has.
-        """
-        if self._ends is None:
-            yield
-            return
-        try:
-            with lm.cancelled_by(self._is_passed):
-                yield
-        except RequestCancelledError:
-            if not self._is_passed():
-                raise
-            raise too_late(self._timeout_s) from None
-
-    def _is_passed(self) -> bool:
-        if self._ends is None or self.is_over:
-            return False
-        return time.perf_counter() >= self._ends
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -234,37 +190,58 @@ class Scheduler:
         self,
         answer: Callable[[float], Generator[T, None, None]],
         *,
-        asked_at: float,
+        spent_s: float,
         timeout_s: float | None,
     ) -> Generator[T, None, None]:
         """Yield what `answer` makes when its turn has come; while nobody asks for more, it pauses.
 
         answer: is told when the request came, which may have been before this was called.
-        asked_at: when it came, by `time.perf_counter`.
+        spent_s: seconds that it took before its first item was asked for.
         Raises: OverloadedError: too many requests wait. DeadlineExceededError: the time has passed.
         """
-        place = self.gate.queue(asked_at)
-        deadline = Deadline(timeout_s, place.asked_at)
+        place = self.gate.queue(time.perf_counter() - spent_s)
         items = answer(place.asked_at)
         try:
             try:
-                with deadline.over(self._lm):
-                    place.start(self._lm.check_cancelled)
+                with self._in_time(place, timeout_s):
+                    self.gate.start(place, self._lm.check_cancelled)
                 while True:
                     # What a request made is used by later ones, in the caller's mode or not.
-                    with torch.inference_mode(mode=False), deadline.over(self._lm):
+                    with torch.inference_mode(mode=False), self._in_time(place, timeout_s):
                         item = next(items, None)
                     if item is None:
                         return
-                    place.pause()
+                    self.gate.pause(place)
                     yield item
-                    place.resume()
+                    place.state = "working"
             finally:
                 items.close()
         finally:  # these come first: an interrupt may land in any call
             place.state = "left"
-            deadline.is_over = True
-            place.leave()
+            self.gate.leave(place)
+
+    @contextmanager
+    def _in_time(self, place: Place, timeout_s: float | None) -> Iterator[None]:
+        """Inside, what waits for the model or for its turn is given up when the time has passed.
+
+        Not when the request has been left: nothing else ends by its deadline.
+        Raises: DeadlineExceededError: it has.
+        """
+        if timeout_s is None:
+            yield
+            return
+        ends = place.asked_at + timeout_s
+
+        def is_passed() -> bool:
+            return place.state != "left" and time.perf_counter() >= ends
+
+        try:
+            with self._lm.cancelled_by(is_passed):
+                yield
+        except RequestCancelledError:
+            if not is_passed():
+                raise
+            raise too_late(timeout_s) from None
 
     async def run_in_thread(
         self, start: Callable[[], Generator[T, None, None]], timeout_s: float | None = None
@@ -290,13 +267,13 @@ class Scheduler:
                 with self.gate.using(place):
                     self._make(start, deliver, given_up)
             finally:
-                place.leave()
+                self.gate.leave(place)
 
         work = self._threads.submit(make)
 
         def expire() -> None:
             if work.cancel():
-                place.leave()
+                self.gate.leave(place)
                 items.put_nowait(_End(too_late(timeout_s)))
 
         timer = None if timeout_s is None else loop.call_later(timeout_s, expire)
@@ -310,7 +287,7 @@ class Scheduler:
             if timer is not None:
                 timer.cancel()
             if work.cancel():
-                place.leave()
+                self.gate.leave(place)
 
     def _make(
         self,

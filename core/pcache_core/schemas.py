@@ -103,6 +103,7 @@ class SchemaShelf:
             reason = f"{self._lm.name} takes positions from rows, so they are compact"
         resolution = resolve(layout, tree, positions=positions)
         self._check_marks(resolution, tree)
+        opening = _opening(layout, resolution)
         if positions == "compact" and support.kind == "fixed-positions":
             reason = (
                 "states of this model can't be moved, as compact positions ask for; "
@@ -110,13 +111,13 @@ class SchemaShelf:
             )
             units: tuple[Unit, ...] = ()
         else:
-            units = tuple(_units(layout, resolution, has_gaps=support.takes_positions))
+            units = tuple(_units(layout, resolution, opening, has_gaps=support.takes_positions))
         return Prompt(
             [_segment(run) for run in resolution.runs],
             Placement(
                 token_ids=tuple(run.token_ids for run in resolution.runs),
                 starts=tuple(run.start for run in resolution.runs),
-                opening=_opening(layout, resolution),
+                opening=opening,
                 units=units,
                 model=self._lm.fingerprint,
             ),
@@ -202,12 +203,14 @@ def _leading_texts(layout: SchemaLayout) -> int:
     return count
 
 
-def _units(layout: SchemaLayout, resolution: Resolution, *, has_gaps: bool) -> Iterator[Unit]:
+def _units(
+    layout: SchemaLayout, resolution: Resolution, opening: int, *, has_gaps: bool
+) -> Iterator[Unit]:
     """Yield the modules' own texts, each module by itself, or with those that it is encoded with.
 
+    opening: how many runs open every prompt, which belong to no unit.
     has_gaps: whether parameters and inner modules leave their room; else texts follow each other.
     """
-    opening = _opening(layout, resolution)
     texts: dict[ModulePath, dict[int | None, int]] = {}
     for index, run in enumerate(resolution.runs):
         if run.kind in ("module", "anonymous") and run.is_reusable and index >= opening:

@@ -27,8 +27,8 @@ from pcache_core import (
 from pcache_core.evaluation.evaluate import environment
 from pcache_core.lm import Batch
 from pcache_core.params import ReuseMode
+from pcache_core.prompt import TokenisedPrompt
 from pcache_core.report import Report
-from pcache_core.tokens import TokenisedPrompt
 from pcache_integrations.bench.results import (
     FLOOR,
     Benchmark,
@@ -125,7 +125,7 @@ def measure(lm: CausalLM, options: BenchOptions, peers: Sequence[Way] = ()) -> B
     kind_of_store = options.tier.partition("://")[0]  # an address may hold a password
     return Benchmark(
         model=lm.name,
-        parameters=lm.model.num_parameters(),
+        parameters=lm.num_parameters,
         kv_bytes_per_token=lm.bytes_per_token,
         options=asdict(options) | {"tier": kind_of_store},
         environment=environment(lm),
@@ -218,7 +218,9 @@ def _ask(engine: PromptCacheEngine, mode: ReuseMode, answer_tokens: int, prompt:
     answered = 0
     arrivals: list[tuple[float, int]] = []
     report: Report | None = None
-    for chunk in engine.stream(prompt, SamplingParams(max_tokens=answer_tokens), reuse=mode):
+    # A token a forward, as other libraries decode, whatever the random words happen to repeat.
+    params = SamplingParams(max_tokens=answer_tokens, speculative=False)
+    for chunk in engine.stream(prompt, params, reuse=mode):
         answered += len(chunk.token_ids)
         arrivals.append((time.perf_counter(), answered))
         report = chunk.report

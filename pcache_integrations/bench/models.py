@@ -90,7 +90,9 @@ def random_llama(
             std = _EMBEDDING_STD if "embed" in part else weight.shape[1] ** -0.5
             weight.normal_(std=std, generator=generator)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(Path(resolve("builtin:tiny-rag")))
-    return CausalLM(model.eval(), tokenizer, name=f"random {name}")
+    lm = CausalLM(model.eval(), tokenizer, name=f"random {name}")
+    lm.pack()  # as a model that is loaded
+    return lm
 
 
 def _check_memory(name: str, nbytes: int, device: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from importlib.metadata import version
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -17,6 +19,8 @@ from pcache_integrations.cli.schema import schema
 from pcache_integrations.cli.serve import serve
 from pcache_integrations.cli.store import clear, inspect
 
+_PACKAGES = ("pcache-integrations", "torch", "transformers")
+
 app: typer.Typer = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -24,6 +28,29 @@ app: typer.Typer = typer.Typer(
     help="Prompt Cache: reuse of attention states of prompt parts, for LangChain and LlamaIndex.",
     epilog=EXIT_STATUSES,
 )
+
+
+def _print_versions(asked: bool) -> None:
+    if asked:
+        print(*(f"{package} {version(package)}" for package in _PACKAGES), sep="\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _every_command(
+    _: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            is_eager=True,
+            callback=_print_versions,
+            help="Print the versions of this and of what computes.",
+        ),
+    ] = False,
+) -> None:
+    """Prompt Cache: reuse of attention states of prompt parts, for LangChain and LlamaIndex."""
+
+
 for name, command, example in (
     ("demo", demo, "--model Qwen/Qwen2.5-0.5B-Instruct --top-k 6"),
     ("eval", evaluate, "--documents 12 --modes fast,balanced --warm"),

@@ -7,11 +7,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pcache_core import Preamble, PromptCacheEngine, Segment
+from pcache_core import Preamble, Segment
+from pcache_core.errors import OptionError
 from pcache_core.params import DEFAULT_MODEL
 from pcache_core.picture import shown
 from pcache_integrations._engines import load_lm
@@ -27,15 +28,20 @@ from pcache_integrations.cli.options import (
 )
 from pcache_integrations.cli.texts import SourceText, other_files, read_texts
 
+if TYPE_CHECKING:
+    from pcache_core import PromptCacheEngine
+
 _NAMED = 5  # of what is left out, in a warning
+_LISTED = 20  # of what could not be read
 
 
 def encode(  # noqa: PLR0913 (each is an option of the command)
     sources: Annotated[
         list[Path],
         typer.Argument(
-            help="Text files, folders of them, or .jsonl files with a text a line: a JSON string, "
-            "or an object with 'text', 'page_content' or 'content'.",
+            help="Text files, folders of them (.txt, .md, .jsonl, .ndjson), or .jsonl files with a "
+            "text a line: a JSON string, or an object with 'text', 'page_content' or 'content'. "
+            "Of HTML, CSV or PDF, take the text out first, as your framework's reader does.",
             show_default=False,
         ),
     ],
@@ -77,10 +83,14 @@ def encode(  # noqa: PLR0913 (each is an option of the command)
     """Precompute the attention states of documents into a store.
 
     A language model with the same model, store, namespace and preamble then finds them.
-    What the store has already is not computed again: an interrupted run goes on.
+    What the store has already is not computed again: an interrupted run goes on. What can't be read
+    is listed at the end; the exit status is 1 then.
     """
+    from pcache_core import PromptCacheEngine
+
     chosen = None if preamble is None else Preamble.of_file(preamble)
-    texts = [replace(each, text=each.text + separator) for each in read_texts(sources, field)]
+    texts, troubles = read_texts(sources, field)
+    texts = [replace(each, text=each.text + separator) for each in texts]
     _tell_of_others(other_files(sources))
     lasting = lasting_store(store, storage_dtype)
     lasting.check()
@@ -98,10 +108,16 @@ def encode(  # noqa: PLR0913 (each is an option of the command)
         raise typer.Exit(INTERRUPTED) from None
     if as_json:
         figures = asdict(report) | {"tokens_per_second": report.tokens_per_second}
-        print(json.dumps({"model": model, "store": store, **figures, "left_out": left_out}))
+        unread = [str(trouble) for trouble in troubles]
+        print(
+            json.dumps(
+                {"model": model, "store": store, **figures, "left_out": left_out, "unread": unread}
+            )
+        )
     else:
         print(shown(str(report)))
-    if left_out or report.reason is not None or report.kept != report.encoded:
+    _tell_of_unread(troubles)
+    if troubles or left_out or report.reason is not None or report.kept != report.encoded:
         raise typer.Exit(NOT_ALL_DONE)
 
 
@@ -114,6 +130,13 @@ def _tell_of_others(files: Sequence[Path]) -> None:
             "by one if they are text",
             file=sys.stderr,
         )
+
+
+def _tell_of_unread(troubles: Sequence[OptionError]) -> None:
+    for trouble in troubles[:_LISTED]:
+        print(f"not read: {shown(str(trouble))}", file=sys.stderr)
+    if troubles[_LISTED:]:
+        print(f"and {len(troubles) - _LISTED} more; --json lists all", file=sys.stderr)
 
 
 def _few(names: Sequence[str]) -> str:

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console, RenderableType
 
 from pcache_core.errors import OptionError
-from pcache_core.params import DEFAULT_MODEL
+from pcache_core.params import DEFAULT_MODEL, REUSE_MODES, check_reuse, check_storage_dtype
 from pcache_integrations.cli.errors import INTERRUPTED
 from pcache_integrations.cli.options import (
     CORPUS_DOCUMENTS,
@@ -127,8 +127,6 @@ def evaluate(  # noqa: PLR0913 (each is an option of the command)
     from pcache_core.evaluation.curve import check_plot, plot, sweep
     from pcache_core.evaluation.evaluate import evaluate as ask
     from pcache_core.evaluation.rank import evaluate_ranking
-    from pcache_core.params import REUSE_MODES, check_reuse
-    from pcache_core.store.packing import check_storage_dtype
     from pcache_integrations._engines import load_lm
 
     if rank:

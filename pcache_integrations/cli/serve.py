@@ -10,15 +10,16 @@ from typing import Annotated
 import typer
 
 from pcache_core.errors import ModelError
+from pcache_core.params import DEFAULT_MODEL
 from pcache_core.picture import shown
-from pcache_integrations.cli.options import TOY, Dtype, PreambleFile
+from pcache_integrations.cli.options import MODEL_HELP, Dtype, PreambleFile
 
 
 def serve(  # noqa: PLR0913 (each is an option of the command)
     store: Annotated[
         str, typer.Option(help="A folder or a server's URL, where states are kept and found.")
     ],
-    model: Annotated[str, typer.Option(help="A built-in model, a directory or a hub id.")] = TOY,
+    model: Annotated[str, typer.Option(help=MODEL_HELP)] = DEFAULT_MODEL,
     namespace: Annotated[str, typer.Option(help="Whose states are used.")] = "default",
     preamble: PreambleFile = None,
     dtype: Dtype = "auto",

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.cells import cell_len, set_cell_size
@@ -16,8 +16,10 @@ from rich.text import Text
 
 from pcache_core.errors import OptionError
 from pcache_core.picture import shown
-from pcache_core.store.inspect import Selection, StoredState, clear_states, stored_states
 from pcache_integrations.cli.options import AsJson
+
+if TYPE_CHECKING:
+    from pcache_core.store.inspect import StoredState
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 _MOST_HITS = 999
@@ -45,6 +47,8 @@ def inspect(  # noqa: PLR0913 (one parameter an option)
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
 ) -> None:
     """List the states in a folder: text, tokens, bytes, age and hits."""
+    from pcache_core.store.inspect import Selection, stored_states
+
     _check_folder(path)
     selection = Selection(model, namespace, document, _seconds(older_than))
     states = sorted(stored_states(path, selection), key=lambda state: state.idle_s)
@@ -69,6 +73,8 @@ def clear(  # noqa: PLR0913 (one parameter an option)
     as_json: AsJson = False,
 ) -> None:
     """Remove states from a folder, by model, namespace, document or age."""
+    from pcache_core.store.inspect import Selection, clear_states, stored_states
+
     _check_folder(path)
     selection = Selection(model, namespace, document, _seconds(older_than))
     if everything == (selection != Selection()):

@@ -25,7 +25,9 @@ class SourceText:
     place: str
 
 
-def read_texts(sources: Sequence[Path], field: str | None = None) -> list[SourceText]:
+def read_texts(
+    sources: Sequence[Path], field: str | None = None
+) -> tuple[list[SourceText], list[OptionError]]:
     """Read every text of the files and folders, in their order; empty ones are left out.
 
     A folder gives its `.txt`, `.md`, `.jsonl` and `.ndjson` files, those of its folders included
@@ -34,26 +36,30 @@ def read_texts(sources: Sequence[Path], field: str | None = None) -> list[Source
     but `.json` is one text, with its byte order mark if it has one. Where it has line ends of
     Windows, the text with plain ones follows: LlamaIndex's reader keeps them, LangChain's does not.
 
-    Raises: OptionError: a file can't be read or is not UTF-8, a line is not JSON or has no text,
-        a text holds half a character, or there is no text at all; the message says where.
+    Returns: the texts; and what is wrong with the files and lines that gave none: a file that can't
+        be read or is not UTF-8, a line that is not JSON or has no text, half a character.
+    Raises: OptionError: there is no text at all; the message says what is wrong, and where.
     """
-    texts = [
-        SourceText(text.strip(), place)
-        for source in sources
-        for file in _files(source)
-        for text, place in _texts_of(file, field)
-    ]
-    found = [each for each in texts if each.text]
-    for each in found:
-        if _HALF.search(each.text):
-            raise OptionError(
-                f"{each.place}: the text holds half of a surrogate pair; write the whole "
-                "character, or leave it out"
-            )
-    if not found:
+    texts: list[SourceText] = []
+    troubles: list[OptionError] = []
+    for source in sources:
+        for each in _texts_in(source, field):
+            if isinstance(each, OptionError):
+                troubles.append(each)
+            elif each.text:
+                texts.append(each)
+    if not texts:
         names = ", ".join(map(str, sources))
-        raise OptionError(f"{names}: no text in there; nothing to encode")
-    return found
+        raise next(iter(troubles), OptionError(f"{names}: no text in there; nothing to encode"))
+    return texts, troubles
+
+
+def _texts_in(source: Path, field: str | None) -> Iterator[SourceText | OptionError]:
+    try:
+        for file in _files(source):
+            yield from _texts_of(file, field)
+    except OptionError as error:
+        yield error
 
 
 def other_files(sources: Sequence[Path]) -> list[Path]:
@@ -87,20 +93,33 @@ def _files(source: Path) -> Sequence[Path]:
     return files
 
 
-def _texts_of(file: Path, field: str | None) -> Iterator[tuple[str, str]]:
-    if file.suffix.lower() == ".json":
-        raise OptionError(
+def _texts_of(file: Path, field: str | None) -> Iterator[SourceText | OptionError]:
+    """Yield a file's texts, and an error for itself or each of its lines that gives none."""
+    suffix = file.suffix.lower()
+    if suffix == ".json":
+        yield OptionError(
             f"{file}: texts are read from JSON lines; write one a line, into a .jsonl"
         )
-    content = _read(file)
-    if file.suffix.lower() not in _LINES:
+        return
+    try:
+        content = _read(file)
+    except OptionError as error:
+        yield error
+        return
+    if suffix not in _LINES:
         for text in dict.fromkeys((content, _LINE_END.sub("\n", content))):
-            yield text, str(file)
+            yield SourceText(text.strip(), str(file))
         return
     for number, line in enumerate(content.removeprefix("\ufeff").split("\n"), 1):
         if line.strip():
-            place = f"{file}:{number}"
-            yield _text_of(_parse(line, place), field, place), place
+            yield _text_of_line(line, f"{file}:{number}", field)
+
+
+def _text_of_line(line: str, place: str, field: str | None) -> SourceText | OptionError:
+    try:
+        return SourceText(_text_of(_parse(line, place), field, place).strip(), place)
+    except OptionError as error:
+        return error
 
 
 def _read(file: Path) -> str:
@@ -126,15 +145,24 @@ def _parse(line: str, place: str) -> object:
 
 def _text_of(record: object, field: str | None, place: str) -> str:
     if isinstance(record, str):
-        return record
+        return _whole(record, place)
     names = _FIELDS if field is None else (field,)
     if isinstance(record, dict):
         for name in names:
             if isinstance(record.get(name), str):
-                return str(record[name])
+                return _whole(record[name], place)
     wanted = " or ".join(map(repr, names))
     got = f"the fields {', '.join(record)}" if isinstance(record, dict) else type(record).__name__
     raise OptionError(
         f"{place}: expected a string, or an object with a text in {wanted}, got {got}; "
         "--field names another"
     )
+
+
+def _whole(text: str, place: str) -> str:
+    if _HALF.search(text):
+        raise OptionError(
+            f"{place}: the text holds half of a surrogate pair; write the whole character, or "
+            "leave it out"
+        )
+    return text

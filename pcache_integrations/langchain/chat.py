@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import aclosing, closing
+from functools import partial
 from typing import Any
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
@@ -36,11 +36,10 @@ from langchain_core.tools import BaseTool
 from pcache_core import Prompt
 from pcache_core.base_engine import Engine
 from pcache_core.errors import ChatTemplateError
-from pcache_core.lm import context_length_on_disk
 from pcache_core.params import DEFAULT_MODEL
 from pcache_integrations.calls import Call, as_choice, check_names, core_tool, make_call
 from pcache_integrations.langchain.messages import as_openai, chat_prompt
-from pcache_integrations.langchain.model import CachedModel, as_sampling, standard_errors
+from pcache_integrations.langchain.model import CachedModel, standard_errors
 from pcache_integrations.langchain.results import MessageAnswer
 from pcache_integrations.langchain.structured import Method, as_format, structured
 
@@ -61,8 +60,8 @@ class ChatPromptCache(CachedModel, BaseChatModel):
         base_url: of a vLLM server that runs the model (`pcache serve`), instead of this process.
         reuse: `off`, `exact`, `fast`, `balanced` or `high`.
         store: `memory`, a folder, or the URL of a server or an object store.
-        max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, seed, stop: how answers
-            are made; each may differ by call.
+        max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, seed, stop, speculative:
+            how answers are made; each may differ by call.
         streaming: as in every LangChain chat model, whether `invoke` streams inside.
 
     Instantiate:
@@ -197,7 +196,7 @@ class ChatPromptCache(CachedModel, BaseChatModel):
         with standard_errors():
             prompt, call = self._call(messages, stop, kwargs)
             generation = self.engine.generate(prompt, call.params, reuse=call.reuse)
-        return MessageAnswer(call, self.model).whole(generation)
+        return self._answer(call).whole(generation)
 
     async def _agenerate(
         self,
@@ -209,7 +208,7 @@ class ChatPromptCache(CachedModel, BaseChatModel):
         with standard_errors():
             prompt, call = await asyncio.to_thread(self._call, messages, stop, kwargs)
             generation = await self.engine.agenerate(prompt, call.params, reuse=call.reuse)
-        return MessageAnswer(call, self.model).whole(generation)
+        return self._answer(call).whole(generation)
 
     def _stream(
         self,
@@ -218,33 +217,19 @@ class ChatPromptCache(CachedModel, BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
-        with standard_errors():
-            prompt, call = self._call(messages, stop, kwargs)
-            answer = MessageAnswer(call, self.model)
-            with closing(self.engine.stream(prompt, call.params, reuse=call.reuse)) as stream:
-                for piece in stream:
-                    chunk = answer.piece(piece)
-                    if run_manager:
-                        run_manager.on_llm_new_token(chunk.text, chunk=chunk)
-                    yield chunk
+        return self._pieces(partial(self._call, messages, stop, kwargs), run_manager)
 
-    async def _astream(
+    def _astream(
         self,
         messages: list[BaseMessage],
         stop: list[str] | None = None,
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
-        with standard_errors():
-            prompt, call = await asyncio.to_thread(self._call, messages, stop, kwargs)
-            answer = MessageAnswer(call, self.model)
-            pieces = self.engine.astream(prompt, call.params, reuse=call.reuse)
-            async with aclosing(pieces) as stream:
-                async for piece in stream:
-                    chunk = answer.piece(piece)
-                    if run_manager:
-                        await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
-                    yield chunk
+        return self._apieces(partial(self._call, messages, stop, kwargs), run_manager)
+
+    def _answer(self, call: Call) -> MessageAnswer:
+        return MessageAnswer(call, self.model)
 
     def _call(
         self, messages: Sequence[BaseMessage], stop: list[str] | None, given: Mapping[str, Any]
@@ -252,7 +237,7 @@ class ChatPromptCache(CachedModel, BaseChatModel):
         """Check one call and render its prompt; loads the model if that has not happened."""
         # `stream` LangChain passes on after acting upon it; schemas are always kept to.
         asked = {name: v for name, v in given.items() if name not in ("stream", "strict")}
-        asked = as_sampling(asked, stop)
+        asked["stop"] = stop
         asked["tools"] = as_openai(asked.get("tools") or ())
         asked["response_format"] = as_format(asked.get("response_format"))
         call = make_call(self._own_options, asked, self._place, takes_tools=True).on(self.engine)
@@ -263,6 +248,8 @@ def _profile(engine: Engine | None, options: Mapping[str, Any]) -> dict[str, Any
     """Say what agents and middleware ask of a model, without loading it for that."""
     length = engine.lm.context_length if engine else None
     if engine is None and options.get("base_url") is None:
+        from pcache_core.lm import context_length_on_disk
+
         length = context_length_on_disk(options.get("model", DEFAULT_MODEL))
     return {
         "text_inputs": True,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from langchain_core.callbacks import (
@@ -21,7 +22,7 @@ from pydantic import PrivateAttr
 
 from pcache_core import Generation, Message, Prompt
 from pcache_core.base_engine import Engine
-from pcache_integrations.calls import usage
+from pcache_integrations.calls import Call, usage
 from pcache_integrations.documents import as_data, holds_markup
 from pcache_integrations.langchain.model import CachedModel, standard_errors
 from pcache_integrations.langchain.results import TextAnswer
@@ -47,7 +48,8 @@ class PromptCacheLLM(CachedModel, BaseLLM):
         chat_template: whether a plain prompt is put through the model's chat template, as one
             message of the user; one that holds the template's markup never is.
         max_tokens: most tokens of an answer.
-        temperature, top_p, top_k, min_p, repetition_penalty, seed, stop: as in `SamplingParams`.
+        temperature, top_p, top_k, min_p, repetition_penalty, seed, stop, speculative: as in
+            `SamplingParams`.
 
     Key init args, cache:
         reuse: `off`, `exact`, `fast`, `balanced` or `high`.
@@ -211,31 +213,25 @@ class PromptCacheLLM(CachedModel, BaseLLM):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[GenerationChunk]:
-        with standard_errors():
-            params, reuse = self._call_options(stop, kwargs)
-            answer = TextAnswer()
-            for piece in self.engine.stream(self._prompt(prompt), params, reuse):
-                chunk = answer.piece(piece)
-                if run_manager:
-                    run_manager.on_llm_new_token(chunk.text, chunk=chunk)
-                yield chunk
+        return self._pieces(partial(self._call, prompt, stop, kwargs), run_manager)
 
-    async def _astream(
+    def _astream(
         self,
         prompt: str,
         stop: list[str] | None = None,
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[GenerationChunk]:
-        with standard_errors():
-            params, reuse = self._call_options(stop, kwargs)
-            mapped = await asyncio.to_thread(self._prompt, prompt)
-            answer = TextAnswer()
-            async for piece in self.engine.astream(mapped, params, reuse):
-                chunk = answer.piece(piece)
-                if run_manager:
-                    await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
-                yield chunk
+        return self._apieces(partial(self._call, prompt, stop, kwargs), run_manager)
+
+    def _call(
+        self, text: str, stop: list[str] | None, given: Mapping[str, Any]
+    ) -> tuple[Prompt, Call]:
+        call = Call(*self._call_options(stop, given))
+        return self._prompt(text), call
+
+    def _answer(self, call: Call) -> TextAnswer:
+        return TextAnswer()
 
     def _asked(self, given: Mapping[str, Any]) -> PromptCacheLLM:
         """Return a copy that knows what a call asks for: LangChain's cache keys leave it out."""

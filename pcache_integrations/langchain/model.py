@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from contextlib import aclosing, closing, contextmanager
 from typing import Any
 
 from langchain_core import exceptions
+from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.documents import Document
 from langchain_core.language_models.base import BaseLanguageModel, LangSmithParams
 from langchain_core.prompts import BasePromptTemplate
-from pydantic import Field, SecretStr, ValidationError
+from pydantic import Field
 
-from pcache_core import EncodeReport, Preamble, Prompt
+from pcache_core import EncodeReport, Prompt
 from pcache_core.base_engine import Engine
 from pcache_core.errors import (
     ChatTemplateError,
@@ -25,23 +26,15 @@ from pcache_core.errors import (
     PromptCacheError,
     PromptError,
 )
-from pcache_core.params import DEFAULT_MODEL, DEFAULT_REUSE, ReuseMode, SamplingParams
-from pcache_integrations._engines import (
-    EngineHandle,
-    EngineOwner,
-    describe_engine,
-    engine_options,
-)
-from pcache_integrations.calls import call_options, check_names
+from pcache_core.params import ReuseMode, SamplingParams
+from pcache_integrations._engines import EngineOwner
+from pcache_integrations.calls import OF_A_CALL, Call, call_options
 from pcache_integrations.langchain import schema
 from pcache_integrations.langchain.watch import WATCHER, watch_chains
 
-_OF_A_CALL = (
-    "reuse", "max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed",
-)  # fmt: skip
-
-_ANSWERS_DEPEND_ON = (
-    "model", "dtype", "storage_dtype", "preamble", "repair", "base_url", *_OF_A_CALL,
+_ANSWERS_DEPEND_ON = (  # LangChain itself adds the stop strings
+    "model", "dtype", "storage_dtype", "preamble", "repair", "base_url",
+    *(name for name in OF_A_CALL if name != "stop"),
 )  # fmt: skip
 
 # Errors by which LangChain's middleware knows what to do; some are in its newer versions only.
@@ -55,81 +48,13 @@ _STANDARD = (
 
 
 class CachedModel(EngineOwner, BaseLanguageModel[Any]):
-    """Options and engine of a LangChain model.
+    """A LangChain model: options and engine, documents, counts of tokens."""
 
-    model: a built-in model, a directory, a hub id, a GGUF file or `ollama:NAME`.
-    reuse: a reuse mode.
-    preamble: what documents are encoded after; None for the model's own.
-    repair: how much `balanced` and `high` compute again, instead of their own choice: an `int`
-        counts tokens, a `float` is a share of the reused ones.
-    store: where states are kept.
-    dtype, device: of the model.
-    namespace: states are shared within one only.
-    storage_dtype: how a folder or server keeps states: `auto` as the model has them, or
-        `float32`, `bfloat16`, `float16`, `int8`, which is a quarter of `float32`.
-    trust_remote_code: run Python code that comes with the model.
-    timeout: seconds that an answer may take; with `base_url`, that the server may keep silent.
-    base_url: of a vLLM server that runs the model (`pcache serve`), instead of this process; with
-        it the store, the dtype and the device are the server's.
-    api_key, max_retries: how it is asked; without `base_url` they have no effect.
-    engine_handle: how copies of this object share its engine.
-    The others are those of `SamplingParams`.
-
-    Raises: OptionError: an unknown option, or a value out of range.
-    """
-
-    model: str = DEFAULT_MODEL
-    reuse: str = DEFAULT_REUSE
-    preamble: Preamble | None = None
-    repair: int | float | None = None
-    store: str = "memory"
-    dtype: str = "auto"
-    device: str = "auto"
-    namespace: str = "default"
-    storage_dtype: str = "auto"
-    trust_remote_code: bool = False
-    max_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int | None = None
-    stop: list[str] | None = None
-    base_url: str | None = None
-    api_key: SecretStr | None = None
-    timeout: float | None = None
-    max_retries: int | None = None
-    engine_handle: EngineHandle | None = Field(default=None, exclude=True, repr=False)
+    stop: list[str] | None = Field(default=None, description="Strings that end generation.")
 
     def __init__(self, *, engine: Engine | None = None, **options: Any) -> None:
-        """Check the options; the model is loaded when it is first needed.
-
-        engine: an engine to share, instead of one made from `model`, `store`, `dtype`, `device`,
-            `namespace` and `repair`.
-        """
-        place = type(self).__name__
-        check_names(options, type(self).model_fields, place)
-        if engine is not None:
-            options = {**describe_engine(engine, options), **options}
-        if isinstance(options.get("model"), os.PathLike):
-            options["model"] = os.fspath(options["model"])
-        try:
-            super().__init__(**options)
-        except ValidationError as error:
-            raise OptionError(f"{place}: {error}") from error
-        if engine is not None:
-            self.engine_handle = EngineHandle(engine_options(self), engine)
-        self._settle()
-        self._call_options(None, {})  # refuses a value out of range now, not at the first call
+        super().__init__(engine=engine, **options)
         watch_chains()
-
-    def _settle(self) -> EngineHandle:
-        held, wanted = self.engine_handle, engine_options(self)
-        if held is None or held.options != wanted:
-            held = EngineHandle(wanted) if held is None else held.for_options(wanted)
-            self.engine_handle = held
-        return held
 
     def schema_for(
         self,
@@ -155,7 +80,7 @@ class CachedModel(EngineOwner, BaseLanguageModel[Any]):
 
         Raises: OptionError: something else than documents or strings was given.
         """
-        if isinstance(documents, (str, Document)):
+        if isinstance(documents, (str, Document)) or not isinstance(documents, Iterable):
             raise OptionError(
                 f"cache_documents takes several documents, got one {type(documents).__name__}; "
                 "put it in a list"
@@ -177,18 +102,47 @@ class CachedModel(EngineOwner, BaseLanguageModel[Any]):
     def _place(self) -> str:
         return f"a call of {type(self).__name__}"
 
-    @property
-    def _own_options(self) -> dict[str, Any]:
-        """What a call may say otherwise."""
-        own = {name: getattr(self, name) for name in _OF_A_CALL}
-        # A server's silence is timed where it is asked.
-        return {**own, "stop": self.stop, "timeout_s": None if self.base_url else self.timeout}
-
     def _call_options(
         self, stop: list[str] | None, given: Mapping[str, Any]
     ) -> tuple[SamplingParams, ReuseMode]:
         """Check one call's options. `stop` takes the place of the model's own."""
-        return call_options(self._own_options, as_sampling(given, stop), self._place)
+        return call_options(self._own_options, {**given, "stop": stop}, self._place)
+
+    def _answer(self, call: Call) -> Any:
+        """Return what makes LangChain's results of the engine's."""
+        raise NotImplementedError
+
+    def _pieces(
+        self,
+        prepare: Callable[[], tuple[Prompt, Call]],
+        run_manager: CallbackManagerForLLMRun | None,
+    ) -> Iterator[Any]:
+        """Stream an answer; a consumer or a callback that fails ends the request."""
+        with standard_errors():
+            prompt, call = prepare()
+            answer = self._answer(call)
+            with closing(self.engine.stream(prompt, call.params, call.reuse)) as parts:
+                for part in parts:
+                    chunk = answer.piece(part)
+                    if run_manager:
+                        run_manager.on_llm_new_token(chunk.text, chunk=chunk)
+                    yield chunk
+
+    async def _apieces(
+        self,
+        prepare: Callable[[], tuple[Prompt, Call]],
+        run_manager: AsyncCallbackManagerForLLMRun | None,
+    ) -> AsyncIterator[Any]:
+        """Stream as `_pieces` does; what loads the model or reads texts is done in a thread."""
+        with standard_errors():
+            prompt, call = await asyncio.to_thread(prepare)
+            answer = self._answer(call)
+            async with aclosing(self.engine.astream(prompt, call.params, call.reuse)) as parts:
+                async for part in parts:
+                    chunk = answer.piece(part)
+                    if run_manager:
+                        await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
+                    yield chunk
 
     def _count(self, prompt: Prompt) -> int:
         return len(self.engine.tokenise(prompt).token_ids)
@@ -204,12 +158,6 @@ class CachedModel(EngineOwner, BaseLanguageModel[Any]):
         params = super()._get_ls_params(stop=self.stop if stop is None else stop, **kwargs)
         params["ls_provider"] = "pcache"
         return params
-
-
-def as_sampling(given: Mapping[str, Any], stop: list[str] | None) -> dict[str, Any]:
-    """Return a call's options by the engine's names: `timeout` is LangChain's for `timeout_s`."""
-    named = {"timeout_s" if name == "timeout" else name: value for name, value in given.items()}
-    return {**named, "stop": stop}
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from langchain_core.outputs import (
 
 from pcache_core import Chunk, Report, TokenLogprob, ToolAnswer
 from pcache_core import Generation as Answer
-from pcache_core.results import FinishReason
+from pcache_core.report import FinishReason
 from pcache_integrations.calls import AnswerReader, Call, reuse_figures
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jinja2.sandbox import SandboxedEnvironment
@@ -20,8 +20,9 @@ from langchain_core.prompts import PromptTemplate as LangChainTemplate
 from langchain_core.utils import mustache
 
 from pcache_core.errors import TemplateError
+from pcache_integrations.langchain.watch import message_texts
 from pcache_templates import FormatTemplate, JinjaTemplate, MustacheTemplate, PromptTemplate
-from pcache_templates.chat import ChatTemplate, GivenTurns, TurnTemplate
+from pcache_templates.base import ChatTemplate, GivenTurns, TurnTemplate
 
 _ROLES: dict[Any, str] = {
     SystemMessagePromptTemplate: "system",
@@ -80,16 +81,6 @@ def _role_of(part: Any) -> str:
             f"{type(part).__name__} has no schema; a schema knows system, user and assistant turns"
         )
     return role
-
-
-def message_texts(messages: Iterable[BaseMessage]) -> Iterator[str]:
-    """Yield the text of every block of the messages."""
-    for message in messages:
-        blocks = [message.content] if isinstance(message.content, str) else message.content
-        for block in blocks:
-            text = block.get("text") if isinstance(block, dict) else block
-            if isinstance(text, str) and text:
-                yield text
 
 
 def _prompts(part: Any) -> Sequence[Any]:

@@ -24,7 +24,6 @@ from pydantic import BaseModel
 
 from pcache_core.prompt import Segment, SegmentKind
 from pcache_integrations.documents import DocumentIndex, WrittenIndex, settle
-from pcache_integrations.langchain.schema import message_texts
 
 # How far to look for documents in a chain's inputs and outputs.
 _MAX_DEPTH = 4
@@ -116,6 +115,16 @@ def watch_chains() -> None:
     """Have `WATCHER` see every chain of this process; once, however often it is called."""
     # A default is visible in every thread and every context; a value that was set would not be.
     register_configure_hook(ContextVar("pcache_watcher", default=WATCHER), inheritable=True)
+
+
+def message_texts(messages: Iterable[BaseMessage]) -> Iterator[str]:
+    """Yield the text of every block of the messages."""
+    for message in messages:
+        blocks = [message.content] if isinstance(message.content, str) else message.content
+        for block in blocks:
+            text = block.get("text") if isinstance(block, dict) else block
+            if isinstance(text, str) and text:
+                yield text
 
 
 def _mappings_in(value: object) -> Iterator[Mapping[str, Any]]:

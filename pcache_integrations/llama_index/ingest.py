@@ -124,7 +124,7 @@ class PromptCachePrecompute(TransformComponent):
         return super().to_dict(**kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Return a pickle holds how to build the engine, not its weights and states."""
+        """Pickle how to build the engine, not its weights and states."""
         return _unpickled, (self._settled(), self.progress, self.to_dict()["fingerprint"])
 
     def _settled(self) -> EngineHandle:
@@ -170,7 +170,7 @@ def _handle_of(llm: object, options: dict[str, Any]) -> EngineHandle:
     if isinstance(llm, PromptCacheLLM):
         if given:
             raise OptionError(f"llm= brings its own {', '.join(given)}; leave them out")
-        return llm.engine_handle
+        return llm._settle()
     if llm is not None or "model" not in options or options.get("store", "memory") == "memory":
         raise OptionError(
             "PromptCachePrecompute needs to know whose states it makes: give llm=, a "
@@ -183,7 +183,7 @@ def _handle_of(llm: object, options: dict[str, Any]) -> EngineHandle:
 
 
 def _unpickled(handle: EngineHandle, progress: bool, fingerprint: str) -> PromptCachePrecompute:  # noqa: FBT001
-    """Return a copy, for example in a worker process: with an engine of its own, or none."""
+    """Make a copy, for example in a worker process: with an engine of its own, or none."""
     copy = PromptCachePrecompute.model_construct(
         **{name: getattr(handle.options, name) for name in _OPTIONS},
         progress=progress,

@@ -44,7 +44,7 @@ from pcache_integrations.llama_index.templates import segments_of
 
 _PLACE = "a call of PromptCacheLLM"
 # Code written for any LLM passes these; a call changes nothing about the server, if there is one.
-_OF_HOSTED_MODELS = ("extra_headers", "extra_query", "timeout", "max_retries", "user")
+_OF_HOSTED_MODELS = ("extra_headers", "extra_query", "max_retries", "user")
 _R = TypeVar("_R")
 
 
@@ -265,7 +265,7 @@ class PromptCacheLLM(Predicts, CachedLLM):
         system = (MessageRole.SYSTEM, self.system_prompt)
         if all((message.role, message.content) != system for message in messages):
             messages = self._extend_messages(list(messages))
-        to_prompt = self.messages_to_prompt or ChatTemplate(self.engine_handle)
+        to_prompt = self.messages_to_prompt or ChatTemplate(self._settle())
         return chat_prompt(self.engine, messages, to_prompt, tools)
 
     def _generate(self, prompt: Prompt, call: Call) -> Generation:

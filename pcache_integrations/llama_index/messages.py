@@ -49,11 +49,11 @@ class ChatTemplate:
     """
 
     def __init__(self, handle: EngineHandle) -> None:
-        self._handle = handle
+        self.handle = handle
 
     def __call__(self, messages: Sequence[ChatMessage]) -> str:
         """Render the messages."""
-        engine = self._handle.get()
+        engine = self.handle.get()
         if not engine.lm.tokenizer.chat_template:
             return joined_with_roles(messages)
         contents = [[Segment(joined(pieces_of(message)))] for message in messages]
@@ -129,7 +129,8 @@ def _as_turns(
             turn = replace(turn, tool_calls=calls_of(message))
             names |= {call.id: call.name for call in turn.tool_calls}
         elif turn.role == "tool":
-            call_id = _answered_call(message)
+            given = message.additional_kwargs.get("tool_call_id")
+            call_id = None if given is None else str(given)
             name = message.additional_kwargs.get("name") or names.get(call_id)
             turn = replace(turn, tool_call_id=call_id, name=name)
         turns.append(turn)
@@ -239,12 +240,6 @@ def calls_of(message: ChatMessage) -> list[ToolCall]:
     if blocks:
         return [_call(b.tool_name, b.tool_kwargs, b.tool_call_id) for b in blocks]
     return [_read(given) for given in message.additional_kwargs.get("tool_calls") or ()]
-
-
-def _answered_call(message: ChatMessage) -> str | None:
-    """Return the id of the call that a tool's message is the result of."""
-    given = message.additional_kwargs.get("tool_call_id")
-    return None if given is None else str(given)
 
 
 def _read(given: Any) -> ToolCall:

@@ -7,82 +7,26 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from llama_index.core.base.llms.types import LLMMetadata, MessageRole
-from llama_index.core.bridge.pydantic import Field, PrivateAttr, SecretStr, ValidationError
+from llama_index.core.bridge.pydantic import Field
 from llama_index.core.constants import DEFAULT_CONTEXT_WINDOW
 from llama_index.core.llms.function_calling import FunctionCallingLLM
 from llama_index.core.prompts import BasePromptTemplate
 from llama_index.core.schema import BaseNode, NodeWithScore
 from llama_index.core.utils import set_global_tokenizer
 
-from pcache_core import EncodeReport, Preamble
+from pcache_core import EncodeReport
 from pcache_core.base_engine import Engine
-from pcache_core.errors import ChatTemplateError, OptionError
-from pcache_core.params import DEFAULT_MODEL, DEFAULT_REUSE
-from pcache_integrations._engines import (
-    EngineHandle,
-    EngineOwner,
-    describe_engine,
-    engine_options,
-)
-from pcache_integrations.calls import call_options, check_names
+from pcache_core.errors import ChatTemplateError
+from pcache_integrations._engines import EngineHandle, EngineOwner
 from pcache_integrations.llama_index import schema
 from pcache_integrations.llama_index.messages import ChatTemplate
 from pcache_integrations.llama_index.nodes import PruneReport, Source, encode_documents, prune
 from pcache_integrations.llama_index.watch import install_handler
 
-_OF_A_CALL = (
-    "reuse", "max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed",
-    "stop",
-)  # fmt: skip
-
 
 class CachedLLM(EngineOwner, FunctionCallingLLM):
-    """Options and engine of an LLM.
+    """An LLM of LlamaIndex: options and engine, documents, what prompts are planned with."""
 
-    The descriptions of the fields say what they are for.
-
-    Raises: OptionError: an unknown option, a value out of range, or both `engine` and an option
-        that it has settled.
-    """
-
-    model: str = Field(
-        default=DEFAULT_MODEL,
-        description="A built-in model, a directory, a hub id, a GGUF file or ollama:NAME.",
-    )
-    reuse: str = Field(
-        default=DEFAULT_REUSE, description="What is reused: off, exact, fast, balanced or high."
-    )
-    preamble: Preamble | None = Field(
-        default=None, description="What documents are encoded after, if not the model's own."
-    )
-    repair: int | float | None = Field(
-        default=None,
-        description="How much balanced and high compute again: an int of tokens, a float share.",
-    )
-    store: str = Field(default="memory", description="Where states are kept.")
-    storage_dtype: str = Field(
-        default="auto", description="How files and servers keep states: auto, bfloat16, int8 …"
-    )
-    trust_remote_code: bool = Field(
-        default=False, description="Run Python code that comes with the model."
-    )
-    max_tokens: int = Field(default=256, description="Most tokens to generate.")
-    temperature: float = Field(default=0.0, description="0 takes the likeliest token.")
-    top_p: float = Field(default=1.0, description="Sample from this much probability.")
-    top_k: int = Field(default=0, description="Sample from the k likeliest tokens; 0 from all.")
-    min_p: float = Field(default=0.0, description="Least probability relative to the likeliest.")
-    repetition_penalty: float = Field(default=1.0, description="Above 1 avoids repetition.")
-    seed: int | None = Field(default=None, description="Makes sampling repeatable.")
-    stop: str | list[str] | None = Field(default=None, description="Strings that end generation.")
-    dtype: str = Field(default="auto", description="The model's number format.")
-    device: str = Field(default="auto", description="Where the model runs.")
-    namespace: str = Field(default="default", description="States are shared only inside of it.")
-    base_url: str | None = Field(
-        default=None, description="Of a vLLM server that runs the model, see `pcache serve`."
-    )
-    api_key: SecretStr | None = Field(default=None, description="Of that server.", exclude=True)
-    timeout: float | None = Field(default=None, description="Seconds to wait for that server.")
-    max_retries: int | None = Field(default=None, description="Of connections to that server.")
     context_window: int | None = Field(
         default=None, description="Tokens of prompt and answer; by default the model's.", gt=0
     )
@@ -108,8 +52,6 @@ class CachedLLM(EngineOwner, FunctionCallingLLM):
         ),
     )
 
-    _handle: EngineHandle = PrivateAttr()
-
     def __init__(
         self,
         model: str | os.PathLike[str] | None = None,
@@ -117,49 +59,24 @@ class CachedLLM(EngineOwner, FunctionCallingLLM):
         engine: Engine | None = None,
         **options: Any,
     ) -> None:
-        check_names(options, type(self).model_fields, "PromptCacheLLM")
-        if model is not None:
-            options["model"] = os.fspath(model) if isinstance(model, os.PathLike) else model
-        if engine is not None:
-            options = {**describe_engine(engine, options), **options}
-        try:
-            super().__init__(**options)
-        except ValidationError as error:
-            raise OptionError(f"PromptCacheLLM: {error}") from error
-        self._handle = EngineHandle(engine_options(self), engine)
-        # A pickle brings the renderer of the object that it was made from.
-        if isinstance(options.get("messages_to_prompt"), ChatTemplate | None):
-            self._render_with(self._handle)
-        call_options(self._own_options, {}, "PromptCacheLLM")  # refuses a value out of range
+        given = {} if model is None else {"model": model}
+        super().__init__(engine=engine, **given, **options)
+        if options.get("messages_to_prompt") is None:
+            self.messages_to_prompt = ChatTemplate(self._settle())
         install_handler()
-
-    @property
-    def _own_options(self) -> dict[str, Any]:
-        """What a call may say otherwise."""
-        return {name: getattr(self, name) for name in _OF_A_CALL}
 
     @classmethod
     def class_name(cls) -> str:
         """Return the name in traces and serialised indices."""
         return "PromptCacheLLM"
 
-    @property
-    def engine_handle(self) -> EngineHandle:
-        """Return how others share the engine before it is built."""
-        return self._settle()
-
     def _settle(self) -> EngineHandle:
-        wanted = engine_options(self)
-        if self._handle.options != wanted:
-            self._handle = self._handle.for_options(wanted)
-            if isinstance(self.messages_to_prompt, ChatTemplate):
-                self._render_with(self._handle)
-        return self._handle
-
-    def _render_with(self, handle: EngineHandle) -> None:
-        """Have LlamaIndex render messages by the chat template of an engine's model."""
-        renderer: Any = ChatTemplate(handle)
-        self.messages_to_prompt = renderer
+        """Have LlamaIndex render messages by this engine's model, unless it is told how to."""
+        handle = super()._settle()
+        own = self.messages_to_prompt
+        if isinstance(own, ChatTemplate) and own.handle is not handle:
+            self.messages_to_prompt = ChatTemplate(handle)
+        return handle
 
     @property
     def metadata(self) -> LLMMetadata:
@@ -185,7 +102,7 @@ class CachedLLM(EngineOwner, FunctionCallingLLM):
     @property
     def _system_role(self) -> MessageRole:
         """Return the role of system prompts: the user's if the template refuses them."""
-        own = isinstance(self.messages_to_prompt, ChatTemplate) and self.engine_handle.is_built
+        own = isinstance(self.messages_to_prompt, ChatTemplate) and self._settle().is_built
         return MessageRole.USER if own and not _takes_system(self.engine) else MessageRole.SYSTEM
 
     def set_global_tokenizer(self) -> None:
@@ -194,11 +111,11 @@ class CachedLLM(EngineOwner, FunctionCallingLLM):
         Query engines then don't cut nodes that do fit into the context, and never take too many.
         Node parsers that are made afterwards measure chunks in these tokens, too.
         """
-        set_global_tokenizer(Tokenizer(self.engine_handle))
+        set_global_tokenizer(Tokenizer(self._settle()))
 
     def to_payload(self) -> dict[str, Any]:
         """Return what traces show of this LLM. Does not load the model for it."""
-        if not self.engine_handle.is_built:
+        if not self._settle().is_built:
             return {"class_name": self.class_name(), "model_name": self.model}
         return super().to_payload()
 

@@ -20,7 +20,7 @@ from llama_index.core.base.llms.types import (
 
 from pcache_core import Chunk, Generation, ToolAnswer, ToolCall
 from pcache_core.errors import ContextLengthError, PromptCacheError
-from pcache_core.results import FinishReason, TokenLogprob
+from pcache_core.report import FinishReason, TokenLogprob
 from pcache_integrations.calls import AnswerReader, Call, reuse_figures, usage
 from pcache_integrations.llama_index.model import Tokenizer
 

@@ -22,8 +22,7 @@ from llama_index.core.prompts.base import SelectorPromptTemplate
 from pcache_core.errors import TemplateError
 from pcache_core.prompt import Segment
 from pcache_templates import BraceTemplate, ChatTag, JinjaTemplate
-from pcache_templates.base import Schematic
-from pcache_templates.chat import ChatTemplate, TurnTemplate
+from pcache_templates.base import ChatTemplate, Schematic, TurnTemplate
 
 
 def schema_for(

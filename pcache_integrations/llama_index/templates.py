@@ -19,6 +19,7 @@ from llama_index.core.base.llms.generic_utils import messages_to_prompt as joine
 from llama_index.core.base.llms.types import ChatMessage, MessageRole
 from llama_index.core.llms.llm import LLM
 from llama_index.core.output_parsers import PydanticOutputParser
+from llama_index.core.output_parsers.pydantic import PYDANTIC_FORMAT_TMPL
 from llama_index.core.prompts import BasePromptTemplate, ChatPromptTemplate, RichPromptTemplate
 from llama_index.core.prompts import PromptTemplate as LlamaTemplate
 from llama_index.core.types import BaseOutputParser
@@ -41,7 +42,18 @@ _told: ContextVar[Told] = ContextVar("told", default=MappingProxyType({}))
 
 def segments_of(text: str, kind: SegmentKind) -> list[Segment]:
     """Cut a text that the model is handed. kind: of what nothing is told of."""
-    return DOCUMENTS.cut(_told.get().get(text) or [Segment(text, kind)])
+    return DOCUMENTS.cut(_told.get().get(text) or _untold(text, kind))
+
+
+def _untold(text: str, kind: SegmentKind) -> list[Segment]:
+    """Cut out what LlamaIndex's parser says of a schema: programs fill their templates unseen."""
+    head, _, tail = PYDANTIC_FORMAT_TMPL.partition("{schema}")
+    start = text.find(head)
+    end = text.find(tail, start) + len(tail)
+    if start < 0 or end < start + len(head):
+        return [Segment(text, kind)]
+    cut = [(text[:start], kind), (text[start:end], "literal"), (text[end:], kind)]
+    return [Segment(part, of) for part, of in cut if part]
 
 
 @contextmanager

@@ -1,1 +1,1 @@
-"""Module states inside a vLLM server: a KV connector, and the protocol that clients speak to it."""
+"""Module states served by vLLM: the engine that asks a server, and the KV connector inside it."""

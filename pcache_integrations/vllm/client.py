@@ -11,18 +11,13 @@ from contextlib import aclosing, closing
 from dataclasses import dataclass
 from typing import Any
 
-from pcache_core.base_engine import Engine
+from pcache_core.base_engine import Engine, EngineStats
 from pcache_core.errors import ModelError, OptionError, PromptError
 from pcache_core.library.preamble import Preamble
 from pcache_core.lm import TextModel
-from pcache_core.params import DEFAULT_REUSE, ReuseMode, SamplingParams
-from pcache_core.precompute import ForgetReport
-from pcache_core.prompt import Prompt, Segment
-from pcache_core.report import EncodeReport
-from pcache_core.results import Chunk
-from pcache_core.store import StoreStats
-from pcache_core.tokens import TokenisedPrompt
-from pcache_core.totals import EngineStats
+from pcache_core.params import DEFAULT_REUSE, REPAIR, ReuseMode, SamplingParams
+from pcache_core.prompt import Prompt, Segment, TokenisedPrompt
+from pcache_core.report import Chunk, EncodeReport, ForgetReport, StoreStats
 from pcache_integrations.vllm.client_http import Address, Server
 from pcache_integrations.vllm.client_keeper import Keeper
 from pcache_integrations.vllm.client_modules import (
@@ -45,6 +40,8 @@ __all__ = ["Address", "RemoteEngine"]
 logger = logging.getLogger(__name__)
 
 _AS_THEY_ARE = "a vLLM server uses states as they are, and repairs nothing"
+_NO_SOURCES = "a vLLM server does not show its attention, so that answers name no sources"
+_NO_GAPS = "a vLLM server places tokens one after the other, without the gaps of a schema"
 _NO_CONNECTOR = "the server has no prompt cache connector; start it with `pcache serve`"
 _SHARED = (
     "several workers share the server's model; encode documents with the engine, into the store "
@@ -77,8 +74,12 @@ class RemoteEngine(Engine):
     encoded there after the first answer that needed them, in the background.
 
     model: whose tokenizer to use; also the name that the server knows it by.
-    reuse: `off`, `exact` or `fast`; `balanced` and `high` run as `fast`, which is logged here once
-        and said by every report. Prompts of a schema are refused.
+    reuse: `off`, `exact` or `fast`; `balanced` and `high` run as `fast`.
+
+    What else has no counterpart on a server: attention, so no sources and no `rank`; the gaps that
+    a schema leaves between positions, so its prompts stand without. All of it is logged here, once,
+    and `fallback_reason` of each report says what its request asked for in vain.
+
     namespace, preamble: as the server was started with. One that was started with others answers
         without states, and reports say so.
 
@@ -101,8 +102,9 @@ class RemoteEngine(Engine):
         self._keeper = Keeper(self._server, model)
         self._connection: _Connection | None = None
         self._connecting = threading.Lock()
-        if self.reuse in ("balanced", "high"):
-            logger.warning("reuse=%r runs as 'fast': %s", self.reuse, _AS_THEY_ARE)
+        level = logging.WARNING if self.reuse in REPAIR else logging.INFO
+        lost = "; ".join((_AS_THEY_ARE, _NO_SOURCES, _NO_GAPS))
+        logger.log(level, "balanced and high run as 'fast' (reuse=%r): %s", self.reuse, lost)
 
     @property
     def preamble(self) -> Preamble:
@@ -125,7 +127,14 @@ class RemoteEngine(Engine):
 
     def settings(self) -> dict[str, Any]:
         """Return what the engine was made of, by the names of a language model's options."""
-        return {**super().settings(), "base_url": self.address.base_url}
+        address = self.address
+        return {
+            **super().settings(),
+            "base_url": address.base_url,
+            "api_key": address.api_key,
+            "timeout": address.timeout_s,
+            "max_retries": address.max_retries,
+        }
 
     def preamble_for(self, text: str) -> tuple[int, ...]:
         """Return the ids that a module of this text is encoded after."""
@@ -136,7 +145,7 @@ class RemoteEngine(Engine):
 
         A document is tokenised together with what separates it from the next.
         """
-        return super().tokenise(join_separators(prompt, self.lm.text.holds_special)[0])
+        return self._tokenise(prompt)[0]
 
     def request(
         self,
@@ -148,22 +157,25 @@ class RemoteEngine(Engine):
         """Check a request, and say what the server will be asked; errors as for `stream`."""
         params = params or SamplingParams()
         mode = self._mode(reuse, repair)
-        tokens = self._checked_tokens(prompt, params)
-        if prompt.placement is not None:
+        self._check_types(prompt, params)
+        tokens, separators = self._tokenise(prompt)
+        self._check_length(tokens)
+        if prompt.placement is not None and prompt.placement.model != self.fingerprint:
             raise PromptError(
-                "prompts of a schema need a model in this process; leave out base_url"
+                "the prompt's schema was laid out for another model than the server says it has "
+                f"({self.fingerprint}); make it with prompt_from_pml of an engine of the same "
+                "weights, and start the server with `pcache serve`"
             )
+        reason = _lost(prompt, tokens, params, mode)
         if mode == "off":
-            return ServedRequest(tokens, params, mode, None, None)
+            return ServedRequest(tokens, params, mode, reason, None)
         found = self._connected()
         if found.reason is not None or found.connector is None:
             return ServedRequest(tokens, params, "exact", found.reason, None)
         connector = found.connector
         if mode == "exact":
-            return ServedRequest(tokens, params, mode, None, connector.namespace)
-        _, separators = join_separators(prompt, self.lm.text.holds_special)
+            return ServedRequest(tokens, params, mode, reason, connector.namespace)
         modules = PromptModules(tokens, separators, found.maker)
-        reason = prompt.fallback_reason if mode == "fast" else _AS_THEY_ARE
         runs = modules.runs(connector.key_space)
         return ServedRequest(
             tokens, params, "fast", reason, connector.namespace, runs, modules.modules()
@@ -251,6 +263,13 @@ class RemoteEngine(Engine):
         tokens, elapsed_ms = self._keeper.tokens, self._keeper.elapsed_ms
         return EngineStats.of(unknown, self.reports, encoded_tokens=tokens, encode_ms=elapsed_ms)
 
+    def _tokenise(self, prompt: Prompt) -> tuple[TokenisedPrompt, tuple[str, ...]]:
+        """Return the tokens, and the separator that was joined to each piece, mostly empty."""
+        if prompt.placement is not None:
+            return super().tokenise(prompt), ("",) * len(prompt.segments)
+        joined, separators = join_separators(prompt, self.lm.text.holds_special)
+        return super().tokenise(joined), separators
+
     def _run(
         self, request: ServedRequest, body: dict[str, Any], started: float
     ) -> Generator[Chunk, None, None]:
@@ -309,6 +328,22 @@ class RemoteEngine(Engine):
         except PromptError:  # it takes no such parameters
             return None
         return Description.parse(answer.get("kv_transfer_params"))
+
+
+def _lost(
+    prompt: Prompt, tokens: TokenisedPrompt, params: SamplingParams, mode: ReuseMode
+) -> str | None:
+    """Return what a request asks for in vain; None if nothing."""
+    has_gaps = prompt.placement is not None and any(
+        row != position for row, position in enumerate(tokens.positions)
+    )
+    reasons = (
+        prompt.fallback_reason,
+        _AS_THEY_ARE if mode in REPAIR else None,
+        _NO_SOURCES if params.sources else None,
+        _NO_GAPS if has_gaps else None,
+    )
+    return "; ".join(filter(None, reasons)) or None
 
 
 def _served_model(server: Server, name: str) -> TextModel:

@@ -146,7 +146,7 @@ class Server:
 
     @cached_property
     def _verify(self) -> ssl.SSLContext | bool:
-        """Certificates, read once; none for plain HTTP, as reading them takes a while."""
+        """Certificates, read once; False for plain HTTP, as reading them takes a while."""
         if not self.address.base_url.startswith("https://"):
             return False
         return httpx.create_ssl_context()
@@ -156,7 +156,15 @@ class Server:
         name, _, data = line.partition(":")
         if name != "data" or data.strip() == _DONE:
             return None
-        event: dict[str, Any] = json.loads(data)
+        try:
+            event = json.loads(data)
+        except ValueError:
+            event = None
+        if not isinstance(event, dict):
+            raise ModelError(
+                f"{self.address.base_url} sent {data.strip()[:200]!r} in mid-answer, which is no "
+                "event of a completion (a JSON object); see the server's log, and ask again"
+            )
         if "error" in event:
             raise ModelError(f"{self.address.base_url} failed in mid-answer: {_message(event)}")
         return event

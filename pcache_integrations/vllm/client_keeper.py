@@ -44,9 +44,13 @@ class Keeper:
 
     def learn(self, connector: Description, modules: Sequence[Module], cached: int) -> None:
         """Have encoded, in the background, what lay after the first `cached` tokens."""
+        if not connector.saves:
+            return
         for module in modules:
+            if module.used <= cached:
+                continue
             key = module.key(connector.key_space)
-            if self._is_new(key) and module.used > cached and connector.saves:
+            if self._is_new(key):
                 job = self._threads.submit(self._keep_quietly, connector, module, key)
                 with self._lock:
                     self._waiting.add(job)

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 from pcache_core.errors import ContextLengthError
 from pcache_core.kv.key import KeySpace
 from pcache_core.library.preamble import Preamble, PreambleIds
 from pcache_core.lm import TextModel
-from pcache_core.prompt import Prompt, Segment
-from pcache_core.tokens import TokenisedPrompt
+from pcache_core.prompt import Prompt, Segment, TokenisedPrompt
 from pcache_integrations.vllm.protocol import (
     LEAST_MODULE_TOKENS,
     MOST_TAIL_TOKENS,
@@ -99,25 +99,25 @@ def join_separators(
     """
     segments: list[Segment] = []
     separators: list[str] = []
-    waiting = list(prompt.segments)
-    while waiting:
-        segment = waiting.pop(0)
-        separator = ""
+    given, start = prompt.segments, 0
+    while start < len(given):
+        segment, stop, separator = given[start], start + 1, ""
         if segment.kind == "document":
-            separator = _separator(waiting)
+            separator = _separator(given, stop)
             if holds_special(separator):
                 separator = ""
-            while separator and waiting[0].kind != "document":
-                waiting.pop(0)
+            while separator and given[stop].kind != "document":
+                stop += 1
         segments.append(replace(segment, text=segment.text + separator))
         separators.append(separator)
+        start = stop
     return Prompt(segments), tuple(separators)
 
 
-def _separator(following: Sequence[Segment]) -> str:
+def _separator(segments: Sequence[Segment], start: int) -> str:
     """Return the text up to the next document, if it is no more than a separator."""
     text = ""
-    for segment in following:
+    for segment in islice(segments, start, None):
         if segment.kind == "document":
             return text
         text += segment.text

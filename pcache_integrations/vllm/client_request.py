@@ -14,9 +14,8 @@ from pcache_core.generate import TokenScorer
 from pcache_core.grammar import Grammar
 from pcache_core.lm import TextModel
 from pcache_core.params import ReuseMode, SamplingParams
-from pcache_core.report import Report, SegmentReport, Source
-from pcache_core.results import Chunk, TokenLogprob
-from pcache_core.tokens import Piece, TokenisedPrompt
+from pcache_core.prompt import Piece, TokenisedPrompt
+from pcache_core.report import Chunk, Report, SegmentReport, Source, TokenLogprob
 from pcache_integrations.vllm.client_modules import Module
 from pcache_integrations.vllm.protocol import LOAD, Run, exact_salt, fast_salt
 

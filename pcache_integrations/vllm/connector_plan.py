@@ -129,7 +129,7 @@ class Planner:
             self._loads.append(Load(start, stop, blocks, fillings))
 
     def computed(self, request_id: str, tokens: int, block_ids: Sequence[int]) -> None:
-        """Know that a request's first `tokens` will be computed by the end of this step."""
+        """Note that a request's first `tokens` will be computed by the end of this step."""
         save = self._wanted.get(request_id)
         if save is not None and tokens >= len(save.token_ids):
             del self._wanted[request_id]
@@ -140,7 +140,7 @@ class Planner:
         return request_id in self._wanted
 
     def take_step(self) -> tuple[list[Load], list[Save]]:
-        """Return what workers load before the next forward, and what they keep after it."""
+        """Take what workers load before the next forward, and what they keep after it."""
         step = self._loads, self._saves
         self._loads, self._saves = [], []
         return step

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from pcache_core.errors import ModelError, StateMismatchError
-from pcache_core.kv.buffers import KVBuffers
 from pcache_core.kv.key import KeySpace, ModuleKey
+from pcache_core.kv.sequence import KVBuffers
 from pcache_core.kv.state import KVState
 from pcache_core.lm.relocation import place
 from pcache_core.store import ModuleStore, Opened, open_many

@@ -91,7 +91,7 @@ class ModelCard:
 
     @classmethod
     def from_dict(cls, card: Mapping[str, Any]) -> ModelCard:
-        """Return the inverse of `as_dict`. Raises: ModelError: it is not a card."""
+        """Read what `as_dict` wrote. Raises: ModelError: it is not a card."""
         try:
             layers = tuple(
                 LayerShape(*shape) for count, *shape in card["layers"] for _ in range(count)

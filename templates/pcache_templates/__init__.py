@@ -1,11 +1,10 @@
 """Templates that describe families of prompts, their schemas, and prompts that fit these."""
 
 from pcache_core.pml.nodes import Module, Param, Role, Schema, Slot, Text, Union
-from pcache_templates.base import PromptTemplate
-from pcache_templates.chat import ChatTemplate, GivenTurns, TurnTemplate
-from pcache_templates.chat_tag import ChatTag
+from pcache_templates.base import ChatTemplate, GivenTurns, PromptTemplate, TurnTemplate
 from pcache_templates.flat import BraceTemplate, FormatTemplate
 from pcache_templates.jinja import ChatTurn, JinjaTemplate, sandbox
+from pcache_templates.jinja_trace import ChatTag
 from pcache_templates.mustache import MustacheTemplate
 from pcache_templates.pml import to_pml
 from pcache_templates.program import PromptProgram, prompt_program

@@ -1,18 +1,20 @@
-"""What every kind of template can do: give its schema, and render prompts that fit it."""
+"""What every kind of template can do, alone or as a chat's turns: give its schema, and render."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
+from typing import NamedTuple
 
 from pcache_core.errors import TemplateError
 from pcache_core.pml.nodes import Schema
 from pcache_core.prompt import Prompt, Segment
+from pcache_templates import trace
 from pcache_templates.pml import to_pml, to_prompt_pml
 from pcache_templates.schema import Settled, settle
 from pcache_templates.trace import Traced, segments_of
-from pcache_templates.tree import Node, Path, Place
+from pcache_templates.tree import Node, Path, Place, xml_name
 
 
 class Schematic(ABC):
@@ -92,3 +94,53 @@ class PromptTemplate(Schematic):
         Raises: TemplateError: as `trace` and `schema` do, or the prompt does not fit the schema.
         """
         return self._prompt_pml(self.trace(values))
+
+
+class TurnTemplate(NamedTuple):
+    """A turn whose texts are templates. role: `system`, `user` or `assistant`."""
+
+    role: str
+    texts: Sequence[PromptTemplate]
+
+
+class GivenTurns(NamedTuple):
+    """A place for turns that come with the prompt. name: of the variable that holds them."""
+
+    name: str
+
+
+class ChatTemplate(Schematic):
+    """A chat. Its schema has a role for each turn, and a slot wherever turns are given."""
+
+    def __init__(
+        self,
+        turns: Iterable[TurnTemplate | GivenTurns],
+        *,
+        name: str | None = None,
+        lengths: Mapping[str, int] | None = None,
+    ) -> None:
+        super().__init__(name, lengths)
+        self._turns = tuple(turns)
+
+    def segments(self, turn: int, text: int, values: Mapping[str, object]) -> list[Segment]:
+        """Render the text of that number in the turn of that number.
+
+        Raises: TemplateError: a value is missing or the template fails.
+        """
+        template = self._turns[turn]
+        assert isinstance(template, TurnTemplate)
+        traced = template.texts[text].trace(values)
+        return self._segments(trace.value((turn, text), traced))
+
+    def raw_nodes(self) -> Iterator[Node]:
+        """As the base class."""
+        for number, turn in enumerate(self._turns):
+            if isinstance(turn, GivenTurns):
+                yield Node("slot", xml_name(["messages", turn.name]), origin=(number,))
+                continue
+            parts = [
+                part.moved((number, position))
+                for position, template in enumerate(turn.texts)
+                for part in template.raw_nodes()
+            ]
+            yield Node("role", turn.role, tuple(parts))

@@ -21,9 +21,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from pcache_core.errors import TemplateError
 from pcache_core.prompt import Segment
 from pcache_templates.base import PromptTemplate
-from pcache_templates.chat_tag import TURNS, ChatTag, Turn
 from pcache_templates.jinja_source import Source
-from pcache_templates.jinja_trace import traced_environment
+from pcache_templates.jinja_trace import TURNS, ChatTag, Turn, traced_environment
 from pcache_templates.jinja_tree import template_tree
 from pcache_templates.trace import Traced, concat
 from pcache_templates.tree import Node

@@ -13,8 +13,8 @@ from dataclasses import replace
 from jinja2 import nodes
 
 from pcache_core.errors import TemplateError
-from pcache_templates.chat_tag import role_of
 from pcache_templates.jinja_source import BlockChain, Definition, Scope, Source
+from pcache_templates.jinja_trace import role_of
 from pcache_templates.tree import (
     MAX_NODES,
     Node,

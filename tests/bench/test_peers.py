@@ -96,9 +96,9 @@ def test_what_can_not_be_compared_is_refused(
     assert said in capsys.readouterr().err
 
 
-def test_the_commands_of_the_readme_are_understood() -> None:
-    readme = (Path(peers.__file__).parent.parent / "README.md").read_text("utf-8")
-    commands = re.findall(r"^\$ python benchmarks/peers.py((?:.*\\\n)*.*)$", readme, flags=re.M)
+def test_the_commands_of_the_docs_are_understood() -> None:
+    page = (Path(peers.__file__).parent.parent / "docs" / "speed.md").read_text("utf-8")
+    commands = re.findall(r"^\$ python benchmarks/peers.py((?:.*\\\n)*.*)$", page, flags=re.M)
     assert len(commands) == 2
     for command in commands:
         words = shlex.split(re.sub(r"\\\n|docs/", "", command).replace("PYTHON", sys.executable))
@@ -128,7 +128,7 @@ def test_a_library_reads_the_same_prompt_and_answers_as_the_model(
     peer: peers.Peer, tiny_llama: CausalLM, folder: Path
 ) -> None:
     model = folder
-    if peer.library.gguf:
+    if peer.package.gguf:
         model = folder / "model.gguf"
         write_gguf(tiny_llama, model, "f32")
     peer.load(worker.LoadOptions(str(model), 1, "float32", "cpu", 512, 2**26))
@@ -137,9 +137,9 @@ def test_a_library_reads_the_same_prompt_and_answers_as_the_model(
     for prompt, cached in ((prompts.first, 0), (prompts.same, 202), (prompts.new, 10)):
         ids = list(engine.tokenise(prompt).token_ids)
         answer = peer.run(ids, prompt.text, 4)
-        if peer.library.takes_ids:
+        if peer.package.takes_ids:
             assert answer["tokens"] == greedy(tiny_llama, ids, 4)
-        if peer.library.keeps_prefix:
+        if peer.package.keeps_prefix:
             assert cached - 128 < answer["cached_tokens"] < cached + 8  # vLLM counts in blocks
         assert answer["ttft_ms"] > 0
         assert answer["decode_tokens_per_s"] > 0
@@ -163,6 +163,17 @@ def test_another_number_of_tokens_does_not_compare(name: str, most: int, tmp_pat
         assert peer.run(range(100), "", 1) == {"prompt_tokens": most}
         with pytest.raises(peers.PeerError, match=f"read {most + 1} tokens of a prompt of 100"):
             peer.run(range(100), "", 1)
+
+
+def test_a_worker_is_ended_once_as_its_number_may_be_anothers_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ended: list[int] = []
+    kill = os.killpg
+    monkeypatch.setattr(os, "killpg", lambda *of: (ended.append(of[0]), kill(*of)))
+    with peers.started({"langchain": sys.executable}) as (peer,):
+        peer.close()
+    assert ended == [peer.pid]
 
 
 def test_an_interrupt_leaves_no_worker_behind() -> None:

@@ -47,7 +47,7 @@ PARAMS = SamplingParams(max_tokens=3, timeout_s=60)
 _LONGEST_ANSWER_S = 15
 _WATCHED = (
     "engine.py", "scheduler.py", "prefix_cache.py", "states.py", "forward_queue.py",
-    "write_behind.py", "pcache_core/threads.py", "/threading.py", "contextlib.py", "weakref",
+    "tiered.py", "pcache_core/threads.py", "/threading.py", "contextlib.py", "weakref",
 )  # fmt: skip
 
 

@@ -182,3 +182,25 @@ def test_a_special_stop_string_without_a_name_is_found_by_its_id(lm: CausalLM) -
     made = tokenizer(CHATML, special=["<sep-x>"], plain=["<|end|>"])
     found = CausalLM(lm.model, made).stop_ids(["<sep-x>", "<|end|>", "x"])
     assert found == ids_of(made, ["<sep-x>"]), "the text of the others shows"
+
+
+def test_whether_a_template_marks_roles_is_found_out_once_for_each_template() -> None:
+    made: Any = tiny_models.tiny_tokenizer()
+    rendered, render = [], made.apply_chat_template
+
+    def counted(messages: list[dict[str, str]], **options: Any) -> Any:
+        rendered.append(messages)
+        return render(messages, **options)
+
+    made.apply_chat_template = counted
+    text = SegmentTokenizer(made)
+    made.chat_template = COMPOSED
+    assert text.marks_roles()
+    first = len(rendered)
+    assert text.marks_roles()
+    assert text.holds_chat_markup("<|user|>hi")
+    assert len(rendered) == first > 0
+    made.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    assert not text.marks_roles()
+    made.chat_template = None
+    assert not text.marks_roles()

@@ -15,10 +15,12 @@ from pcache_core import (
     OptionError,
     Prompt,
     PromptCacheEngine,
+    Report,
     SamplingParams,
     Segment,
     TieredStore,
 )
+from pcache_core.base_engine import Reports
 from pcache_core.metrics import register
 from pcache_core.store import StoreStats
 
@@ -48,15 +50,19 @@ def test_totals_are_sums_over_all_reports_and_the_store_counts_beside_them(
     assert engine.stats().encoded_tokens == ahead
     reports = [
         engine.prefill(ONE).report,
-        engine.generate(TWO, SamplingParams(max_tokens=5)).report,
+        engine.generate(TWO, SamplingParams(max_tokens=40, repetition_penalty=0.3)).report,
         engine.prefill(TWO, reuse="off").report,
     ]
     stats = engine.stats()
     assert isinstance(stats, StoreStats)
     assert stats.requests == 3
-    for name in ("prompt_tokens", "cached_tokens", "computed_tokens", "generated_tokens"):
+    for name in (
+        "prompt_tokens", "cached_tokens", "computed_tokens", "generated_tokens", "drafted_tokens",
+        "accepted_tokens",
+    ):  # fmt: skip
         assert getattr(stats, name) == sum(getattr(report, name) for report in reports)
     assert stats.cached_tokens > 0
+    assert 0 < stats.accepted_tokens < stats.drafted_tokens
     assert stats.encoded_tokens == ahead + sum(report.encoded_tokens for report in reports)
     assert stats.encode_ms > 0
     assert stats.prefill_ms == pytest.approx(sum(report.prefill_ms for report in reports))
@@ -105,3 +111,14 @@ def test_a_scrape_shows_tokens_and_times_by_engine_and_hits_by_tier(
         register({"third": other}, registry)
     registry.unregister(collector)
     register({"third": other}, registry)
+
+
+def test_reports_are_read_while_requests_end() -> None:
+    reports, ended = Reports(), Report((), 1, 0, 0, 1, "off")
+    for _ in range(3):
+        reports.append(ended)
+    read = []
+    for report in reports:
+        read.append(report)
+        reports.append(ended)
+    assert (len(read), len(reports), len(reports[-4:])) == (3, 6, 4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from pcache_core import (
     StoreError,
     TieredStore,
 )
+from pcache_core.kv.key import ModuleKey
+from pcache_core.kv.state import KVState
 from pcache_core.store.inspect import stored_states
 from subjects import PREAMBLE
 
@@ -149,6 +152,26 @@ def test_clearing_drops_every_state_and_prefix_of_this_model_and_namespace_alone
     assert ask(engine, OPENINGS[0], BEES, BOAT) == first == {BEES: "encoded", BOAT: "encoded"}
     assert engine.reports[-1].cached_tokens == 0
     assert other.encode([BEES], progress=False).already_stored == 1
+
+
+def test_clearing_drops_what_left_memory_and_waits_to_be_written(
+    llama: CausalLM, tmp_path: Path
+) -> None:
+    may_write = threading.Event()
+
+    class SlowStore(DiskStore):
+        def put(self, key: ModuleKey, state: KVState) -> bool:
+            assert may_write.wait(20)
+            return super().put(key, state)
+
+    room_for_one = llama.count_tokens(BOAT) * llama.bytes_per_token
+    store = TieredStore([MemoryStore(room_for_one), SlowStore(tmp_path)])
+    engine = new_engine(llama, store)
+    engine.encode([BEES, BOAT], progress=False)
+    threading.Timer(0.2, may_write.set).start()  # what is being written is waited for
+    engine.clear()
+    engine.flush()
+    assert list(stored_states(tmp_path)) == []
 
 
 def test_a_single_text_is_refused(llama: CausalLM) -> None:

@@ -115,13 +115,16 @@ def test_requests_in_one_forward_get_the_logits_of_a_plain_forward(
     # Latent attention expands the cache before it attends: one request at a time.
     assert lm.support.forward.merges == (name != "deepseek_v3")
     texts = [ids(1, 40), ids(2, 7), ids(3, 19)]
-    running = whole(lm, texts[0][:-1])
+    running = whole(lm, texts[0][:-4])
     lm.forward(running)
-    last = len(texts[0]) - 1
-    step = Batch.of_rows(running.buffers, texts[0][-1:], [last], [last])
+    last = range(len(texts[0]) - 4, len(texts[0]))
+    step = Batch.of_rows(running.buffers, texts[0][-4:], last, last, num_logits=3)
     found = lm.support.forward([step, whole(lm, texts[1]), whole(lm, texts[2])])
-    for logits, token_ids in zip(found, texts, strict=True):
-        assert (logits - plain(name, token_ids)).abs().max() < TOLERANCE
+    expected = [[texts[0][:-2], texts[0][:-1], texts[0]], texts[1:2], texts[2:]]
+    for logits, each in zip(found, expected, strict=True):
+        rows = torch.stack([plain(name, token_ids) for token_ids in each])
+        assert logits.shape == rows.shape
+        assert (logits - rows).abs().max() < TOLERANCE
 
 
 @pytest.mark.parametrize("most", [64, 128])

@@ -93,14 +93,14 @@ async def test_tasks_that_wait_count_and_leave_when_they_are_cancelled(
 def test_requests_begin_in_the_order_they_came(llama: CausalLM) -> None:
     gate = Gate(1, 100)
     first = gate.queue(0.0)
-    first.start(lambda: None)
+    gate.start(first, lambda: None)
     begun: list[int] = []
 
     def work(number: int, is_in_line: threading.Event) -> None:
         place = gate.queue(0.0)
-        place.start(is_in_line.set)
+        gate.start(place, is_in_line.set)
         begun.append(number)
-        place.leave()
+        gate.leave(place)
 
     threads = []
     for number in range(8):
@@ -108,7 +108,7 @@ def test_requests_begin_in_the_order_they_came(llama: CausalLM) -> None:
         threads.append(threading.Thread(target=work, args=(number, is_in_line)))
         threads[-1].start()
         assert is_in_line.wait(20)
-    first.leave()
+    gate.leave(first)
     for thread in threads:
         thread.join(20)
     assert begun == list(range(8))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import jsonschema
@@ -262,21 +263,12 @@ def test_two_threads_share_one_compiled_tokenizer(
         begin(*args)
 
     monkeypatch.setattr(GrammarCompiler, "__init__", counted)
-    texts: list[str] = []
-    threads = [
-        threading.Thread(
-            target=lambda s=seed: texts.append(answer(lm, Grammar.json(TREE), s, max_tokens=60)[0])
-        )
-        for seed in range(4)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as threads:
+        ask = partial(answer, lm, Grammar.json(TREE), max_tokens=60)
+        texts = [text for text, *_ in threads.map(ask, range(4))]
     assert len(made) == 1
     for text in texts:
         jsonschema.validate(json.loads(text), TREE)
-    assert len(texts) == 4
 
 
 @pytest.mark.parametrize(

@@ -75,3 +75,8 @@ def test_a_model_that_gives_no_numbers_is_told(
     with pytest.raises(ModelError, match=r"NaN or infinite.*dtype='float32'"):
         engine.generate(PROMPT, SamplingParams(max_tokens=4, temperature=temperature))
     assert store.stats().states == 0
+
+
+def test_logits_may_be_changed_in_place(llama: CausalLM) -> None:
+    logits = PromptCacheEngine(llama).prefill(PROMPT).logits
+    assert float(logits.fill_(1).sum()) == len(logits)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -170,25 +170,19 @@ def test_another_budget_does_not_go_on_from_what_one_repaired(
     assert alike(prefill.logits, fresh.logits)
 
 
-@all_ways
+@pytest.mark.parametrize("way", [*WAYS, EXACT], ids=lambda way: way[0])
 def test_threads_get_the_logits_they_would_get_alone(
     llama: CausalLM, fresh: dict[Asked, torch.Tensor], way: Way
 ) -> None:
     engine = PromptCacheEngine(llama, reuse=way[0], repair=way[1])
-    wrong: list[int] = []
 
     def work(worker: int) -> None:
         for turn in range(6):
             index = (worker + turn) % len(PROMPTS)
-            if not alike(engine.prefill(PROMPTS[index]).logits, fresh[way, index]):
-                wrong.append(index)
+            assert alike(engine.prefill(PROMPTS[index]).logits, fresh[way, index])
 
-    threads = [threading.Thread(target=work, args=(worker,)) for worker in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
+    with ThreadPoolExecutor(6) as threads:
+        list(threads.map(work, range(6)))
     assert len(engine.reports) == 36
 
 

@@ -17,12 +17,10 @@ from pcache_core import (
     SamplingParams,
     Segment,
 )
-from pcache_core.kv.key import ModuleKey
-from pcache_core.kv.planned import ModuleTokens, PlannedState
-from pcache_core.prefix_cache import whole_prefix
-from pcache_core.prompt import Passage
-from pcache_core.request import Request
-from pcache_core.tokens import TokenisedPrompt
+from pcache_core.kv.key import ModuleKey, ModuleTokens, PlannedState
+from pcache_core.prefix_cache import PrefixCache, whole_prefix
+from pcache_core.prompt import Passage, TokenisedPrompt
+from pcache_core.request import Request, check_request
 
 STORY = "Ann keeps bees in Oslo, and Ben sold a red boat to a friend of hers."
 LIMIT = SamplingParams(max_tokens=8, temperature=1.0, seed=1)
@@ -135,6 +133,20 @@ def test_the_last_four_are_not_the_limit(engine: PromptCacheEngine) -> None:
     for text in asked:
         ask(engine, text)
     assert all(is_kept(engine, text) for text in asked)
+
+
+def test_a_sequence_that_was_emptied_gives_its_memory_to_the_next(llama: CausalLM) -> None:
+    prompt, params = Prompt.from_text(STORY), SamplingParams(max_tokens=1)
+    tokens = PromptCacheEngine(llama).tokenise(prompt)
+    request = check_request(llama, tokens, prompt, params, "off", None)
+    cache = PrefixCache(llama, 2**30)
+    lent = []
+    for _ in range(3):
+        with cache.sequence(request) as sequence:
+            sequence.append(tokens.token_ids[0], 0)
+            sequence.is_filled = True
+            lent.append(sequence.buffers)
+    assert len(set(map(id, lent))) == 1
 
 
 @pytest.mark.parametrize("budget", [-1, 1.5, "1", True])

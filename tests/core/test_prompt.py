@@ -8,7 +8,7 @@ from tokenizers import AddedToken
 import tiny_models
 from pcache_core import Prompt, PromptError, Segment
 from pcache_core.lm.tokenizer import SegmentTokenizer
-from pcache_core.tokens import tokenise
+from pcache_core.prompt import tokenise
 
 
 def test_a_prompts_text_is_the_concatenation_of_its_segments() -> None:

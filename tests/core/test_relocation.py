@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pcache_core.kv.buffers import KVBuffers
+from pcache_core.kv.sequence import KVBuffers
 from pcache_core.kv.state import KVState, LayerShape, stack_layers
 from pcache_core.lm.relocation import Rotation, place
 
@@ -101,6 +101,6 @@ def test_layers_of_several_shapes_keep_their_order() -> None:
         assert keys.shape == (1, shapes[number].key_heads, 3, shapes[number].key_dim)
         keys.fill_(number)
         values.fill_(number)
-    state = buffers.state(0, (7, 8), 0)
+    state = buffers.state((0, 1), (7, 8), 0)
     assert [float(keys.max()) for keys, _ in state.layers()] == [0, 1, 2]
     assert state.nbytes == 2 * 4 * sum(shape.elements_per_token for shape in shapes)

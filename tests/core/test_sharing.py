@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import AttentionInterface
 
 import oracle
 import tiny_models
@@ -27,6 +29,7 @@ from pcache_core import (
     Segment,
 )
 from pcache_core.lm import Batch, Span
+from pcache_core.lm.attention import IMPLEMENTATION, slot_attention
 from pcache_core.lm.kernels import Scratch, attend, attend_by_matmul, attend_with_lse, merge
 from pcache_core.params import ReuseMode
 from subjects import PREAMBLE
@@ -244,12 +247,15 @@ def error(found: torch.Tensor, right: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("tokens", "rows"), [(1, 40), (24, 300), (40, 1100)])
-def test_kernels_are_as_exact_as_the_flash_kernel(
-    dtype: torch.dtype, tokens: int, rows: int
+# 20: what all keys have in common is larger than they are, as where they have a bias.
+@pytest.mark.parametrize("common", [0, 20])
+def test_kernels_are_about_as_exact_as_the_flash_kernel(
+    dtype: torch.dtype, tokens: int, rows: int, common: int
 ) -> None:
     torch.manual_seed(0)
     query = (3 * torch.randn(1, 6, tokens, 24)).to(dtype)
-    key, value = (torch.randn(1, 2, rows, 24).to(dtype) for _ in range(2))
+    key = (torch.randn(1, 2, rows, 24) + common * torch.randn(24)).to(dtype)
+    value = torch.randn(1, 2, rows, 24).to(dtype)
     hidden = torch.ones(tokens, rows).triu(rows - tokens + 1).bool()
     bias = torch.zeros(tokens, rows, dtype=dtype)
     bias = bias.masked_fill(hidden, torch.finfo(dtype).min).repeat(3, 1)
@@ -261,12 +267,40 @@ def test_kernels_are_as_exact_as_the_flash_kernel(
         for a, b in ((0, cut), (cut, rows))
     ]
     outputs, lses = (torch.stack([part[which][0] for part in parts]) for which in (0, 1))
-    allowed = 1.5 * error(flash, right)
-    for found in (
-        attend_by_matmul(query, key, value, bias, 0.31, Scratch()),
-        merge(outputs, lses)[None],
-    ):
-        assert error(found, right) < allowed
+    assert error(merge(outputs, lses)[None], right) < 1.5 * error(flash, right)
+    found = attend_by_matmul(query, key, value, bias, 0.31, Scratch())
+    # It rounds scores to the dtype, here of a standard deviation of 4.6; the flash kernel does not.
+    # Beside the rounding of what a real model attends to that is little: see below.
+    assert error(found, right) < 3.5 * error(flash, right)
+
+
+@pytest.mark.usefixtures("real_lm")  # or why there is none
+def test_in_bfloat16_products_are_as_near_to_a_real_models_attention_as_the_flash_kernel() -> None:
+    lm = CausalLM.from_pretrained("builtin:smollm2", dtype="float32")
+    found: list[tuple[torch.Tensor, ...]] = []
+
+    def spy(module: torch.nn.Module, *states: torch.Tensor, **options: Any) -> Any:
+        if states[1].shape[2] > 1000:
+            found.append(tuple(rows.clone() for rows in states[:3]))
+        return slot_attention(module, *states, **options)
+
+    AttentionInterface.register(IMPLEMENTATION, spy)
+    try:
+        text = Path(__file__).parents[2].joinpath("README.md").read_text("utf-8")[:5000]
+        PromptCacheEngine(lm, reuse="off").prefill(Prompt.from_text(text))
+    finally:
+        AttentionInterface.register(IMPLEMENTATION, slot_attention)
+    assert found
+    for states in found:
+        states = (states[0][:, :, -32:], *states[1:])
+        query, key, value = (rows.bfloat16() for rows in states)
+        bias = torch.full((32, 32), -torch.inf).triu(1).bfloat16()
+        bias = bias.repeat(query.shape[1] // key.shape[1], 1)
+        whole = torch.nn.functional.pad(bias, (key.shape[2] - 32, 0))
+        right = softmax_attention(*states, whole, 0.125)
+        flash = attend(query, key, value, whole, 0.125)
+        product = attend_by_matmul(query, key, value, bias, 0.125, Scratch())
+        assert error(product, right) < 1.5 * error(flash, right)
 
 
 @pytest.mark.parametrize("window", [None, 12])
@@ -292,7 +326,7 @@ def test_rows_that_a_kernel_takes_as_seen_by_all_are_hidden_from_nobody(
                 assert bool((bias[:, seen + 1] < 0).any())
 
 
-def test_a_kernel_that_is_told_what_all_see_gives_the_same(
+def test_a_bias_of_the_rows_that_not_all_see_says_the_same(
     tiny_lm: Callable[..., CausalLM],
 ) -> None:
     torch.manual_seed(0)
@@ -303,8 +337,9 @@ def test_a_kernel_that_is_told_what_all_see_gives_the_same(
     key, value = (torch.randn(1, 2, 640, 24).bfloat16() for _ in range(2))
     bias = batch.bias(span, None, 3, torch.bfloat16)
     assert bias is not None
-    seen = batch.seen_by_all(span, None)
-    assert seen == 600
+    last = batch.bias(span, None, 3, torch.bfloat16, batch.seen_by_all(span, None))
+    assert last is not None
+    assert last.shape[1] == 40
     right = softmax_attention(query, key, value, bias, 0.31)
-    found = attend_by_matmul(query, key, value, bias, 0.31, Scratch(), seen)
-    assert error(found, right) < 1.5 * error(attend(query, key, value, bias, 0.31), right)
+    found = attend_by_matmul(query, key, value, last, 0.31, Scratch())
+    assert error(found, right) < 3.5 * error(attend(query, key, value, bias, 0.31), right)

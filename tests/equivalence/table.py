@@ -1,4 +1,4 @@
-"""Print the table of tested model families, as it stands in the README.
+"""Print the table of tested model families, as it stands in docs/models.md.
 
 python tests/equivalence/table.py
 """

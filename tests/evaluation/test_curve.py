@@ -47,6 +47,7 @@ def test_a_drawing_names_its_lines_and_marks_and_is_the_same_for_the_same_rows(
         "what the question attends to",
         "tokens computed again",
         "a made-up set",
+        "divergence from off, nats",
         "TTFT p50, ms",
     ):
         assert words in text

@@ -25,7 +25,6 @@ import tiny_models
 from command import MAIN, environment, pcache
 from corpus import DOCUMENTS, TEMPLATE
 from pcache_core import CausalLM, DiskStore, Prompt, PromptCacheEngine, Segment
-from pcache_core.errors import OptionError
 from pcache_core.kv.key import ModuleKey
 from pcache_core.store.inspect import StoredState, stored_states
 from pcache_integrations._stores import build_store
@@ -212,8 +211,22 @@ def test_a_file_of_windows_is_found_as_each_framework_reads_it(before: str, tmp_
 def test_a_text_with_half_a_character_is_named(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_text('"Whole."\n"Half \\ud800."\n')
-    with pytest.raises(OptionError, match=r"a\.jsonl:2: the text holds half of a surrogate pair"):
-        read_texts([file])
+    texts, [trouble] = read_texts([file])
+    assert [each.text for each in texts] == ["Whole."]
+    assert re.search(r"a\.jsonl:2: the text holds half of a surrogate pair", str(trouble))
+
+
+def test_what_cannot_be_read_is_listed_and_the_rest_is_encoded(texts: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad"
+    shutil.copytree(texts, bad)
+    (bad / "0.txt").write_bytes(b"abc\xff")
+    (bad / "lines.jsonl").write_text(f'{{"text": \n"{DOCUMENTS[0]} Again."\n{{"foo": 1}}\n')
+    figures = encode(bad, tmp_path / "none.txt", "--store", tmp_path / "s", status=1)
+    assert figures["texts"] == len(DOCUMENTS) + 1
+    assert figures["encoded"] == figures["texts"]
+    expected = ("0.txt is not UTF-8", "lines.jsonl:1 is not JSON", "lines.jsonl:3: exp", "none.txt")
+    assert len(figures["unread"]) == len(expected)
+    assert all(part in found for part, found in zip(expected, figures["unread"], strict=True))
 
 
 def test_a_separator_is_encoded_with_the_document_before_it(texts: Path, tmp_path: Path) -> None:

@@ -5,15 +5,21 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import threading
+import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+from langchain_core.documents import Document
 from langchain_core.runnables import ConfigurableField
+from llama_index.core.schema import TextNode
 
 from pcache_core import CausalLM, DiskStore, MemoryStore, Preamble, PromptCacheEngine, TieredStore
-from pcache_core.errors import ModelError, OptionError
+from pcache_core.errors import DeadlineExceededError, ModelError, OptionError
+from pcache_integrations._engines import load_lm
 from pcache_integrations.langchain import ChatPromptCache
 from pcache_integrations.langchain import PromptCacheLLM as LangChainLLM
 from pcache_integrations.llama_index import PromptCacheLLM as LlamaIndexLLM
@@ -27,6 +33,73 @@ COMPANY = Preamble(company=["Tea is warm."])
 @pytest.fixture(params=CLASSES)
 def llm(request: pytest.FixtureRequest) -> Any:
     return request.param(model=TOY, max_tokens=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"reuse": "warp"}, "unknown reuse mode 'warp'"),
+        ({"stop": [""]}, "stop strings must be non-empty"),
+        ({"temperature": -1}, "temperature"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": "many"}, "max_tokens"),
+        ({"timeout": 0}, "timeout"),
+        ({"store": "nosuch://localhost"}, "can't be a store"),
+        ({"store": "memroy"}, "did you mean 'memory'"),
+        ({"max_token": 5}, "did you mean 'max_tokens'"),
+    ],
+)
+@pytest.mark.parametrize("kind", CLASSES)
+def test_a_bad_option_is_refused_at_construction(
+    kind: Any, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(OptionError, match=message):
+        kind(**options)
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_construction_does_not_load_the_model(kind: Any) -> None:
+    started = time.process_time()
+    for _ in range(10):
+        kind(model="no/such/model", temperature=0.5, stop=["x"])
+    assert time.process_time() - started < 1
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_a_shared_engine_brings_its_own_options_and_copies_share_it(kind: Any) -> None:
+    engine = PromptCacheEngine(load_lm(TOY))
+    llm = kind(engine=engine)
+    assert (llm.engine, llm.model, llm.reuse) == (engine, TOY, engine.reuse)
+    with pytest.raises(OptionError, match="brings its own model, store; leave them out"):
+        kind(model="other", engine=engine, store="memory")
+    assert copy.deepcopy(llm).engine is llm.model_copy(update={"max_tokens": 3}).engine is engine
+
+
+def test_a_pickle_is_small_and_makes_an_equal_one(
+    llm: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    llm.stop, llm.temperature = ["x"], 0.5
+    with caplog.at_level("WARNING"):
+        saved = pickle.dumps(llm)
+    assert not caplog.records
+    assert len(saved) < 10_000
+    again = pickle.loads(saved)
+    assert again.model_dump() == llm.model_dump()
+    assert again.engine is llm.engine
+
+
+def test_threads_get_one_engine(llm: Any) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        assert len({id(engine) for engine in pool.map(lambda _: llm.engine, range(4))}) == 1
+
+
+def test_what_is_no_list_of_documents_is_refused(llm: Any) -> None:
+    own = TextNode(text="a") if isinstance(llm, LlamaIndexLLM) else Document("a")
+    for one in ("one text", own, 3):
+        with pytest.raises(OptionError, match="put it in a list"):
+            llm.cache_documents(one)
+    with pytest.raises(OptionError, match="got int"):
+        llm.cache_documents([3])
 
 
 def _what_runs(engine: Any) -> dict[str, Any]:
@@ -97,7 +170,14 @@ def test_a_model_that_cant_be_loaded_never_answers_by_another(llm: Any) -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("store", "memoy"), ("namespace", 7), ("model", None), ("repair", -1), ("reuse", "most")],
+    [
+        ("store", "memoy"),
+        ("namespace", 7),
+        ("namespace", "a b"),
+        ("model", None),
+        ("repair", -1),
+        ("reuse", "most"),
+    ],
 )
 def test_a_value_that_no_engine_can_have_is_refused_at_once(
     llm: Any, name: str, value: object
@@ -116,6 +196,15 @@ def test_a_server_that_is_named_later_is_asked(llm: Any) -> None:
         _ = llm.engine
     llm.base_url = None
     assert isinstance(llm.engine, PromptCacheEngine)
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_an_answer_may_take_no_longer_than_its_timeout(kind: Any) -> None:
+    ask = "complete" if kind is LlamaIndexLLM else "invoke"
+    hasty = kind(model=TOY, max_tokens=400, timeout=0.001)
+    with pytest.raises(DeadlineExceededError):
+        getattr(hasty, ask)("Where does Ada live?")
+    assert getattr(hasty, ask)("Where does Ada live?", timeout=60)
 
 
 @pytest.mark.parametrize("kind", CLASSES)
@@ -154,8 +243,6 @@ def test_a_precompute_step_that_is_changed_encodes_for_what_it_says() -> None:
     step = PromptCachePrecompute(llm)
     step.namespace = "b"
     before = llm.engine.stats().encoded_tokens
-    from llama_index.core.schema import TextNode
-
     step([TextNode(text="Brindlewick sells umbrellas in the town of Ostermouth.")])
     assert llm.engine.stats().encoded_tokens == before
     assert LlamaIndexLLM(model=TOY, namespace="b").engine.stats().encoded_tokens > 0
@@ -180,6 +267,27 @@ def test_a_language_model_made_anew_finds_its_engine(kind: Any) -> None:
     assert make().engine.stats().encoded_tokens == 0
 
 
+def test_one_is_made_while_the_weights_of_another_are_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    load = CausalLM.from_pretrained
+    loads, may_go_on = threading.Event(), threading.Event()
+
+    def waiting(*given: Any, **options: Any) -> CausalLM:
+        loads.set()
+        may_go_on.wait(20)
+        return load(*given, **options)
+
+    monkeypatch.setattr(CausalLM, "from_pretrained", waiting)
+    with ThreadPoolExecutor(2) as pool:
+        pool.submit(lambda: LangChainLLM(model=TOY, dtype="bfloat16").engine)
+        assert loads.wait(20)
+        try:
+            assert pool.submit(LangChainLLM, model=TOY).result(5)
+        finally:
+            may_go_on.set()
+
+
 def test_one_set_of_weights_at_most_stays_without_an_owner() -> None:
     kept = [weakref.ref(LangChainLLM(model=TOY, namespace=str(n)).engine) for n in range(12)]
     gc.collect()
@@ -202,3 +310,20 @@ def test_weights_with_an_owner_stay() -> None:
     gc.collect()
     assert half() is None
     assert owner.engine is engine
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_drafts_are_turned_off_for_an_object_or_for_a_call(kind: Any) -> None:
+    engine = PromptCacheEngine(CausalLM.from_pretrained(TOY))
+    repeating = {"engine": engine, "max_tokens": 24, "repetition_penalty": 0.3}
+    on, off = kind(**repeating), kind(**repeating, speculative=False)
+
+    def drafted(llm: Any, **options: Any) -> int:
+        ask = llm.complete if kind is LlamaIndexLLM else llm.invoke
+        ask("Rhea enjoys kayaking. Rhea works as a painter.", **options)
+        return int(engine.reports[-1].drafted_tokens)
+
+    assert drafted(on) > 0
+    assert drafted(on, speculative=False) == 0
+    assert drafted(off) == 0
+    assert drafted(off, speculative=True) > 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator
 from typing import Any
 from uuid import uuid4
 
@@ -11,7 +11,8 @@ import pytest
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.messages import AIMessageChunk
 
-from pcache_core import Grammar, PromptCacheEngine
+from open_streams import Watched, eventually
+from pcache_core import Grammar
 from pcache_core.errors import ContextLengthError
 from pcache_integrations._engines import load_lm
 from pcache_integrations.langchain import ChatPromptCache, PromptCacheLLM
@@ -19,27 +20,6 @@ from pcache_integrations.langchain import ChatPromptCache, PromptCacheLLM
 LONG = {"max_tokens": 400, "temperature": 2.0, "seed": 0, "repetition_penalty": 1.5}
 
 ENDLESS, LONGER = (Grammar.lark(f"start: /[a-z ]{{{least},}}/") for least in (150, 1500))
-
-
-class Watched(PromptCacheEngine):
-    """An engine that counts the streams that are open."""
-
-    open_streams = 0
-    opened = 0
-
-    def stream(self, *args: Any, **options: Any) -> Any:
-        inner = super().stream(*args, **options)
-
-        def counted() -> Iterator[Any]:
-            self.open_streams += 1
-            self.opened += 1
-            try:
-                yield from inner
-            finally:
-                inner.close()
-                self.open_streams -= 1
-
-        return counted()
 
 
 @pytest.fixture
@@ -50,12 +30,6 @@ def engine() -> Watched:
 @pytest.fixture(params=[ChatPromptCache, PromptCacheLLM])
 def model(request: pytest.FixtureRequest, engine: Watched) -> Any:
     return request.param(engine=engine, **LONG)
-
-
-async def eventually(is_true: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
-        while not is_true():
-            await asyncio.sleep(0.01)
 
 
 async def test_a_cancelled_task_frees_its_slot(model: Any, engine: Watched) -> None:

@@ -143,19 +143,9 @@ class TestMessages:
         chat.invoke([HumanMessage([block, " c", {"type": "text", "text": ""}])])
         assert text_of(chat.engine.reports[-1]) == "<user>a b c<assistant>"
 
-    @pytest.mark.parametrize(
-        ("message", "error"),
-        [
-            (HumanMessage([{"type": "image", "url": "http://x/y.png"}]), "type 'image'"),
-            (HumanMessage([{"type": "audio", "base64": "AA", "mime_type": "a/b"}]), "'audio'"),
-            (RemoveMessage("1"), "RemoveMessage"),
-        ],
-    )
-    def test_what_can_not_be_read_is_refused(
-        self, chat: ChatPromptCache, message: BaseMessage, error: str
-    ) -> None:
-        with pytest.raises(PromptError, match=error):
-            chat.invoke([HumanMessage("hi"), message])
+    def test_a_message_that_is_none_is_refused(self, chat: ChatPromptCache) -> None:
+        with pytest.raises(PromptError, match="RemoveMessage"):
+            chat.invoke([HumanMessage("hi"), RemoveMessage("1")])
 
     def test_a_model_without_chat_template_is_refused(
         self, with_template: Callable[..., ChatPromptCache]

@@ -159,22 +159,6 @@ class TestErrors:
         assert len(done["messages"]) < 10
 
 
-class TestTime:
-    @pytest.mark.parametrize("kind", [PromptCacheLLM, ChatPromptCache])
-    def test_a_models_own_timeout_holds_for_its_calls(
-        self, engine: PromptCacheEngine, kind: Any
-    ) -> None:
-        hasty = kind(engine=engine, timeout=0.001)
-        with pytest.raises(DeadlineExceededError):
-            hasty.invoke("Where does Ada live?")
-        assert hasty.invoke("Where does Ada live?", timeout=60)
-
-    @pytest.mark.parametrize("kind", [PromptCacheLLM, ChatPromptCache])
-    def test_no_time_at_all_is_refused(self, engine: PromptCacheEngine, kind: Any) -> None:
-        with pytest.raises(OptionError, match="timeout"):
-            kind(engine=engine, timeout=0)
-
-
 class TestProfile:
     def test_it_says_the_contexts_length_before_the_model_is_loaded(self) -> None:
         chat = ChatPromptCache(model="builtin:tiny-rag", namespace="unused")

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 import json
-import pickle
-import threading
 import weakref
 from typing import Any
 
 import pytest
 from langchain_core.documents import Document
-from langchain_core.load import dumpd
 from langchain_core.messages import HumanMessage, SystemMessage
 from langchain_core.prompts import PromptTemplate
-from langchain_core.runnables import ConfigurableField
 
 from corpus import DOCUMENTS, QUESTIONS, TEMPLATE
 from langchain_chains import documents_of, rag_chain, text_of
-from pcache_core import OptionError, Prompt, PromptCacheEngine, PromptCacheError, SamplingParams
+from pcache_core import Prompt, PromptCacheEngine, SamplingParams
 from pcache_integrations._engines import load_lm
 from pcache_integrations.langchain import PromptCacheLLM
 
@@ -38,36 +33,8 @@ def llm(engine: PromptCacheEngine) -> PromptCacheLLM:
 
 
 class TestOptions:
-    @pytest.mark.parametrize(
-        ("options", "message"),
-        [
-            ({"reuse": "warp"}, "unknown reuse mode 'warp'"),
-            ({"stop": [""]}, "stop strings must be non-empty"),
-            ({"temperature": -1}, "temperature"),
-            ({"max_tokens": 0}, "max_tokens"),
-            ({"max_tokens": "many"}, "max_tokens"),
-            ({"store": "nosuch://localhost"}, "can't be a store"),
-            ({"store": "memroy"}, "did you mean 'memory'"),
-            ({"max_token": 5}, "did you mean 'max_tokens'"),
-        ],
-    )
-    def test_a_bad_option_is_refused_at_construction(
-        self, options: dict[str, Any], message: str
-    ) -> None:
-        with pytest.raises(PromptCacheError, match=message) as caught:
-            PromptCacheLLM(**options)
-        assert isinstance(caught.value, ValueError)
-
     def test_options_of_hosted_models_have_nothing_to_apply_to(self) -> None:
         PromptCacheLLM(api_key="x", timeout=3, max_retries=2, base_url=None)
-
-    def test_a_shared_engine_brings_its_own_options(self, engine: PromptCacheEngine) -> None:
-        llm = PromptCacheLLM(engine=engine)
-        assert llm.engine is engine
-        assert llm.model == "builtin:tiny-rag"
-        assert llm.reuse == engine.reuse
-        with pytest.raises(OptionError, match="brings its own model"):
-            PromptCacheLLM(engine=engine, model="other")
 
     def test_models_with_equal_options_share_one_engine(self) -> None:
         one, two = (
@@ -84,37 +51,6 @@ class TestOptions:
             llm.invoke("Hello")
             engine = weakref.ref(llm.engine)
         assert engine() is None
-
-    def test_copies_share_the_engine(self) -> None:
-        llm = PromptCacheLLM(model="builtin:tiny-rag", namespace="copies", max_tokens=2)
-        assert copy.deepcopy(llm).engine is llm.engine
-        assert llm.model_copy(update={"max_tokens": 3}).engine is llm.engine
-        field = ConfigurableField(id="temperature")
-        chosen = llm.configurable_fields(temperature=field).with_config(
-            configurable={"temperature": 0.5}
-        )
-        chosen.invoke("Hello")
-        assert len(llm.engine.reports) == 1
-
-    def test_a_pickle_holds_the_options_and_not_the_engine(self, engine: PromptCacheEngine) -> None:
-        llm = PromptCacheLLM(engine=engine, temperature=0.5)
-        saved = pickle.dumps(llm)
-        assert len(saved) < 10_000 > len(str(dumpd(llm)))
-        loaded = pickle.loads(saved)
-        assert loaded.asdict() == llm.asdict()
-        assert loaded.invoke("Note:", max_tokens=1, temperature=0) == llm.invoke(
-            "Note:", max_tokens=1, temperature=0
-        )
-
-    def test_threads_get_one_engine(self) -> None:
-        llm = PromptCacheLLM(model="builtin:tiny-rag")
-        engines: list[PromptCacheEngine] = []
-        threads = [threading.Thread(target=lambda: engines.append(llm.engine)) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert len({id(engine) for engine in engines}) == 1
 
     def test_saved_options_make_an_equal_model_and_leave_the_engine_out(
         self, engine: PromptCacheEngine
@@ -192,12 +128,3 @@ class TestCacheDocuments:
         llm.invoke(f"Read this.\n\n{text}\n\nQuestion: What?\nAnswer:")
         sources = [s.source for s in llm.engine.reports[-1].segments if s.kind == "document"]
         assert sources == ["memory"]
-
-    def test_one_document_outside_a_list_is_refused(self, llm: PromptCacheLLM) -> None:
-        for single in ("one text", Document("one text")):
-            with pytest.raises(OptionError, match="put it in a list"):
-                llm.cache_documents(single)
-
-    def test_something_else_than_documents_is_refused(self, llm: PromptCacheLLM) -> None:
-        with pytest.raises(OptionError, match="got int"):
-            llm.cache_documents([3])

@@ -24,7 +24,7 @@ from langchain_core.tools import tool
 from langgraph.types import Command
 from pydantic import BaseModel
 
-from corpus import DOCUMENTS, OPENING, QUESTIONS, TEMPLATE
+from corpus import DOCUMENTS, QUESTIONS, TEMPLATE
 from langchain_chains import (
     AnswerRetriever,
     RecordingLLM,
@@ -43,9 +43,6 @@ from pcache_integrations.langchain import ChatPromptCache, PromptCacheLLM
 QUESTION = "Who is the mayor of Trudabad?"
 _marks = itertools.count(10_000)
 PROMPT = PromptTemplate.from_template(TEMPLATE)
-CHAT_PROMPT = ChatPromptTemplate.from_messages(
-    [("system", OPENING + "{context}\n\n"), ("human", "Question: {question}\n")]
-)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import asyncio
 import doctest
 import json
 import pickle
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import llama_index.core
@@ -39,6 +39,7 @@ from llama_index_parts import (
     text_of,
 )
 from llama_index_watch import Callbacks, watched
+from open_streams import Watched, eventually
 from pcache_core import CausalLM, Grammar, PromptCacheEngine
 from pcache_integrations._engines import load_lm
 from pcache_integrations.llama_index import CallRefusedError, PromptCacheLLM
@@ -176,37 +177,12 @@ class TestInstrumentation:
         assert isinstance(callbacks.ended[0]["exception"], CallRefusedError)
 
 
-class OpenStreams(PromptCacheEngine):
-    """Counts the streams that hold a slot."""
-
-    open_streams = 0
-
-    def stream(self, *args: Any, **options: Any) -> Any:
-        inner = super().stream(*args, **options)
-
-        def counted() -> Iterator[Any]:
-            self.open_streams += 1
-            try:
-                yield from inner
-            finally:
-                inner.close()
-                self.open_streams -= 1
-
-        return counted()
-
-
-async def eventually(is_true: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
-        while not is_true():
-            await asyncio.sleep(0.01)
-
-
 class TestGivingUp:
     ENDLESS = Grammar.lark("start: /[a-z ]{150,}/")
 
     @pytest.fixture
     def llm(self) -> PromptCacheLLM:
-        return PromptCacheLLM(engine=OpenStreams(load_lm("builtin:tiny-rag")), max_tokens=400)
+        return PromptCacheLLM(engine=Watched(load_lm("builtin:tiny-rag")), max_tokens=400)
 
     @pytest.mark.parametrize("ask", [acomplete, achat])
     async def test_a_cancelled_task_frees_its_slot(self, llm: Any, ask: Ask) -> None:

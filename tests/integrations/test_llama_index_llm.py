@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import copy
-import logging
-import pickle
-import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 from llama_index.core.base.llms.types import (
-    CacheControl,
-    CachePoint,
     ChatMessage,
-    ImageBlock,
     MessageRole,
-    TextBlock,
 )
 from llama_index.core.callbacks import CallbackManager, TokenCountingHandler
 from llama_index.core.schema import Document
@@ -37,7 +29,6 @@ from llama_index_parts import (
 )
 from pcache_core import (
     CausalLM,
-    OptionError,
     Prompt,
     PromptCacheEngine,
     PromptCacheError,
@@ -138,7 +129,7 @@ class TestEveryMethod:
             await ask(llm, tool=[])
         hints = {
             "cache_control": {"type": "ephemeral"}, "prompt_cache_key": "x", "cache_idx": 1,
-            "extra_headers": {"anthropic-beta": "prompt-caching"}, "timeout": 3,
+            "extra_headers": {"anthropic-beta": "prompt-caching"}, "timeout": 300,
         }  # fmt: skip
         assert answer(await ask(llm, **hints)) == answer(await ask(llm))
 
@@ -238,28 +229,8 @@ class TestStreams:
         list(stream)
         assert len(llm.engine.reports) == before + 1
 
-    def test_an_abandoned_stream_leaves_the_llm_usable(self, llm: PromptCacheLLM) -> None:
-        stream = llm.stream_complete(TEXT)
-        next(stream)
-        stream.close()
-        assert str(llm.complete(TEXT)).strip()
-
 
 class TestMessages:
-    def test_cache_points_are_accepted(self, llm: PromptCacheLLM) -> None:
-        point = CachePoint(cache_control=CacheControl(type="ephemeral"))
-        blocks = [TextBlock(text="One."), point, TextBlock(text="Two.")]
-        message = ChatMessage(
-            role="user", blocks=blocks, additional_kwargs={"cache_control": {"type": "ephemeral"}}
-        )
-        llm.chat([message])
-        assert "One.\nTwo." in text_of(llm.engine.reports[-1])
-
-    def test_images_are_refused(self, llm: PromptCacheLLM) -> None:
-        message = ChatMessage(role="user", blocks=[ImageBlock(url="http://localhost/x.png")])
-        with pytest.raises(CallRefusedError, match="ImageBlock.*text only"):
-            llm.chat([message])
-
     def test_the_answers_message_carries_text_only(self, llm: PromptCacheLLM) -> None:
         """What a memory keeps of it is written into later prompts."""
         message = llm.chat(MESSAGES).message
@@ -276,26 +247,6 @@ class TestMessages:
 
 
 class TestOptions:
-    @pytest.mark.parametrize(
-        ("options", "message"),
-        [
-            ({"reuse": "warp"}, "unknown reuse mode 'warp'"),
-            ({"stop": [""]}, "stop strings must be non-empty"),
-            ({"temperature": -1}, "temperature"),
-            ({"max_tokens": 0}, "max_tokens"),
-            ({"max_tokens": "many"}, "max_tokens"),
-            ({"context_window": 0}, "context_window"),
-            ({"store": "nosuch://localhost"}, "can't be a store"),
-            ({"store": "memroy"}, "did you mean 'memory'"),
-            ({"max_token": 5}, "did you mean 'max_tokens'"),
-        ],
-    )
-    def test_a_bad_option_is_refused_at_construction(
-        self, options: dict[str, Any], message: str
-    ) -> None:
-        with pytest.raises(OptionError, match=message):
-            PromptCacheLLM(**options)
-
     def test_options_of_the_object_hold_for_every_call(self, engine: PromptCacheEngine) -> None:
         llm = PromptCacheLLM(engine=engine, max_tokens=2, reuse="off", stop="zzz")
         raw = llm.complete(TEXT).raw
@@ -314,19 +265,6 @@ class TestOptions:
         ours = PromptCacheLLM(engine=engine, max_tokens=6, **hot).complete(TEXT).text
         params = SamplingParams(max_tokens=6, **hot)
         assert ours == engine.generate(Prompt.from_text(TEXT), params, reuse="off").text
-
-    def test_construction_does_not_load_the_model(self) -> None:
-        started = time.perf_counter()
-        llms = [PromptCacheLLM("no/such/model") for _ in range(10)]
-        assert llms[0].to_payload()["model_name"] == "no/such/model"
-        assert time.perf_counter() - started < 1.0
-
-    def test_a_shared_engine_brings_its_own_options(self, engine: PromptCacheEngine) -> None:
-        llm = PromptCacheLLM(engine=engine)
-        assert llm.engine is engine
-        assert (llm.model, llm.reuse) == ("builtin:tiny-rag", engine.reuse)
-        with pytest.raises(OptionError, match="brings its own model, store; leave them out"):
-            PromptCacheLLM("other", engine=engine, store="memory")
 
     def test_metadata_is_true_to_the_model(
         self, engine: PromptCacheEngine, chat_engine: PromptCacheEngine
@@ -378,40 +316,12 @@ class TestDocuments:
         sources = [s.source for s in engine_segments(llm) if s.kind == "document"]
         assert sources == ["memory", "memory"]
 
-    def test_a_single_document_is_refused(self, llm: PromptCacheLLM) -> None:
-        for one in ("text", Document(text="text")):
-            with pytest.raises(OptionError, match="put it in a list"):
-                llm.cache_documents(one)  # type: ignore[arg-type]
-
-    def test_other_things_are_refused(self, llm: PromptCacheLLM) -> None:
-        with pytest.raises(OptionError, match="got int"):
-            llm.cache_documents([3])  # type: ignore[list-item]
-
 
 def engine_segments(llm: PromptCacheLLM) -> Any:
     return llm.engine.reports[-1].segments
 
 
 class TestCopies:
-    def test_deep_copies_share_the_engine(self, llm: PromptCacheLLM) -> None:
-        assert copy.deepcopy(llm).engine is llm.engine
-
-    def test_a_pickle_keeps_the_options_and_leaves_the_weights(
-        self, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        llm = PromptCacheLLM(
-            model="builtin:tiny-rag", max_tokens=3, stop=["x"], namespace="pickled"
-        )
-        assert str(llm.complete(TEXT))
-        with caplog.at_level(logging.WARNING):
-            data = pickle.dumps(llm)
-        assert not caplog.records
-        assert len(data) < 10_000
-        again = pickle.loads(data)
-        assert (again.max_tokens, again.stop, again.namespace) == (3, ["x"], "pickled")
-        assert str(again.complete(TEXT)) == str(llm.complete(TEXT))
-        assert again.engine is llm.engine
-
     def test_a_dictionary_of_it_makes_an_equal_one(self) -> None:
         llm = PromptCacheLLM(
             model="builtin:tiny-rag", max_tokens=3, seed=5, system_prompt="Be brief."

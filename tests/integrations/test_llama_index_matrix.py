@@ -85,7 +85,7 @@ def paint_all(llm: Prompted, found: list[TextNode] | None = None) -> Painted:
     """All prompts that the LLM was given. found: the nodes in them, if not the usual ones."""
     painted = Painted()
     for report in llm.engine.reports:
-        one = paint(report, texts_of(found or FOUND), QUESTIONS, templates=())
+        one = paint(report, texts_of(found or FOUND), QUESTIONS)
         painted.counts += one.counts
         painted.counts["call"] += 1
         painted.wrong += one.wrong

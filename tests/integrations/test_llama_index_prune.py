@@ -332,9 +332,3 @@ def test_in_a_folder_after_a_restart(tmp_path: Path) -> None:
     assert second.prune(index).dropped == 0  # it was told of nothing yet
     second.cache_documents(nodes(), progress=False)
     assert second.prune(index).states == 2 * 2
-
-
-def test_one_document_in_place_of_a_list_is_refused(llm: PromptCacheLLM) -> None:
-    for one in (nodes()[0], NodeWithScore(node=nodes()[0]), "text", 3):
-        with pytest.raises(OptionError, match="put it in a list"):
-            llm.cache_documents(one)  # type: ignore[arg-type]

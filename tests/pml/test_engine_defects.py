@@ -162,30 +162,9 @@ def test_a_short_document_is_not_doubled_by_the_slots_limit(llama: CausalLM) -> 
     assert "".join(part.text for part in engine.prefill(prompt).report.segments) == prompt.text
 
 
-def test_text_between_modules_is_read(llama: CausalLM) -> None:
-    engine = new_engine(llama)
-    with_text, without = pml(A, " but not at all ", C), pml(A, C)
-    assert error(logits(engine, with_text), expected("llama", with_text)) < TOLERANCE
-    assert error(logits(engine, with_text), logits(engine, without)) > VISIBLE_DIFFERENCE
-
-
 def test_a_prompt_of_modules_alone_is_run(llama: CausalLM) -> None:
     prompt = '<prompt schema="s"><a/><c/></prompt>'
     assert error(logits(new_engine(llama), prompt), expected("llama", prompt)) < TOLERANCE
-
-
-@pytest.mark.parametrize("positions", ["schema", "compact"])
-def test_generated_tokens_skip_no_position(llama: CausalLM, positions: str) -> None:
-    engine = new_engine(llama)
-    prompt = engine.prompt_from_pml(pml(A, C), positions=positions)  # type: ignore[arg-type]
-    tokens = engine.tokenise(prompt)
-    generation = engine.generate(prompt, SamplingParams(max_tokens=6))
-    used = left_by(engine).positions
-    count = len(generation.token_ids) - 1  # the last one is not read again
-    assert used[len(tokens.positions) :] == list(range(tokens.end, tokens.end + count))
-    assert left_by(engine).buffers.positions[: len(used)].tolist() == used
-    if positions == "compact":
-        assert used == list(range(len(used)))  # they don't grow with the schema
 
 
 @pytest.mark.parametrize("model", ["llama", "gptj", "gpt2"])

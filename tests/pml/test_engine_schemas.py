@@ -208,6 +208,18 @@ def test_a_unit_whose_gaps_pass_the_context_is_computed_in_compact_prompts(
         engine.encode_schema("s", progress=False)
 
 
+def test_a_schema_with_a_module_that_is_too_long_is_refused_before_any_work(
+    engine: PromptCacheEngine,
+) -> None:
+    engine.add_schema(
+        "<schema name='s'>You are a kind helper of all people, old and young.<module name='m'>Be "
+        "kind to <param name='x' len='600'/> all of them.</module></schema>"
+    )
+    with pytest.raises(ContextLengthError):
+        engine.encode_schema("s", progress=False)
+    assert engine.stats().encoded_tokens == 0
+
+
 def test_a_prompt_laid_out_for_another_model_is_refused(
     engine: PromptCacheEngine, tiny_lm: Callable[..., CausalLM]
 ) -> None:

@@ -5,8 +5,6 @@ One test a defect; those of attention states and stores are tested where states 
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from pcache_core.pml import PMLError, SchemaLayout, parse_prompt, parse_schema, place, resolve
@@ -65,10 +63,6 @@ def test_text_between_modules_is_kept_and_so_is_every_text_behind() -> None:
     assert read(AB, "<a/>one <b/>two") == "alpha one beta two"
 
 
-def test_a_prompt_of_modules_alone_is_a_prompt() -> None:
-    assert read(AB, "<a/>") == "alpha "
-
-
 def test_an_empty_prompt_is_an_error_not_a_crash() -> None:
     with pytest.raises(PMLError, match="the prompt is empty"):
         read(AB, "")
@@ -93,47 +87,11 @@ def test_the_papers_param_len_is_read() -> None:
     )
 
 
-def test_comments_are_not_text() -> None:
-    layout = laid_out("one<!-- <module name='no'/> --> two<module name='m'>m<!-- c --></module>")
-    assert read(layout, "<!-- c --><m/><!-- d -->!") == "one twom!"
-
-
-def test_unknown_tags_are_an_error_at_their_line() -> None:
-    with pytest.raises(PMLError, match="did you mean 'param'") as caught:
-        parse_schema("<schema name='s'>\n<parm name='x' len='3'/></schema>")
-    assert caught.value.line == 2
-
-
-def test_cache_false_is_heeded() -> None:
-    layout = laid_out("<module name='m' cache='false'>m</module><module name='n'>n</module>")
-    assert [module.cached for module in layout.modules()] == [False, True]
-
-
-def test_two_modules_of_a_union_and_a_module_twice_are_errors() -> None:
-    layout = laid_out("<union><module name='a'>x y z</module><module name='b'>w</module></union>")
-    for uses, says in (("<a/><b/>", "of one union"), ("<a/><a/>", "used already")):
-        with pytest.raises(PMLError, match=says):
-            read(layout, uses)
-
-
 def test_what_an_argument_leaves_over_is_a_gap_without_filler_tokens() -> None:
     layout = laid_out("<module name='m'><param name='x' len='5'/>end</module>")
     resolution = resolve(layout, parse_prompt("<prompt schema='s'><m x='Rome'/></prompt>"))
     assert resolution.token_ids == tuple(tokens("Rome") + tokens("end"))
     assert resolution.position_ids == (0, 5)
-
-
-def test_src_reads_no_file_unless_it_is_allowed(tmp_path: Path) -> None:
-    (tmp_path / "f.txt").write_text("secret", "utf-8")
-    for name in (tmp_path / "f.txt", "f.txt"):
-        with pytest.raises(PMLError, match="src= is off"):
-            parse_schema(f"<schema name='s'><module name='m' src='{name}'/></schema>")
-
-
-@pytest.mark.parametrize("inside", ["a < b", "R&D", "<module name='m'>", "<b>bold", "a</module>"])
-def test_malformed_xml_is_an_error_not_an_altered_prompt(inside: str) -> None:
-    with pytest.raises(PMLError, match="not well-formed"):
-        parse_schema(f"<schema name='s'>{inside}</schema>")
 
 
 def test_text_can_not_forge_a_message() -> None:

@@ -16,39 +16,6 @@ from pcache_core import CausalLM, DiskStore, Prompt, PromptCacheEngine, Segment
 
 ROOT = Path(__file__).parents[1]
 
-KILLED = """
-import json, os, random, signal, sys, time
-import torch
-torch.set_num_threads(1)
-from pcache_core import DiskStore
-from stored_states import make, same
-
-folder, rounds = sys.argv[1], int(sys.argv[2])
-pairs = [make(n, copies=400) for n in range(24)]
-chance = random.Random(0)
-cut_off = whole = damaged = 0
-for _ in range(rounds):
-    child = os.fork()
-    if child == 0:
-        store = DiskStore(folder, budget_bytes=10**7)
-        while True:
-            for key, state in chance.sample(pairs, len(pairs)):
-                store.put(key, state)
-    time.sleep(chance.uniform(0.002, 0.03))
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    chance.random()
-    store = DiskStore(folder)
-    for key, state in pairs:
-        hit = store.get(key)
-        whole += hit is not None
-        damaged += hit is not None and not same(hit.state, state)
-    damaged += store.stats().damaged
-    names = [name for _, _, names in os.walk(folder) for name in names]
-    cut_off = sum(name.endswith(".tmp") for name in names)
-print(json.dumps({"killed": rounds, "cut_off": cut_off, "whole": whole, "damaged": damaged}))
-"""
-
 KILLED_ENGINES = """
 import json, os, random, signal, sys, time
 import torch
@@ -68,7 +35,12 @@ prompts = [
 ]
 right = [PromptCacheEngine(lm, MemoryStore(), "fast").prefill(p).logits for p in prompts]
 answered = wrong = damaged = cut_off = from_disk = 0
+
+def unfinished():
+    return {name for _, _, names in os.walk(folder) for name in names if name.endswith(".tmp")}
+
 for prompt, expected in zip(prompts, right):
+    before, until = unfinished(), time.monotonic() + 5
     child = os.fork()
     if child == 0:
         while True:
@@ -79,10 +51,11 @@ for prompt, expected in zip(prompts, right):
                 for file in os.listdir(os.path.join(folder, name)):
                     os.unlink(os.path.join(folder, name, file))
     time.sleep(chance.uniform(0.005, 0.06))
+    while answered % 2 and not unfinished() - before and time.monotonic() < until:
+        pass  # every other one is killed while it writes, however busy the machine is
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    names = [name for _, _, names in os.walk(folder) for name in names]
-    cut_off += sum(name.endswith(".tmp") for name in names) > 0
+    cut_off += bool(unfinished() - before)
     store = DiskStore(folder)
     prefill = PromptCacheEngine(lm, store, "fast").prefill(prompt)
     answered += 1
@@ -140,16 +113,6 @@ def finish(process: subprocess.Popen[str], line: str = "") -> dict[str, Any]:
     assert process.returncode == 0
     result: dict[str, Any] = json.loads(output.splitlines()[-1])
     return result
-
-
-def test_a_hundred_killed_writers_leave_no_partial_file_under_a_final_name(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    counts = finish(start(KILLED, str(tmp_path), "100"))
-    print(counts)
-    assert counts["damaged"] == 0
-    assert counts["cut_off"] > 10, "too few were killed while they wrote"
-    assert counts["whole"] > 100
 
 
 def test_a_hundred_killed_engines_cost_no_answer(

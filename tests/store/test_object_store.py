@@ -13,11 +13,10 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from pcache_core import MemoryStore, OptionError, TieredStore
-from pcache_core.store import ModuleStore
+from pcache_core import OptionError
 from pcache_core.store import object as object_store
 from pcache_core.store.object import ObjectStore
-from stored_states import make, same
+from stored_states import make
 
 LARGE = make(1, 2, copies=4_000)  # more than one read
 
@@ -41,41 +40,6 @@ def rewrite(url: str, content: bytes) -> None:
 
 
 @pytest.mark.parametrize("pair", [make(1, 2), LARGE], ids=["small", "large"])
-def test_a_state_comes_back_bit_by_bit_in_another_store_object(url: str, pair: Any) -> None:
-    key, state = pair
-    store = ObjectStore(url)
-    assert isinstance(store, ModuleStore)
-    assert store.get(key) is None
-    assert not store.contains(key)
-    assert store.put(key, state)
-    assert len(objects(url)) == 1
-    again = ObjectStore(url)
-    assert again.contains(key)
-    hit = again.get(key)
-    assert hit is not None
-    assert hit.tier == "remote"
-    assert same(hit.state, state)
-    store.delete(key)
-    store.delete(key)
-    assert store.get(key) is None
-    assert objects(url) == []
-    assert store.stats().failures == 0
-
-
-def test_several_states_come_in_order(url: str) -> None:
-    store = ObjectStore(url)
-    pairs = [make(n, n) for n in range(5)]
-    for key, state in pairs[::2]:
-        store.put(key, state)
-    hits = store.get_many([key for key, _ in pairs])
-    assert [hit is not None for hit in hits] == [True, False, True, False, True]
-    for hit, (_, state) in zip(hits[::2], pairs[::2], strict=True):
-        assert hit is not None
-        assert same(hit.state, state)
-    assert store.get_many([]) == []
-
-
-@pytest.mark.parametrize("pair", [make(1, 2), LARGE], ids=["small", "large"])
 def test_damage_is_a_miss_and_goes(url: str, pair: Any) -> None:
     key, state = pair
     store = ObjectStore(url)
@@ -92,19 +56,6 @@ def test_damage_is_a_miss_and_goes(url: str, pair: Any) -> None:
         assert store.put(key, state)
         assert store.get(key) is not None
     assert store.stats().damaged == len(cases)
-
-
-def test_another_keys_object_under_the_right_name_is_a_miss(url: str) -> None:
-    store = ObjectStore(url)
-    (key, state), (other, other_state) = make(1, 2), make(1, 3)
-    store.put(other, other_state)
-    files, _ = fsspec.core.url_to_fs(url)
-    foreign = files.cat_file(objects(url)[0])
-    store.delete(other)
-    store.put(key, state)
-    rewrite(url, foreign)
-    assert store.get(key) is None
-    assert not store.contains(key)
 
 
 class Failing(MemoryFileSystem):
@@ -147,15 +98,6 @@ def test_an_outage_is_a_miss_said_once_and_leaves_nothing_half_written(
     assert store.get(make(1, 1)[0]) is not None
     assert store.put(key, state)
     assert sum(r.levelno >= logging.WARNING for r in caplog.records) == 1
-
-
-def test_it_is_a_tier(url: str) -> None:
-    key, state = make(1, 2)
-    store = TieredStore([MemoryStore(), ObjectStore(url)])
-    store.put(key, state)
-    store.close()
-    fresh = TieredStore([MemoryStore(), ObjectStore(url)])
-    assert [hit.tier for hit in (fresh.get(key), fresh.get(key)) if hit] == ["remote", "memory"]
 
 
 @pytest.mark.parametrize("bad", ["states", "nosuch://x", None])

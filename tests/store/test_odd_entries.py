@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import shutil
 import socket
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,22 +17,9 @@ from typer.testing import CliRunner
 from pcache_core import CausalLM, DiskStore, PromptCacheEngine
 from pcache_core.store.inspect import Selection, clear_states, stored_states
 from pcache_integrations.cli.commands import app
-from stored_states import make, same
+from stored_states import as_nobody, holds, make
 
 T = TypeVar("T")
-
-
-@contextlib.contextmanager
-def as_nobody() -> Iterator[None]:
-    """Without the superuser's right to read everything."""
-    if os.geteuid() != 0:
-        yield
-        return
-    os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
 
 
 BEES = "Ann keeps bees in Oslo."
@@ -139,9 +123,7 @@ def test_what_stands_in_a_states_place_is_a_miss_and_goes(
         assert not within(10, lambda: store.put(key, state)), "somebody's files are not ours"
         return
     assert within(10, lambda: store.put(key, state))
-    hit = store.get(key)
-    assert hit is not None
-    assert same(hit.state, state)
+    assert holds(store, key, state)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -167,32 +149,28 @@ def test_the_budget_is_kept_beside_an_odd_entry(
 
 
 @pytest.mark.parametrize("what", ["file", "shard"])
-def test_what_may_not_be_read_is_named_and_the_rest_goes_on(lm: CausalLM, what: str) -> None:
-    folder = Path(tempfile.mkdtemp())
-    if os.geteuid() == 0:
-        os.chown(folder, 65534, 65534)
+def test_what_may_not_be_read_is_named_and_the_rest_goes_on(
+    lm: CausalLM, nobodys_folder: Path, what: str
+) -> None:
     closed, state = make(1, 2)
-    try:
-        with as_nobody():
-            store = DiskStore(folder, budget_bytes=10**6)
-            engine = PromptCacheEngine(lm, store)
-            engine.encode([BEES], progress=False)
-            assert store.put(closed, state)
-            path = folder / closed.digest[:2] / f"{closed.digest}.safetensors"
-            path = path if what == "file" else path.parent
-            path.chmod(0)
-            listed = list(stored_states(folder))
-            assert [s.trouble for s in listed if s.path == path] == [
-                "it can't be read: Permission denied"
-            ]
-            assert engine.forget([BEES]).states == 1
-            other = make(5, 6)
-            assert store.put(*other)
-            assert store.contains(other[0])
-            assert store.get(closed) is None
-            path.chmod(0o700)
-    finally:
-        shutil.rmtree(folder)
+    with as_nobody():
+        store = DiskStore(nobodys_folder, budget_bytes=10**6)
+        engine = PromptCacheEngine(lm, store)
+        engine.encode([BEES], progress=False)
+        assert store.put(closed, state)
+        path = nobodys_folder / closed.digest[:2] / f"{closed.digest}.safetensors"
+        path = path if what == "file" else path.parent
+        path.chmod(0)
+        listed = list(stored_states(nobodys_folder))
+        assert [s.trouble for s in listed if s.path == path] == [
+            "it can't be read: Permission denied"
+        ]
+        assert engine.forget([BEES]).states == 1
+        other = make(5, 6)
+        assert store.put(*other)
+        assert store.contains(other[0])
+        assert store.get(closed) is None
+        path.chmod(0o700)
 
 
 def test_the_command_line_names_them_and_goes_on(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pcache_core import DiskStore, StateMismatchError
-from pcache_core.kv.buffers import KVBuffers
+from pcache_core.kv.sequence import KVBuffers
 from pcache_core.kv.state import KVState
 from pcache_core.lm import place
 from pcache_core.lm.relocation import Rotation

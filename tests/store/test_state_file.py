@@ -3,6 +3,7 @@ was altered, cut, forged or meant for another key."""
 
 from __future__ import annotations
 
+import io
 import json
 import struct
 import time
@@ -30,8 +31,7 @@ def stored(key: ModuleKey, state: KVState, seal: Seal = PLAIN, storage: str = "a
 
 
 def load(content: bytes, key: ModuleKey, seal: Seal = PLAIN) -> KVState:
-    raw = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-    return serde.decode(raw, key, seal)
+    return serde.SealedState(lambda: io.BytesIO(content), key, seal).whole()
 
 
 def forged(content: bytes, change: Any) -> bytes:

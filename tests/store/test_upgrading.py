@@ -22,7 +22,7 @@ from pcache_core.store.inspect import Selection, clear_states, stored_states
 from pcache_core.store.object import ObjectStore
 from pcache_core.store.redis import RedisStore
 from redis_server import Server
-from stored_states import make, same
+from stored_states import holds, make, same
 
 FORMATS = Path(__file__).parent / "formats"
 
@@ -155,9 +155,7 @@ def is_replaced(store: ModuleStore) -> None:
     assert (store.stats().damaged, store.stats().hits) == (1, 0)
     assert not store.contains(key)
     assert store.put(key, state)
-    hit = store.get(key)
-    assert hit is not None
-    assert same(hit.state, state)
+    assert holds(store, key, state)
 
 
 def test_looking_lists_states_of_another_version_and_clearing_removes_them(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ ALONE = (
     "pcache_core.metrics.register",
     "pcache_core.store.object.ObjectStore",
     "pcache_core.store.redis.RedisStore",
-    "pcache_core.totals.EngineStats",
+    "pcache_core.base_engine.EngineStats",
 )
 # Said of a symbol whose own annotation is complete and names one that is not.
 _OF_ANOTHER = "is partially unknown"

@@ -40,11 +40,10 @@ from pcache_core import (
     Tool,
     ToolFormat,
 )
-from pcache_core.base_engine import Engine
+from pcache_core.base_engine import Engine, EngineStats
 from pcache_core.store import Hit, StoreStats
 from pcache_core.store.object import ObjectStore
 from pcache_core.store.redis import RedisStore
-from pcache_core.totals import EngineStats
 from pcache_integrations.langchain import ChatPromptCache, track
 from pcache_integrations.langchain import PromptCacheLLM as LangChainLLM
 from pcache_integrations.llama_index import PromptCacheLLM as LlamaIndexLLM

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from pcache_core import (
 )
 from pcache_core.errors import (
     DeadlineExceededError,
+    ModelError,
     OptionError,
     PromptCacheError,
     PromptError,
@@ -33,8 +35,9 @@ from pcache_core.kv.key import KeySpace
 from pcache_core.library.preamble import PreambleIds
 from pcache_core.lm import TextModel
 from pcache_core.params import ReuseMode
+from pcache_core.prompt import tokenise
 from pcache_core.store.inspect import stored_states
-from pcache_core.tokens import tokenise
+from pcache_integrations._engines import engine_options
 from pcache_integrations.langchain import PromptCacheLLM as LangChainLLM
 from pcache_integrations.llama_index import PromptCacheLLM as LlamaIndexLLM
 from pcache_integrations.vllm.client import Address, RemoteEngine
@@ -61,12 +64,15 @@ class _PlainServer(ThreadingHTTPServer):
     """An OpenAI-compatible server; answers with one word.
 
     says: the parameters of its answers; None for a server that knows nothing of prompt caches.
+    cached: how many of a prompt's tokens it says it had. streams: in place of its events.
     """
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.waits_s = 0.0
         self.most = 64
+        self.cached = 0
+        self.streams: str | None = None
         self.says: dict[str, Any] | None = None
         self.bodies: list[dict[str, Any]] = []
 
@@ -84,14 +90,18 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.bodies.append(body)
         time.sleep(self.server.waits_s)
         choice = {"index": 0, "text": "word", "finish_reason": "stop", "token_ids": [5]}
-        usage = {"prompt_tokens": len(body["prompt"]), "completion_tokens": 1}
+        usage = {
+            "prompt_tokens": len(body["prompt"]),
+            "completion_tokens": 1,
+            "prompt_tokens_details": {"cached_tokens": self.server.cached},
+        }
         if not body.get("stream"):
             answer = {"choices": [choice], "usage": usage, "kv_transfer_params": self.server.says}
             self._send(json.dumps(answer))
             return
         events = [{"choices": [choice]}, {"choices": [], "usage": usage}]
         lines = [f"data: {json.dumps(event)}\n\n" for event in events]
-        self._send("".join([*lines, "data: [DONE]\n\n"]))
+        self._send(self.server.streams or "".join([*lines, "data: [DONE]\n\n"]))
 
     def log_message(self, *args: object) -> None:
         pass
@@ -136,13 +146,18 @@ def test_a_server_without_the_connector_gets_plain_prompts(plain: _PlainServer) 
 
 
 def test_a_shared_engine_brings_its_server(plain: _PlainServer) -> None:
-    engine = RemoteEngine(Address(f"http://127.0.0.1:{plain.server_port}"), "builtin:tiny-rag")
-    for model in (LangChainLLM(engine=engine), LlamaIndexLLM(engine=engine)):
+    address = Address(f"http://127.0.0.1:{plain.server_port}", "key", 5.0, max_retries=1)
+    engine = RemoteEngine(address, "builtin:tiny-rag")
+    for kind in (LangChainLLM, LlamaIndexLLM):
+        model = kind(engine=engine)
         assert model.engine is engine
-        assert (model.model, model.base_url) == ("builtin:tiny-rag", engine.address.base_url)
+        assert model.model == "builtin:tiny-rag"
+        assert engine_options(model).server == address
         assert model.preamble == engine.preamble
-    with pytest.raises(OptionError, match="brings its own base_url"):
-        LangChainLLM(engine=engine, base_url="http://localhost:1")
+        given = {"base_url": "http://localhost:1", "api_key": "x", "timeout": 9, "max_retries": 3}
+        for name, value in given.items():
+            with pytest.raises(OptionError, match=f"brings its own {name}; leave it out"):
+                kind(engine=engine, **{name: value})
 
 
 def test_a_language_model_gives_its_preamble_to_the_engine(plain: _PlainServer) -> None:
@@ -161,6 +176,14 @@ async def test_an_answer_that_takes_too_long_is_given_up(plain: _PlainServer) ->
         engine.generate(prompt, late)
     with pytest.raises(DeadlineExceededError, match=r"timeout_s=0\.2"):
         await engine.agenerate(prompt, late)
+
+
+@pytest.mark.parametrize("event", ['{"choices": [', "[1, 2]", "null"])
+def test_what_is_no_event_is_said(plain: _PlainServer, event: str) -> None:
+    engine = RemoteEngine(Address(f"http://127.0.0.1:{plain.server_port}"), "builtin:tiny-rag")
+    plain.streams = f"data: {event}\n\n"
+    with pytest.raises(ModelError, match=re.escape(f"sent {event!r} in mid-answer")):
+        engine.generate(Prompt.from_text("Who?"))
 
 
 def test_an_answer_never_asks_for_more_than_the_context_holds(plain: _PlainServer) -> None:
@@ -287,6 +310,18 @@ def test_a_server_of_the_same_preambles_is_asked_for_states_and_to_keep_them(
         assert (tuple(prompt[:start]), end) == (ids[name], len(prompt))
 
 
+def test_what_was_used_and_then_lost_is_asked_for_again(
+    plain: _PlainServer, tiny: CausalLM
+) -> None:
+    plain.says, plain.most = connector(tiny, preambles_of(tiny)), 2048
+    address = Address(f"http://127.0.0.1:{plain.server_port}")
+    engine = RemoteEngine(address, "builtin:tiny-rag", reuse="fast")
+    for plain.cached, kept in ((1000, 0), (0, 5), (0, 5)):
+        engine.generate(rag_prompt((0, 1)), SamplingParams(max_tokens=4))
+        engine.flush()
+        assert len([body for body in plain.bodies if SAVE in str(body)]) == kept
+
+
 @pytest.mark.parametrize("other", ["preamble", "version"])
 def test_a_server_of_other_preambles_or_version_gives_no_states_and_one_warning(
     plain: _PlainServer, tiny: CausalLM, caplog: pytest.LogCaptureFixture, other: str
@@ -378,13 +413,38 @@ def test_a_served_engine_refuses_what_one_in_process_does(
     assert len(plain.bodies) == 0
 
 
-def test_prompts_of_a_schema_need_a_model_in_process(plain: _PlainServer, tiny: CausalLM) -> None:
+def test_prompts_of_a_schema_stand_without_gaps_which_is_said(
+    plain: _PlainServer, tiny: CausalLM
+) -> None:
     here = PromptCacheEngine(tiny)
-    here.add_schema('<schema name="trip"><module name="plan">Go by train.</module></schema>')
-    prompt = here.prompt_from_pml('<prompt schema="trip"><plan/>When?</prompt>')
+    plan = "<module name='a'>Go by train.</module><module name='b'>Go by boat to the isle.</module>"
+    here.add_schema(f'<schema name="trip">{plan}</schema>')
+    whole, far = (
+        here.prompt_from_pml(f'<prompt schema="trip">{used}When?</prompt>')
+        for used in ("<a/><b/>", "<b/>")
+    )
     there = RemoteEngine(Address(f"http://127.0.0.1:{plain.server_port}"), "builtin:tiny-rag")
-    with pytest.raises(PromptError, match="schema need a model in this process"):
-        there.generate(prompt)
+    with pytest.raises(PromptError, match="laid out for another model than the server says"):
+        there.generate(far)
+    plain.says = connector(tiny, preambles_of(tiny))
+    there = RemoteEngine(there.address, "builtin:tiny-rag", reuse="fast")
+    for prompt, has_gaps in ((whole, False), (far, True)):
+        report = there.generate(prompt).report
+        (*_, asked) = (body["prompt"] for body in plain.bodies if body.get("stream"))
+        assert asked == list(here.tokenise(prompt).token_ids)
+        assert ("without the gaps" in str(report.fallback_reason)) == has_gaps
+        assert report.reuse == "fast"
+
+
+@pytest.mark.parametrize("mode", ["off", "exact", "fast", "balanced"])
+def test_sources_that_a_server_can_not_name_are_named_as_lost(
+    plain: _PlainServer, tiny: CausalLM, mode: ReuseMode
+) -> None:
+    plain.says = connector(tiny, preambles_of(tiny))
+    engine = RemoteEngine(Address(f"http://127.0.0.1:{plain.server_port}"), "builtin:tiny-rag")
+    report = engine.generate(Prompt.from_text("Who?"), SamplingParams(sources=True), mode).report
+    assert "answers name no sources" in str(report.fallback_reason)
+    assert ("repairs nothing" in str(report.fallback_reason)) == (mode == "balanced")
 
 
 def test_something_else_than_a_preamble_is_refused(plain: _PlainServer) -> None:

@@ -7,19 +7,22 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
+import gguf_models
 import tiny_models
-from pcache_core import CausalLM
+from pcache_core import CausalLM, Segment
 from pcache_core.errors import ModelError, OptionError
 from pcache_integrations.cli import app
 from pcache_integrations.vllm.model_card import ModelCard
 
 
 def serve(*options: str) -> list[str]:
-    result = CliRunner().invoke(app, ["serve", *options])
+    result = CliRunner().invoke(app, ["serve", "--model", "builtin:tiny-rag", *options])
     if result.exception is not None:
         raise result.exception
+    assert "Writing" not in result.stderr  # no bar where there is no terminal
     return shlex.split(result.stdout)
 
 
@@ -55,6 +58,34 @@ def test_a_preamble_of_a_file_goes_to_the_connector(tmp_path: Path) -> None:
     file.write_text('["Look here."]')
     with pytest.raises(OptionError, match=r"preamble.json holds no preamble: .*; write"):
         serve("--store", str(tmp_path), "--preamble", str(file))
+
+
+def test_a_gguf_file_is_written_once_as_a_folder_of_the_same_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    file = gguf_models.write(gguf_models.build("qwen2"), tmp_path / "model.gguf")
+    written = []
+    for _ in range(2):
+        command = serve("--store", str(tmp_path), "--model", str(file), "--dtype", "float32")
+        options = dict(zip(command, command[1:], strict=False))
+        weights = Path(options["--model"]) / "model.safetensors"
+        written.append((weights, weights.stat().st_mtime_ns))
+    assert written[0] == written[1]
+    packed = CausalLM.from_pretrained(str(file), dtype="float32")
+    plain = CausalLM.from_pretrained(options["--model"], dtype="float32")
+    transfer = json.loads(options["--kv-transfer-config"])["kv_connector_extra_config"]
+    assert transfer["model_card"]["model"] == packed.fingerprint
+    assert options["--served-model-name"] == str(file)
+    text = packed.text.apply_chat_template([{"role": "user", "content": "Who?"}])
+    markup = Segment(text, "literal")
+    assert plain.text.ids(markup) == packed.text.ids(markup)
+    ids = torch.tensor([packed.text.ids(markup)])
+    assert torch.equal(plain.model(ids).logits, packed.model(ids).logits)
+    assert plain.text.bos_ids == packed.text.bos_ids
+    for name in ("end_ids", "context_length"):
+        assert getattr(plain, name) == getattr(packed, name)
+    assert list(Path(options["--model"]).parent.iterdir()) == [Path(options["--model"])]
 
 
 def test_memory_is_no_store_of_another_process() -> None:

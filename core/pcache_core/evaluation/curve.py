@@ -1,4 +1,4 @@
-"""Accuracy and time to first token against the share of reused tokens that are repaired."""
+"""Divergence and time to first token against how many reused tokens are computed again."""
 
 from __future__ import annotations
 

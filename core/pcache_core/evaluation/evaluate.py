@@ -17,8 +17,7 @@ from pcache_core.evaluation.prompts import Fitted, Layout, fit
 from pcache_core.evaluation.run import BASELINE, Conditions, Outcomes, Way, measure
 from pcache_core.evaluation.table import Evaluation, summarise
 from pcache_core.lm import CausalLM
-from pcache_core.params import REUSE_MODES, ReuseMode, SamplingParams
-from pcache_core.store.record import StorageDtype
+from pcache_core.params import REUSE_MODES, ReuseMode, SamplingParams, StorageDtype
 
 ANSWER_TOKENS = 32
 
@@ -76,7 +75,7 @@ def evaluate(  # noqa: PLR0913 (each is an option of the command)
 def _ask(
     lm: CausalLM, fitted: Sequence[Fitted], ways: Sequence[Way], conditions: Conditions
 ) -> list[Outcomes]:
-    """Return all questions in every way, or those until an interrupt."""
+    """Ask all questions in every way, or those until an interrupt."""
     outcomes: list[Outcomes] = []
     with tqdm(
         desc="answers",

@@ -21,10 +21,9 @@ import torch
 from pcache_core.engine import PromptCacheEngine
 from pcache_core.evaluation.prompts import Fitted
 from pcache_core.lm import CausalLM
-from pcache_core.params import ReuseMode, SamplingParams
+from pcache_core.params import ReuseMode, SamplingParams, StorageDtype
 from pcache_core.report import Report
 from pcache_core.store import DiskStore, MemoryStore, ModuleStore
-from pcache_core.store.record import StorageDtype
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,17 +1,16 @@
-"""Identity of a state: a digest of everything it is a function of."""
+"""What a state is made from, which rows it fills, and its name: a digest of all it depends on."""
 
 from __future__ import annotations
 
 import hashlib
-import re
 import struct
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from pcache_core.errors import OptionError
+from pcache_core.params import check_namespace
+from pcache_core.prompt import Passage
 
 FORMAT_VERSION = 2
-_NAMESPACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 def digest(fields: Iterable[bytes]) -> str:
@@ -45,11 +44,7 @@ class KeySpace:
     decode: Callable[[Sequence[int]], str] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.namespace, str) or not _NAMESPACE.fullmatch(self.namespace):
-            raise OptionError(
-                f"namespace {self.namespace!r} is not valid; use 1 to 64 letters, digits, "
-                "'.', '_' or '-', starting with a letter or digit"
-            )
+        check_namespace(self.namespace)
 
     def key(
         self,
@@ -98,3 +93,63 @@ class ModuleKey:
     space: KeySpace | None = field(default=None, compare=False, repr=False)
     preamble_ids: tuple[int, ...] = field(default=(), compare=False, repr=False)
     position: int | None = field(default=None, compare=False, repr=False)
+
+
+RowRange = tuple[int, int]
+"""Rows `start … stop`."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleTokens:
+    """A passage to encode: the tokens that it is encoded after, and its first token's position."""
+
+    passage: Passage
+    preamble_ids: tuple[int, ...]
+    position: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens to run through the model, those included that only stand in for others."""
+        return len(self.passage.token_ids)
+
+    @property
+    def end(self) -> int:
+        """One after the last position."""
+        return self.position + self.passage.extent
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedState:
+    """Rows of a prompt that one state fills.
+
+    module: what the state is encoded from. key: names it in the store.
+    runs: row ranges, in the order of the state's tokens. positions: of each run's first row; those
+        of a run have no gap.
+    is_opening: it is the prompt's constant opening, an exact prefix that is encoded after nothing.
+    """
+
+    module: ModuleTokens
+    key: ModuleKey
+    runs: tuple[RowRange, ...]
+    positions: tuple[int, ...]
+    is_opening: bool = False
+
+    @property
+    def start(self) -> int:
+        """The first row."""
+        return min(start for start, _ in self.runs)
+
+    @property
+    def position(self) -> int:
+        """Where the state's first token stands in the prompt."""
+        return self.positions[0]
+
+    @property
+    def stop(self) -> int:
+        """One after the last row; other rows may lie between."""
+        return max(stop for _, stop in self.runs)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that the state fills."""
+        return sum(stop - start for start, stop in self.runs)

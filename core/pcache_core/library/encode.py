@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from pcache_core.kv.buffers import KVBuffers
-from pcache_core.kv.planned import ModuleTokens, RowRange
+from pcache_core.kv.key import ModuleTokens, RowRange
+from pcache_core.kv.sequence import KVBuffers
 from pcache_core.kv.state import KVState
 from pcache_core.lm import Batch, CausalLM, Span, place
 
@@ -46,7 +46,7 @@ def _batches(lm: CausalLM, modules: Sequence[ModuleTokens]) -> Iterator[list[Mod
 def _encode_batch(
     lm: CausalLM, preamble: Sequence[KVState], modules: Sequence[ModuleTokens]
 ) -> list[KVState]:
-    """Return one forward: the buffers hold the preamble, then the modules one after another."""
+    """Encode in one forward: the buffers hold the preamble, then module after module."""
     before = sum(part.num_tokens for part in preamble)
     buffers = lm.new_buffers(before + sum(module.num_tokens for module in modules))
     for part in preamble:
@@ -72,7 +72,7 @@ def _state(buffers: KVBuffers, start: int, module: ModuleTokens) -> KVState:
     passage = module.passage
     rows = [start + index for index in passage.kept]
     first = passage.positions(module.position)[passage.kept[0]]
-    return buffers.state_of(rows, passage.kept_ids, first)
+    return buffers.state(rows, passage.kept_ids, first)
 
 
 def _visible(preamble_tokens: int, own: RowRange) -> tuple[RowRange, ...]:

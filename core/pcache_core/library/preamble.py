@@ -14,11 +14,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pcache_core.errors import ChatTemplateError, OptionError
-from pcache_core.lm.tokenizer import SegmentTokenizer
 from pcache_core.prompt import Segment
+
+if TYPE_CHECKING:
+    from pcache_core.lm.tokenizer import SegmentTokenizer
 
 _INSTRUCTION = "Use the following documents to answer the question."
 _SEPARATOR = "\n\n"

@@ -5,17 +5,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar
 from weakref import WeakValueDictionary
 
 from pcache_core.errors import StateMismatchError
-from pcache_core.kv.buffers import Loan
-from pcache_core.kv.key import KeySpace, ModuleKey
-from pcache_core.kv.planned import ModuleTokens, PlannedState
-from pcache_core.kv.sequence import KVSequence
+from pcache_core.kv.key import KeySpace, ModuleKey, ModuleTokens, PlannedState
+from pcache_core.kv.sequence import KVSequence, Loan
 from pcache_core.kv.state import KVState, StateSource
 from pcache_core.library.encode import encode_modules
 from pcache_core.library.preamble import Preamble, PreambleIds
@@ -23,23 +20,13 @@ from pcache_core.lm import CausalLM, place
 from pcache_core.prompt import Passage
 from pcache_core.report import Source
 from pcache_core.store import ModuleStore, Opened, open_many
+from pcache_core.store.base import ms_since
 from pcache_core.store.inspect import find_stored
 from pcache_core.threads import Flag, renew_in_child
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
-
 _FEWEST_LENT_TOKENS = 16
-
-
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """How much a library encoded since it was made."""
-
-    tokens: int = 0
-    elapsed_ms: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +66,7 @@ class ModuleLibrary:
     ) -> None:
         self.lm = lm
         self.preambles = PreambleIds(lm.text, lm.context_length, preamble)
-        self.encoded = Encoded()
+        self.encoded_tokens, self.encode_ms = 0, 0.0  # since it was made
         self._store = store
         self.renew()
         renew_in_child(self)
@@ -182,13 +169,13 @@ class ModuleLibrary:
             if not self._read(planned, stored, sequence, in_memory):
                 del found[planned.key]
         missing = {s.key: s.module for s in states if s.key not in found}
-        for key, state, source in self.encode(missing):
+        for key, state, source in self.encode(missing) if missing else ():
             in_memory[key.digest] = state
             sources[key.digest] = source
-        load_ms = _ms_since(started)
+        load_ms = ms_since(started)
         started = time.perf_counter()
         shared_tokens = self._place_all(states, in_memory, sequence, rows)
-        return Loaded(sources, load_ms, _ms_since(started), shared_tokens)
+        return Loaded(sources, load_ms, ms_since(started), shared_tokens)
 
     def encode(
         self, modules: Mapping[ModuleKey, ModuleTokens]
@@ -256,7 +243,11 @@ class ModuleLibrary:
     def _fits(self, key: ModuleKey, stored: Opened) -> bool:
         try:
             stored.rows.check(self.lm.stacks, self.lm.dtype)
-            _check_identity(stored.rows, key)
+            if stored.rows.token_ids != key.token_ids:
+                raise StateMismatchError(
+                    f"the state holds other tokens than asked for ({stored.rows.num_tokens}, not "
+                    f"{len(key.token_ids)}, or other ids)"
+                )
         except StateMismatchError as error:
             logger.warning("dropped a stored state: %s", error)
             stored.settle(0.0, error)
@@ -280,15 +271,15 @@ class ModuleLibrary:
             if state:  # another of the prompt's documents, or another request, has it
                 stored.settle(0.0, None)
             else:
-                state = _use(stored, lambda rows: rows.whole())
+                state = stored.whole()
             if state:
                 in_memory[digest] = state
             return state is not None
-        return _use(stored, partial(self._place, planned, sequence)) is not None
+        return stored.read(partial(self._place, planned, sequence)) is not None
 
     def _find(self, key: ModuleKey) -> KVState | None:
         stored = self._open([key]).get(key)
-        return None if stored is None else _use(stored, lambda rows: rows.whole())
+        return None if stored is None else stored.whole()
 
     def _place_all(
         self,
@@ -340,7 +331,9 @@ class ModuleLibrary:
             for module, state in encode_modules(self.lm, preamble, list(keys)):
                 if state.keys[0].device.type != "cpu":
                     state.keys[0].flatten()[-1].item()  # wait until it is computed
-                self._count(module.num_tokens, _ms_since(started))
+                with self._lock:
+                    self.encoded_tokens += module.num_tokens
+                    self.encode_ms += ms_since(started)
                 key = keys[module]
                 if key.space != now.keys or self.lm.weights_version != now.weights:
                     logger.warning("weights changed during a request; a state was not stored")
@@ -375,23 +368,6 @@ class ModuleLibrary:
             known[before, token_ids] = state
         return state
 
-    def _count(self, tokens: int, elapsed_ms: float) -> None:
-        with self._lock:
-            done = self.encoded
-            self.encoded = Encoded(done.tokens + tokens, done.elapsed_ms + elapsed_ms)
-
-
-def _use(stored: Opened, use: Callable[[StateSource], T]) -> T | None:
-    """Let `use` read a state, once and whole; None if it was damaged, and is dropped."""
-    started = time.perf_counter()
-    result, error = None, None
-    try:
-        result = use(stored.rows)
-    except StateMismatchError as mismatch:
-        error = mismatch
-    stored.settle(_ms_since(started), error)
-    return result
-
 
 def _may_stay(planned: PlannedState, state: KVState, sequence: KVSequence) -> bool:
     """Return whether a state is one run of rows, long enough to be worth a product of its own."""
@@ -418,16 +394,3 @@ def _parts(planned: PlannedState, rows: StateSource) -> Iterator[tuple[StateSour
     for (start, stop), position in zip(planned.runs, planned.positions, strict=True):
         yield state.part(done, done + stop - start, first + offsets[done]), start, position
         done += stop - start
-
-
-def _check_identity(state: StateSource, key: ModuleKey) -> None:
-    """Raises: StateMismatchError: the store gave the state of other tokens."""
-    if state.token_ids != key.token_ids:
-        raise StateMismatchError(
-            f"the state holds other tokens than asked for ({state.num_tokens}, not "
-            f"{len(key.token_ids)}, or other ids)"
-        )
-
-
-def _ms_since(started: float) -> float:
-    return (time.perf_counter() - started) * 1000

@@ -1,21 +1,15 @@
 """The model: unmodified transformers, run over buffers. The only package that imports it."""
 
-from pcache_core.lm.batch import Batch, RowRange, Span
+from pcache_core.lm.batch import Batch, Span
 from pcache_core.lm.causal_lm import CausalLM
 from pcache_core.lm.loading import context_length_on_disk
-from pcache_core.lm.probe import Support, SupportKind
 from pcache_core.lm.relocation import place
-from pcache_core.lm.sampling import Sampler
-from pcache_core.lm.text_model import TextModel
+from pcache_core.lm.tokenizer import TextModel
 
 __all__ = [
     "Batch",
     "CausalLM",
-    "RowRange",
-    "Sampler",
     "Span",
-    "Support",
-    "SupportKind",
     "TextModel",
     "context_length_on_disk",
     "place",

@@ -18,8 +18,6 @@ from pcache_core.lm.ragged import RaggedBatch
 from pcache_core.lm.relocation import Rotations
 
 IMPLEMENTATION = "pcache"
-# A causal kernel skips the half that is hidden: beyond this it beats any that sees it all.
-_LONGEST_MASKED_CAUSAL = 512
 
 
 class UnsupportedAttentionError(Exception):
@@ -93,7 +91,8 @@ def slot_attention(  # noqa: PLR0913 (transformers' signature)
                 _watch(batch, span, queries, seen[0], kind)
             output, lse = _attend_span(batch, span, queries, *seen, kind)
             outputs.append(output)
-            lses.append(lse)
+            if pcache_batch.shared:
+                lses.append(_no_lse(queries) if lse is None else lse)
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
     if pcache_batch.shared:
         assert pcache_layers.rotations is not None, "loans are for models that can share"
@@ -129,24 +128,25 @@ def _attend_span(
     key: torch.Tensor,
     value: torch.Tensor,
     kind: _Kind,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attend a span's tokens to the rows it sees: [1, heads, tokens, value dim].
 
-    And the log-sum-exp of the scores, [1, heads, tokens]; zeros where nothing is merged with it.
+    And the log-sum-exp of the scores, [1, heads, tokens]; None where nothing is merged with it.
     """
     group = query.shape[1] // key.shape[1]
     if kind.softcap is not None or kind.sinks is not None:
         if batch.places:
             raise UnsupportedAttentionError("soft-capped scores and sinks are not merged")
         bias = batch.bias(span, kind.window, group, torch.float32)
-        return _attend_modified(query * kind.scale, key, value, bias, kind), _no_lse(query)
+        return _attend_modified(query * kind.scale, key, value, bias, kind), None
     if batch.places:
         bias = batch.bias(span, kind.window, group, query.dtype)
         return kernels.attend_with_lse(query, key, value, bias, kind.scale)
-    return _attend_plain(batch, span, query, key, value, kind), _no_lse(query)
+    return _attend_plain(batch, span, query, key, value, kind), None
 
 
 def _no_lse(query: torch.Tensor) -> torch.Tensor:
+    """Zeros, [1, heads, tokens]: nothing is merged with it."""
     return query.new_zeros(1, dtype=torch.float32).expand(query.shape[:3])
 
 
@@ -159,14 +159,14 @@ def _attend_plain(
     kind: _Kind,
 ) -> torch.Tensor:
     """By whichever kernel is the fastest for these shapes: [1, heads, tokens, value dim]."""
-    is_causal = batch.is_plain_causal(span, kind.window)
-    by_matmul = kernels.prefers_matmul(query, key)
-    if is_causal and not (by_matmul and query.shape[2] <= _LONGEST_MASKED_CAUSAL):
+    if batch.is_plain_causal(span, kind.window):
         return kernels.attend_causal(query, key, value, kind.scale)
-    bias = batch.bias(span, kind.window, query.shape[1] // key.shape[1], query.dtype)
+    by_matmul = kernels.prefers_matmul(query, key)
+    seen_by_all = batch.seen_by_all(span, kind.window) if by_matmul else 0
+    group = query.shape[1] // key.shape[1]
+    bias = batch.bias(span, kind.window, group, query.dtype, seen_by_all)
     if by_matmul:
-        seen = batch.seen_by_all(span, kind.window)
-        return kernels.attend_by_matmul(query, key, value, bias, kind.scale, kind.scratch, seen)
+        return kernels.attend_by_matmul(query, key, value, bias, kind.scale, kind.scratch)
     return kernels.attend(query, key, value, bias, kind.scale)
 
 

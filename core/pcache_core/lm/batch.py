@@ -10,9 +10,9 @@ from types import MappingProxyType
 
 import torch
 
-from pcache_core.kv.buffers import KVBuffers, Loan
-
-RowRange = tuple[int, int]
+from pcache_core.kv.key import RowRange
+from pcache_core.kv.sequence import KVBuffers, Loan
+from pcache_core.lm.kernels import multiplies
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,23 +28,30 @@ class Span:
     visible: tuple[RowRange, ...]
 
 
-_BLOCK_TOKENS = 256
+_BLOCK_TOKENS = 128
+_SCATTERED_TOKENS = 32  # of a block whose rows are not consecutive
 _LEAST_TOKENS = 64  # of a part; fewer cost nearly as much, and other kernels compute them
 # Larger ones are made again for each layer instead of held all at once.
 _LARGEST_KEPT_BIAS = 2**22
 
 
-def _blocks(span: Span, rows: Sequence[int]) -> Iterator[Span]:
+def _blocks(span: Span, rows: Sequence[int], *, cuts_causal: bool) -> Iterator[Span]:
     """Cut a long span, so that its first tokens don't attend to rows that are hidden anyway.
 
-    A span of exactly the rows it sees stays whole: a causal kernel skips the hidden half itself.
+    A span of exactly the rows it sees stays whole unless `cuts_causal`: a causal kernel skips the
+    hidden half itself.
     """
-    tokens = span.stop - span.start
-    if tokens <= _BLOCK_TOKENS or tokens == sum(stop - start for start, stop in span.visible):
+    start, tokens = span.start, span.stop - span.start
+    is_causal = tokens == sum(stop - start for start, stop in span.visible)
+    if is_causal and not cuts_causal:
         yield span
         return
-    for start in range(span.start, span.stop, _BLOCK_TOKENS):
-        yield _cut(span, start, min(start + _BLOCK_TOKENS, span.stop), rows)
+    while start < span.stop:
+        stop = min(start + _BLOCK_TOKENS, span.stop)
+        if rows[stop - 1] - rows[start] >= stop - start:
+            stop = min(start + _SCATTERED_TOKENS, stop)
+        yield _cut(span, start, stop, rows)
+        start = stop
 
 
 def _cut(span: Span, start: int, stop: int, rows: Sequence[int]) -> Span:
@@ -63,6 +70,7 @@ class Batch:
         are not the rows of the buffers.
     end: one after the largest position.
     watched: tokens whose attention is added up, by their index in the batch: a weight for each sum.
+    num_logits: of how many of its last tokens a forward gives the logits.
     attention: [sums, rows of the prompt] fp32, how much the watched tokens attended to each, over
         heads and the layers that show it.
     """
@@ -75,6 +83,7 @@ class Batch:
         "attention",
         "end",
         "input_ids",
+        "num_logits",
         "num_rows",
         "places",
         "positions",
@@ -99,15 +108,19 @@ class Batch:
         self.rows = torch.tensor(rows, dtype=torch.long, device=device)
         self.positions = torch.tensor(positions, dtype=torch.long, device=device)
         self._uncut = tuple(spans)
-        self.spans = tuple(block for span in spans for block in _blocks(span, rows))
+        cuts = multiplies(buffers.keys[0])
+        self.spans = tuple(
+            block for span in spans for block in _blocks(span, rows, cuts_causal=cuts)
+        )
         self.num_rows = max(span.visible[-1][1] for span in self.spans)
         self.watched = watched
         self.attention = self._no_attention(self.num_rows)
+        self.num_logits = 1
         self.end = max(positions) + 1
         self.places: tuple[int, ...] = ()
         self._first_rows = {span: rows[span.start] for span in self.spans}
         self._last_rows = {span: rows[span.stop - 1] for span in self.spans}
-        self._biases: dict[tuple[Span, int | None, int, torch.dtype], torch.Tensor] = {}
+        self._biases: dict[tuple[Span, int | None, int, torch.dtype, int], torch.Tensor] = {}
         buffers.positions.index_copy_(0, self.rows, self.positions)
 
     @classmethod
@@ -118,6 +131,8 @@ class Batch:
         rows: Sequence[int],
         positions: Sequence[int],
         watched: Mapping[int, Sequence[float]] = MappingProxyType({}),
+        *,
+        num_logits: int = 1,
     ) -> Batch:
         """Return one request's tokens, which see every row up to their own.
 
@@ -126,6 +141,7 @@ class Batch:
         own = [buffers.index(row) for row in rows] if buffers.loans else rows
         span = Span(0, len(own), ((0, own[-1] + 1),))
         batch = cls(buffers, input_ids, own, positions, [span], watched)
+        batch.num_logits = num_logits
         if buffers.loans:
             batch.places = tuple(rows)
             batch.attention = batch._no_attention(rows[-1] + 1)
@@ -157,6 +173,7 @@ class Batch:
         parts = [self._part(*ends) for ends in pairwise((0, *borders, self.num_tokens))]
         for part in parts:
             part.attention = self.attention
+        parts[-1].num_logits = self.num_logits
         return parts
 
     def _borders(self, most: int) -> list[int]:
@@ -190,29 +207,30 @@ class Batch:
     def watched_in(self, tokens: range) -> tuple[list[int], torch.Tensor]:
         """Return the watched ones of these tokens, and their weights, [sums, tokens]."""
         found = [index for index in self.watched if index in tokens]
-        weights = torch.tensor([self.watched[index] for index in found], device=self.rows.device)
-        return found, weights.T
+        weights = list(zip(*(self.watched[index] for index in found), strict=True))
+        return found, torch.tensor(weights, device=self.rows.device)
 
     def _no_attention(self, rows: int) -> torch.Tensor:
         sums = len(next(iter(self.watched.values()), ()))
         return torch.zeros(sums, rows if sums else 0, device=self.rows.device)
 
     def bias(
-        self, span: Span, window: int | None, group: int, dtype: torch.dtype
+        self, span: Span, window: int | None, group: int, dtype: torch.dtype, first: int = 0
     ) -> torch.Tensor | None:
         """What is added to attention scores: 0 where a row may be seen, the minimum elsewhere.
 
         window: a row further back than this many positions is hidden; None for no limit.
         group: query heads folded into query rows, see `attention.py`.
+        first: how many of the visible rows to leave out, from the first on.
         Returns: [group * tokens, visible rows] of `dtype`; None if every token sees every row.
         """
         if window is not None and self.end <= window:
             window = None
         if window is None and self._sees_all(span):
             return None
-        name = (span, window, group, dtype)
+        name = (span, window, group, dtype, first)
         if name not in self._biases:
-            hidden = ~self._allowed(span, window)
+            hidden = ~self._allowed(span, window, first)
             bias = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
             bias.masked_fill_(hidden, torch.finfo(dtype).min)
             bias = bias.repeat(group, 1)
@@ -236,9 +254,10 @@ class Batch:
     def _sees_all(self, span: Span) -> bool:
         return span.stop - span.start == 1 and self._last_rows[span] == span.visible[-1][1] - 1
 
-    def _allowed(self, span: Span, window: int | None) -> torch.Tensor:
+    def _allowed(self, span: Span, window: int | None, first: int) -> torch.Tensor:
         device = self.rows.device
         key_rows = torch.cat([torch.arange(*visible, device=device) for visible in span.visible])
+        key_rows = key_rows[first:]
         query_rows = self.rows[span.start : span.stop]
         allowed = key_rows[None, :] <= query_rows[:, None]  # [tokens, visible rows]
         if window is not None:

@@ -15,17 +15,18 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pcache_core.errors import ModelError
-from pcache_core.kv.buffers import KVBuffers
+from pcache_core.kv.sequence import KVBuffers
 from pcache_core.kv.state import LayerShape, Stack, stack_layers
 from pcache_core.lm.batch import Batch
 from pcache_core.lm.fingerprint import fingerprint
 from pcache_core.lm.forward_queue import ForwardQueue, IsCancelled
 from pcache_core.lm.loading import full_name, load
+from pcache_core.lm.packed import leave_file, num_weights, pack, packed_layers, unpack
 from pcache_core.lm.probe import Support, probe
 from pcache_core.lm.sampling import Sampler
 from pcache_core.lm.stock import StockRun, own_cache_works
 from pcache_core.lm.structure import context_length
-from pcache_core.lm.text_model import TextModel
+from pcache_core.lm.tokenizer import TextModel
 from pcache_core.lm.weights import Weights
 from pcache_core.params import SamplingParams
 from pcache_core.threads import fork_safe
@@ -40,7 +41,7 @@ _locks_lock = fork_safe(threading.Lock())
 
 
 def _lock_of(model: PreTrainedModel) -> threading.RLock:
-    """Return one lock for each model, however many `CausalLM` objects run it."""
+    """Return the lock of a model, the same for all `CausalLM` objects that run it."""
     with _locks_lock:
         if model not in _locks:
             _locks[model] = fork_safe(threading.RLock())
@@ -54,7 +55,7 @@ def _part_tokens(model: PreTrainedModel) -> int:
     """
     if model.device.type == "cuda":
         return 2048
-    return 512 if model.num_parameters() < _LARGE_ON_CPU else 128
+    return 512 if num_weights(model) < _LARGE_ON_CPU else 128
 
 
 class CausalLM(TextModel):
@@ -120,7 +121,38 @@ class CausalLM(TextModel):
             DependencyError: a GGUF file, and a package that reads it is not installed.
         """
         name = full_name(name, gguf_file)
-        return cls(*load(name, dtype, device, trust_remote_code=trust_remote_code), name=name)
+        lm = cls(*load(name, dtype, device, trust_remote_code=trust_remote_code), name=name)
+        lm.pack()
+        if any(packed_layers(lm.model)):
+            leave_file(lm.model)
+        return lm
+
+    def __repr__(self) -> str:
+        packed = list(packed_layers(self.model))
+        copies = [layer.packed for layer in packed if layer._parameters["weight"] is not None]
+        text = f"CausalLM({self.name!r}, {self.dtype}, {self.device}"
+        if packed:
+            text += f", {len(packed)} linear layers packed"
+        if copies:
+            nbytes = sum(copy.numel() * copy.element_size() for copy in copies)
+            text += f", {nbytes:,} bytes of them beside the embeddings"
+        return f"{text})"
+
+    def pack(self) -> None:
+        """Lay linear layers' weights out for this CPU, as `from_pretrained` does; same results.
+
+        Nothing happens on a GPU, to other dtypes than bfloat16, or where torch can't. A layer whose
+        weight is read or changed later is unpacked by that. Packed layers have no gradients.
+        """
+        with self._lock:
+            self._weights.let_go()
+            pack(self.model)
+
+    def unpack(self) -> None:
+        """Undo `pack`: the model has its weights again, bit for bit."""
+        with self._lock:
+            self._weights.let_go()
+            unpack(self.model)
 
     @property
     def device(self) -> torch.device:
@@ -133,6 +165,11 @@ class CausalLM(TextModel):
         """Of weights and states."""
         dtype: torch.dtype = self.model.dtype
         return dtype
+
+    @property
+    def num_parameters(self) -> int:
+        """Of weights; those that two parts share count once."""
+        return num_weights(self.model)
 
     @property
     def layers(self) -> tuple[LayerShape, ...]:
@@ -222,7 +259,7 @@ class CausalLM(TextModel):
             return self._compiler
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        """Compute a batch's tokens, filling their rows; logits of the last one, [vocab] fp32.
+        """Compute a batch's tokens, filling their rows; logits [num_logits, vocab] fp32.
 
         May be called from several threads at once, and then computes their batches together.
 
@@ -233,7 +270,8 @@ class CausalLM(TextModel):
 
     def _checked(self, logits: torch.Tensor) -> torch.Tensor:
         """Raises: ModelError: a logit is not a number, or infinite."""
-        if not bool((logits < torch.inf).all()):  # minus infinity forbids a token
+        # What is not a number is the largest of all; minus infinity forbids a token.
+        if not bool(logits.amax() < torch.inf):
             raise ModelError(
                 f"{self.name} gives logits that are NaN or infinite: its weights are damaged, or "
                 f"overflow in {self.dtype}; load it again, or with dtype='float32'"
@@ -277,23 +315,9 @@ class CausalLM(TextModel):
 
     @cached_property
     def _own_cache_works(self) -> bool:
-        with self._lock:
-            return own_cache_works(self.model, self.token_ids("a b c d e f")[:6])
+        return own_cache_works(self.model, self._lock, self.token_ids("a b c d e f")[:6])
 
     def stock_run(self) -> Callable[[Sequence[int]], torch.Tensor]:
-        """Return a request through the model's own forward, for models without rows per token."""
-        run = LockedStockRun(StockRun(self.model, use_cache=self._own_cache_works), self._lock)
+        """Begin a request through the model's own forward, for models without rows per token."""
+        run = StockRun(self.model, self._lock, use_cache=self._own_cache_works)
         return lambda token_ids: self._checked(run(token_ids))
-
-
-class LockedStockRun:
-    """A stock run whose steps take turns with the model's other forwards."""
-
-    def __init__(self, run: StockRun, lock: threading.RLock) -> None:
-        self._run = run
-        self._lock = lock
-
-    def __call__(self, token_ids: Sequence[int]) -> torch.Tensor:
-        """Append tokens; logits of the last, [vocab]."""
-        with self._lock:
-            return self._run(token_ids)

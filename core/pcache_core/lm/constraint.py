@@ -134,7 +134,7 @@ class Constraint:
         self._digits = 0
 
     def choose(self, logits: torch.Tensor, pick: Pick) -> int:
-        """Return the next token. logits: [vocab], of which `pick` gets those that are allowed."""
+        """Choose the next token. logits: [vocab], of which `pick` gets those that are allowed."""
         if len(self._plan) >= self._left:
             self._left -= 1
             return self._follow_plan()

@@ -22,11 +22,11 @@ def fingerprint(model: PreTrainedModel) -> str:
     """SHA-256 over the configuration, a checksum of all bits of each tensor, and active adapters.
 
     The checksum weights each element's bits by its place, so that no exchange goes unseen; weights
-    are read once, where they are.
+    are read once, where they are, and packed ones unpacked one at a time.
     """
     config = {k: v for k, v in model.config.to_dict().items() if k not in _IRRELEVANT}
     fields = [json.dumps(config, sort_keys=True, default=str).encode()]
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
         fields += [name.encode(), str(tuple(tensor.shape)).encode(), str(tensor.dtype).encode()]
         fields.append(str(_checksum(tensor)).encode())
     fields += [setting.encode() for setting in adapter_settings(model)]
@@ -35,7 +35,7 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 def _checksum(tensor: torch.Tensor) -> list[int]:
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    bits = tensor.detach().contiguous().flatten().view(integers[tensor.element_size()])
+    bits = tensor.detach().to_dense().contiguous().flatten().view(integers[tensor.element_size()])
     weights = torch.arange(1, _CHUNK + 1, device=bits.device)
     sums = []
     for chunk in torch.split(bits, _CHUNK):

@@ -15,11 +15,10 @@ from typing import Any, Protocol
 import torch
 from transformers import PreTrainedModel
 
-from pcache_core.kv.buffers import KVBuffers
+from pcache_core.kv.sequence import KVBuffers
 from pcache_core.lm.attention import IMPLEMENTATION, AttentionLayers
 from pcache_core.lm.batch import Batch
-from pcache_core.lm.cache import slot_cache
-from pcache_core.lm.ragged import RaggedBatch
+from pcache_core.lm.ragged import RaggedBatch, slot_cache
 from pcache_core.lm.relocation import Rotations
 from pcache_core.lm.structure import CacheStructure, text_config
 
@@ -40,7 +39,7 @@ class Forward(Protocol):
         """Whether batches may have states on loan."""
 
     def __call__(self, batches: Sequence[Batch]) -> list[torch.Tensor]:
-        """Logits of each batch's last token, [vocab] fp32."""
+        """Logits of each batch's last tokens, [num_logits, vocab] fp32."""
 
 
 class RaggedForward:
@@ -69,7 +68,7 @@ class RaggedForward:
         return self.merges and all(self._caching) and not windows and parts <= {"keys"}
 
     def __call__(self, batches: Sequence[Batch]) -> list[torch.Tensor]:
-        """Logits of each batch's last token, [vocab] fp32."""
+        """Logits of each batch's last tokens, [num_logits, vocab] fp32."""
         if len(batches) > 1 and not self.merges:
             return [logits for batch in batches for logits in self([batch])]
         ragged = RaggedBatch(batches)
@@ -79,7 +78,7 @@ class RaggedForward:
         try:
             self._config._attn_implementation = IMPLEMENTATION
             output = self._call(
-                ragged.last,
+                ragged.kept,
                 input_ids=ragged.input_ids[None],
                 position_ids=ragged.positions[None],
                 past_key_values=slot_cache(ragged, self._caching),
@@ -88,7 +87,8 @@ class RaggedForward:
             )
         finally:
             self._config._attn_implementation = self._users_choice
-        return last_logits(output, ragged.last)
+        logits = kept_logits(output, ragged.kept)
+        return list(torch.split_with_sizes(logits, [batch.num_logits for batch in batches]))
 
 
 class SequentialForward:
@@ -104,7 +104,7 @@ class SequentialForward:
         self._caching = structure.caching
 
     def __call__(self, batches: Sequence[Batch]) -> list[torch.Tensor]:
-        """Logits of each batch's last token, [vocab] fp32."""
+        """Logits of each batch's last tokens, [num_logits, vocab] fp32."""
         return [self._run(batch) for batch in batches]
 
     def _run(self, batch: Batch) -> torch.Tensor:
@@ -112,12 +112,12 @@ class SequentialForward:
         for run in _contiguous_runs(batch):
             ragged = RaggedBatch([run])
             output = self._call(
-                ragged.last,
+                ragged.kept,
                 input_ids=run.input_ids[None],
                 position_ids=run.positions[None],
                 past_key_values=slot_cache(ragged, self._caching),
             )
-            [logits] = last_logits(output, ragged.last)
+            logits = kept_logits(output, ragged.kept)
         assert logits is not None
         return logits
 
@@ -131,13 +131,13 @@ class ModelCall:
         self._takes_positions = "position_ids" in parameters
         self._keeps_some = "logits_to_keep" in parameters
 
-    @torch.no_grad()
-    def __call__(self, last: torch.Tensor, **arguments: Any) -> Any:
-        """The model's output; logits of at least the tokens at the indices `last`, ascending."""
+    @torch.inference_mode()  # its operations cost less than those of `no_grad`
+    def __call__(self, kept: torch.Tensor, **arguments: Any) -> Any:
+        """The model's output; logits of at least the tokens at the indices `kept`, ascending."""
         if not self._takes_positions:
             arguments.pop("position_ids", None)
         if self._keeps_some:
-            arguments["logits_to_keep"] = 1 if len(last) == 1 else last
+            arguments["logits_to_keep"] = 1 if len(kept) == 1 else kept
         device_type = self._model.device.type
         with _evaluating(self._model), torch.autocast(device_type, enabled=False):
             return self._model(**arguments, use_cache=True)
@@ -156,12 +156,12 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
             module.training = True
 
 
-def last_logits(output: Any, last: torch.Tensor) -> list[torch.Tensor]:
-    """[vocab], fp32, of the tokens at the indices `last`, of a batch of one row."""
+def kept_logits(output: Any, kept: torch.Tensor) -> torch.Tensor:
+    """[kept, vocab], fp32, of the tokens at the indices `kept`, of a batch of one row."""
     logits: torch.Tensor = output.logits[0]
-    if logits.shape[0] != len(last):
-        logits = logits[last]
-    return list(logits.float())
+    if logits.shape[0] != len(kept):
+        logits = logits[kept]
+    return logits.to(torch.float32, copy=True)  # a copy may be changed in place
 
 
 def runs_of(rows: Sequence[int]) -> list[tuple[int, int]]:
@@ -180,7 +180,10 @@ def _contiguous_runs(batch: Batch) -> Iterator[Batch]:
     first = 0
     for start, stop in runs_of(rows):
         part = slice(first, first + stop - start)
-        yield Batch.of_rows(batch.buffers, ids[part], rows[part], positions[part])
+        num_logits = batch.num_logits if part.stop == batch.num_tokens else 1
+        yield Batch.of_rows(
+            batch.buffers, ids[part], rows[part], positions[part], num_logits=num_logits
+        )
         first = part.stop
 
 
@@ -190,4 +193,4 @@ def fill(
     """Compute a contiguous run of tokens at rows and positions `start …`; logits of the last."""
     rows = range(start, start + len(token_ids))
     [logits] = forward([Batch.of_rows(buffers, token_ids, rows, rows)])
-    return logits
+    return logits[-1]

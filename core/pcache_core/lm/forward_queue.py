@@ -87,7 +87,7 @@ class _Job(_Leader):
 class ForwardQueue:
     """Computes batches in the order they come, those that wait at the same time in one forward.
 
-    compute: runs batches of different sequences; logits of each one's last token.
+    compute: runs batches of different sequences; logits of each one's last tokens.
     joins: whether a batch may be cut and share a forward; one that may not runs whole and alone.
     part_tokens: prompts are read in parts of about so many tokens, see `Batch.parts`.
 
@@ -140,7 +140,7 @@ class ForwardQueue:
             raise RequestCancelledError("the request was cancelled")
 
     def run(self, batch: Batch) -> torch.Tensor:
-        """Logits of the batch's last token, [vocab] fp32; its rows are filled.
+        """Logits of the batch's last tokens, [num_logits, vocab] fp32; its rows are filled.
 
         Raises: RequestCancelledError: nobody waits for it any longer, see `cancelled_by`.
         """

@@ -11,6 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from tqdm.auto import tqdm
@@ -24,7 +25,7 @@ from transformers import (
 
 from pcache_core.errors import DependencyError, ModelError
 from pcache_core.lm.gguf_config import complete_config, complete_tokenizer, ends_of_turn
-from pcache_core.lm.gguf_file import Header, read_header
+from pcache_core.lm.gguf_file import Header, long_list, read_header
 
 logger = logging.getLogger(__name__)
 
@@ -129,14 +130,27 @@ def _reading(header: Header, name: str) -> Iterator[dict[str, Any]]:
 def _read_once() -> Iterator[None]:
     """Have transformers' reader parse a file once instead of twice, with a bar on terminals alone.
 
-    It builds the table of names for each of the model's modules, too; of a large vocabulary, all
+    It builds the table of names for each of the model's modules, too, and an array for each token
+    of the vocabulary, of which nothing is needed here but their number. Of a large vocabulary, all
     this takes most of a minute.
     """
     import gguf
     from transformers import modeling_gguf_pytorch_utils as reader
 
+    class Reader(gguf.GGUFReader):
+        """Keeps the lengths of long lists alone."""
+
+        def _get_field_parts(
+            self, orig_offs: int, raw_type: int
+        ) -> tuple[int, list[Any], list[int], list[Any]]:
+            found = long_list(self.data.data, orig_offs, raw_type)
+            if found is None:
+                return super()._get_field_parts(orig_offs, raw_type)
+            count, num_bytes = found
+            return num_bytes, [np.array([count])], [0] * count, [gguf.GGUFValueType.UINT64]
+
     changes: list[tuple[Any, str, Any]] = [
-        (gguf, "GGUFReader", lru_cache(1)(gguf.GGUFReader)),
+        (gguf, "GGUFReader", lru_cache(1)(Reader)),
         (gguf, "get_tensor_name_map", lru_cache(1)(gguf.get_tensor_name_map)),
         (reader, "tqdm", partial(tqdm, disable=None)),
     ]

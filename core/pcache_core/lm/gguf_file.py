@@ -73,6 +73,25 @@ def read_header(path: Path) -> Header:
         raise ModelError(f"{path} can't be read: {error.strerror}") from error
 
 
+def long_list(data: memoryview, offset: int, kind: int) -> tuple[int, int] | None:
+    """Return the length of the list at `offset` of a file, and its bytes; None unless it is long.
+
+    kind: what stands there, in GGUF's numbers.
+    """
+    if kind != _ARRAY:
+        return None
+    item, count = struct.unpack_from("<IQ", data, offset)
+    if count <= _MOST_NUMBERS:
+        return None
+    end = offset + struct.calcsize("<IQ")
+    if item != _STRING:
+        return count, end + count * struct.calcsize(_FORMATS[item]) - offset
+    length = struct.Struct("<Q")
+    for _ in range(count):
+        end += length.size + length.unpack_from(data, end)[0]
+    return count, end - offset
+
+
 class _Reader:
     def __init__(self, path: Path, file: BinaryIO) -> None:
         self._path = path

@@ -72,6 +72,13 @@ def load(
         ) from error
 
 
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a model and its tokenizer as a folder that `load` reads. Raises: OSError: it can't."""
+    with _bar_on_terminals_only():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
 def context_length_on_disk(name: str) -> int | None:
     """Return a model's context length by the files on this machine, without loading its weights.
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel
 
-from pcache_core.kv.buffers import KVBuffers, Loan
+from pcache_core.kv.sequence import KVBuffers, Loan
 from pcache_core.kv.state import KVState, LayerShape, stack_layers
 from pcache_core.lm.batch import Batch
 from pcache_core.lm.forward import Forward, ModelCall, RaggedForward, SequentialForward, fill
@@ -164,18 +164,20 @@ class _Encoder:
         rows = range(len(ids))
         positions = range(position, position + len(ids))
         self.forward([Batch.of_rows(self._slot, ids, rows, positions)])
-        return self._slot.state(0, ids, position)
+        return self._slot.state(rows, ids, position)
 
     def after(self, ids: list[int], others: list[int]) -> KVState:
         """Return the state of `ids` directly after `others`, which start at position 0."""
         fill(self.forward, self._slot, others, 0)
         fill(self.forward, self._slot, ids, len(others))
-        return self._slot.state(len(others), ids, len(others))
+        rows = range(len(others), len(others) + len(ids))
+        return self._slot.state(rows, ids, rows.start)
 
     def moved(self, state: KVState, position: int, rotations: Rotations) -> KVState:
         """Return the state relocated to `position`."""
         place(self._slot, position, state, rotations)
-        return self._slot.state(position, state.token_ids, position)
+        rows = range(position, position + state.num_tokens)
+        return self._slot.state(rows, state.token_ids, position)
 
     def around(self, state: KVState, start: int, rotations: Rotations, *, lent: bool) -> Batch:
         """Tokens before and after a state that stands at row `start`, copied or on loan."""

@@ -1,23 +1,31 @@
-"""A ragged batch: the new tokens of several requests laid end to end, each in its own buffers."""
+"""The new tokens of several requests end to end, each in its own buffers, and a cache of these."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    LinearAttentionCacheLayerMixin,
+)
 
 from pcache_core.lm.batch import Batch
 from pcache_core.lm.shared import LayerRows, SharedStates
+from pcache_core.lm.structure import DummyLayer
 
 
 class RaggedBatch:
     """What one forward computes: one batch, or batches of different sequences.
 
-    input_ids, positions: [tokens], of all of them. last: [batches], the index of each one's last
-    token. starts: of each one's first. shared: states that batches have on loan.
+    input_ids, positions: [tokens], of all of them. kept: the indices of the tokens whose logits
+    are wanted, ascending. starts: of each batch's first token. shared: states that batches have on
+    loan.
     """
 
-    __slots__ = ("_rows_by_keys", "input_ids", "last", "parts", "positions", "shared", "starts")
+    __slots__ = ("_rows_by_keys", "input_ids", "kept", "parts", "positions", "shared", "starts")
 
     def __init__(self, parts: Sequence[Batch]) -> None:
         self.parts = tuple(parts)
@@ -29,8 +37,12 @@ class RaggedBatch:
         self.starts = [0]
         for part in parts:
             self.starts.append(self.starts[-1] + part.num_tokens)
-        ends = self.starts[1:]
-        self.last = torch.tensor(ends, device=self.input_ids.device) - 1
+        kept = [
+            index
+            for part, end in zip(parts, self.starts[1:], strict=True)
+            for index in range(end - part.num_logits, end)
+        ]
+        self.kept = torch.tensor(kept, device=self.input_ids.device)
         self.shared = SharedStates(parts, self.starts)
         self._rows_by_keys: dict[int, list[LayerRows]] = {}
 
@@ -53,3 +65,51 @@ class RaggedBatch:
             is_whole = keys.shape[2] == self.parts[0].num_rows
             return [(keys, values)] if is_whole else None
         return self._rows_by_keys.get(keys.data_ptr())
+
+
+class _SlotLayer(CacheLayerMixin):
+    """Writes one layer's new rows into the buffers and returns a view of the rows that take part.
+
+    Of several it returns the first one's, which is all that fits; the attention finds the
+    others by it.
+    """
+
+    is_sliding = False  # full length everywhere: the attention masks by position
+
+    def __init__(self, batches: RaggedBatch, index: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.is_initialized = True
+        self._batches = batches
+        self._index = index
+        first = batches.parts[0]
+        self._length = first.num_rows - first.num_tokens
+        self._num_rows = first.num_rows
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing to do: the buffers are there."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write [1, heads, tokens, dim] at the batches' rows."""
+        self._length = self._num_rows
+        return self._batches.write(self._index, key_states, value_states)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self._num_rows, 0
+
+    def get_seq_length(self) -> int:
+        return self._length
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+def slot_cache(batches: RaggedBatch, caching_layers: Sequence[bool]) -> Cache:
+    """A cache over the batches' buffers; layers that share another layer's states hold nothing."""
+    layers: list[CacheLayerMixin | LinearAttentionCacheLayerMixin | DummyLayer] = []
+    index = 0
+    for caches in caching_layers:
+        layers.append(_SlotLayer(batches, index) if caches else DummyLayer())
+        index += caches
+    return Cache(layers=layers)

@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 
-from pcache_core.kv.buffers import KVBuffers
+from pcache_core.kv.sequence import KVBuffers
 from pcache_core.kv.state import KVState, Part, StateSource
 
 # Largest relative error of a right rotation beyond twice the layer's own drift, by dtype.
@@ -99,9 +99,9 @@ def place(
     """
     position = start if position is None else position
     rows = slice(start, start + state.num_tokens)
-    new = _positions(state, position).to(buffers.positions.device)
+    new = _positions(state, position, buffers.positions.device)
     buffers.positions[rows] = new
-    old = _positions(state, state.position).to(new.device)
+    old = _positions(state, state.position, new.device)
     turns: dict[int, _Turn] = {}
     for block in state.blocks():
         targets = buffers.keys if block.part == "keys" else buffers.values
@@ -211,8 +211,8 @@ def _errors(
     return relative_error(keys, new[0]), relative_error(values, new[1])
 
 
-def _positions(state: StateSource, first: int) -> torch.Tensor:
-    return torch.arange(first, first + state.num_tokens)
+def _positions(state: StateSource, first: int, device: torch.device) -> torch.Tensor:
+    return torch.arange(first, first + state.num_tokens, device=device)
 
 
 def _candidates(

@@ -50,7 +50,7 @@ class Sampler:
             self._generator.manual_seed(params.seed)
 
     def __call__(self, token_ids: Sequence[int], logits: torch.Tensor) -> int:
-        """Return the next token. token_ids: prompt and answer so far. logits: [vocab], fp32."""
+        """Choose the next token. token_ids: prompt and answer so far. logits: [vocab], fp32."""
         if self._constraint is None:
             return self._pick(token_ids, logits)
         return self._constraint.choose(logits, lambda allowed: self._pick(token_ids, allowed))

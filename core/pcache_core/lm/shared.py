@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pcache_core.kv.buffers import Loan
+from pcache_core.kv.sequence import Loan
 from pcache_core.lm.batch import Batch, Span
 from pcache_core.lm.kernels import attend_with_lse, fold, merge
 from pcache_core.lm.relocation import Rotation

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from threading import RLock
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from pcache_core.lm.forward import ModelCall, last_logits
+from pcache_core.lm.forward import ModelCall, kept_logits
 
 
 class StockRun:
@@ -16,10 +17,13 @@ class StockRun:
 
     A cache that gives other logits than a forward over everything is not used: each step then
     reads the whole text again.
+
+    lock: held in a step, so that it takes turns with the model's other forwards.
     """
 
-    def __init__(self, model: PreTrainedModel, *, use_cache: bool) -> None:
+    def __init__(self, model: PreTrainedModel, lock: RLock, *, use_cache: bool) -> None:
         self._model = model
+        self._lock = lock
         self._call = ModelCall(model)
         self._use_cache = use_cache
         self._cache: dict[str, Any] = {}
@@ -27,6 +31,10 @@ class StockRun:
 
     def __call__(self, token_ids: Sequence[int]) -> torch.Tensor:
         """Append tokens; logits of the last, [vocab]."""
+        with self._lock:
+            return self._step(token_ids)
+
+    def _step(self, token_ids: Sequence[int]) -> torch.Tensor:
         self._token_ids.extend(token_ids)
         new = token_ids if self._cache else self._token_ids
         input_ids = torch.tensor([list(new)], device=self._model.device)
@@ -38,17 +46,16 @@ class StockRun:
                 for name in ("past_key_values", "cache_params")
                 if getattr(output, name, None) is not None
             }
-        [logits] = last_logits(output, last)
-        return logits
+        return kept_logits(output, last)[-1]
 
 
-def own_cache_works(model: PreTrainedModel, token_ids: Sequence[int]) -> bool:
+def own_cache_works(model: PreTrainedModel, lock: RLock, token_ids: Sequence[int]) -> bool:
     """Whether a step with the model's own cache gives the logits of a forward over everything."""
     try:
-        cached = StockRun(model, use_cache=True)
+        cached = StockRun(model, lock, use_cache=True)
         cached(token_ids[:-1])
         step = cached(token_ids[-1:])
-        whole = StockRun(model, use_cache=False)(token_ids)
+        whole = StockRun(model, lock, use_cache=False)(token_ids)
     except Exception:
         return False
     tolerance = 1e-4 if model.dtype == torch.float32 else 6e-2

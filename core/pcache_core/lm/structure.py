@@ -8,7 +8,13 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from pcache_core.lm.shared_layer import DummyLayer
+try:  # what stands in a cache for a layer that shares another layer's keys and values
+    from transformers.cache_utils import DummyLayer as DummyLayer
+except ImportError:  # older versions, which vLLM may ask for, leave such layers out of the cache
+
+    class DummyLayer:  # type: ignore[no-redef]
+        """No layer of a cache is one."""
+
 
 # Compared by exact type: subclasses (indexed layers) keep more than keys and values per token.
 _PER_TOKEN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
@@ -67,7 +73,7 @@ def context_length(model: PreTrainedModel) -> int | None:
 
 
 def context_length_by(config: PreTrainedConfig) -> int | None:
-    """Return most positions that a model of this configuration accepts; None without a limit."""
+    """Return how many positions a model of this configuration accepts; None without a limit."""
     config = config.get_text_config(decoder=True)
     for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
         limit = getattr(config, name, None)

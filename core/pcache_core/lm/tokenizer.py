@@ -1,4 +1,4 @@
-"""Text to token ids and back, segment by segment."""
+"""Text to token ids and back, segment by segment: what every model has, also one on a server."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from pcache_core.errors import ChatTemplateError
+from pcache_core.lm.loading import load_tokenizer, resolve
 from pcache_core.prompt import Segment
 from pcache_core.threads import fork_safe
 
@@ -39,6 +41,17 @@ _HTML_TAG = re.compile(
 _ROLES = (("user",), ("system", "user", "assistant", "user"), ("user", "assistant", "user"))
 
 
+class _ChatMarkup(NamedTuple):
+    """What a chat template writes before a message, and the control tokens that it writes.
+
+    marks_roles: whether a user's turn looks otherwise than an assistant's.
+    """
+
+    opening: str = ""
+    tokens: tuple[str, ...] = ()
+    marks_roles: bool = False
+
+
 class SegmentTokenizer:
     """Tokenises each segment alone, without special tokens added; remembers recent ones.
 
@@ -50,7 +63,7 @@ class SegmentTokenizer:
         self._lock = fork_safe(threading.Lock())
         self._memory: OrderedDict[tuple[str, bool], tuple[int, ...]] = OrderedDict()
         self._remembered = 0
-        self._markup: dict[str, tuple[str, tuple[str, ...]]] = {}  # of one chat template
+        self._markup: dict[str, _ChatMarkup] = {}  # of one chat template
         self._controls: Mapping[str, int] = {}
         self._specials: frozenset[str] = frozenset()
         self._controls_of: object = None  # what they depend on
@@ -177,40 +190,35 @@ class SegmentTokenizer:
         One that doesn't is no dialogue format: it only joins the contents, and a completion prompt
         says the same.
         """
-        if not self._tokenizer.chat_template:
-            return False
-        try:
-            user, assistant = (
-                self.apply_chat_template([{"role": role, "content": "Hello"}])
-                for role in ("user", "assistant")
-            )
-        except ChatTemplateError:  # It knows roles, or it could not refuse one.
-            return True
-        return user != assistant
+        return self._chat_markup().marks_roles
 
     def holds_chat_markup(self, text: str) -> bool:
         """Whether a text holds what the chat template writes around a message; no without one.
 
         That is a control token of the template's, or the template's beginning at its own.
         """
-        opening, tokens = self._chat_markup()
-        at_beginning = bool(opening) and text.lstrip().startswith(opening)
-        return at_beginning or any(token in text for token in tokens)
+        markup = self._chat_markup()
+        at_beginning = bool(markup.opening) and text.lstrip().startswith(markup.opening)
+        return at_beginning or any(token in text for token in markup.tokens)
 
-    def _chat_markup(self) -> tuple[str, tuple[str, ...]]:
-        """Return what the template writes before a message, and the control tokens it writes."""
-        template = str(self._tokenizer.chat_template)
+    def _chat_markup(self) -> _ChatMarkup:
+        """Return what the template writes, which is found out once."""
+        template = str(self._tokenizer.chat_template or "")
         if template not in self._markup:
-            self._markup = {template: self._read_chat_markup()}
+            self._markup = {template: self._read_chat_markup() if template else _ChatMarkup()}
         return self._markup[template]
 
-    def _read_chat_markup(self) -> tuple[str, tuple[str, ...]]:
+    def _read_chat_markup(self) -> _ChatMarkup:
         mark = "\ue0f0message\ue0f1"
         try:
-            text = self.apply_chat_template([{"role": "user", "content": mark}])
-        except ChatTemplateError:
-            return "", ()
-        return text.partition(mark)[0].strip(), tuple(self.control_tokens(text))
+            user = self.apply_chat_template([{"role": "user", "content": mark}])
+        except ChatTemplateError:  # It knows roles, or it could not refuse one.
+            return _ChatMarkup(marks_roles=True)
+        opening, tokens = user.partition(mark)[0].strip(), tuple(self.control_tokens(user))
+        with suppress(ChatTemplateError):
+            assistant = self.apply_chat_template([{"role": "assistant", "content": mark}])
+            return _ChatMarkup(opening, tokens, marks_roles=user != assistant)
+        return _ChatMarkup(opening, tokens, marks_roles=True)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of the ids, special tokens left out."""
@@ -273,3 +281,42 @@ class SegmentTokenizer:
         full = self._tokenizer("a")["input_ids"]
         added = full[: len(full) - len(plain)] if full[-len(plain) :] == plain else full[:1]
         return (bos,) if bos in added and full[:1] == [bos] else ()
+
+
+class TextModel:
+    """A model, as far as its tokenizer knows it.
+
+    context_length: most tokens that it holds, None without a limit.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, name: str, context_length: int | None
+    ) -> None:
+        self.tokenizer: PreTrainedTokenizerBase = tokenizer
+        self.text: SegmentTokenizer = SegmentTokenizer(tokenizer)
+        self.name: str = name
+        self.context_length: int | None = context_length
+
+    @staticmethod
+    def without_weights(name: str, context_length: int | None) -> TextModel:
+        """Load the tokenizer of a built-in model, a directory, a hub id or a GGUF file; no weights.
+
+        Raises: ModelError: there is none.
+        """
+        path = Path(name).expanduser()
+        # A directory without weights will do here.
+        source = str(path) if path.is_dir() and (path / "config.json").is_file() else resolve(name)
+        return TextModel(load_tokenizer(name, source), name, context_length)
+
+    def token_ids(self, text: str) -> list[int]:
+        """Return the ids of a text alone, without special tokens added."""
+        return list(self.text.ids(Segment(text, "text")))
+
+    def count_tokens(self, text: str) -> int:
+        """Count the tokens of a text alone, without special tokens added."""
+        return len(self.token_ids(text))
+
+    def stop_ids(self, stop: Sequence[str]) -> frozenset[int]:
+        """Return the ids of stop strings that are special tokens: no answer spells their text."""
+        found = map(self.text.special_id, stop)
+        return frozenset(number for number in found if number is not None)

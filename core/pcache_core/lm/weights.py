@@ -13,6 +13,7 @@ from operator import is_
 import torch
 from torch import nn
 
+from pcache_core.lm.packed import follow
 from pcache_core.threads import fork_safe
 
 # What the layers of an adapter note about themselves: which adapters act, and how much.
@@ -35,16 +36,23 @@ class Weights:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._lock = fork_safe(threading.Lock())
-        self._seen = _Sight(model)
+        follow(model)
+        self._seen: _Sight | None = _Sight(model)
         self._version = 0
 
     def version(self) -> int:
         """Look at the weights; return a number that was never returned for others."""
         with self._lock:
-            if self._seen.is_outdated():
+            if self._seen is None or self._seen.is_outdated():
+                follow(self._model)
                 self._seen = _Sight(self._model)
                 self._version += 1
             return self._version
+
+    def let_go(self) -> None:
+        """Keep no tensor that was seen; the next look finds the weights changed."""
+        with self._lock:
+            self._seen = None
 
 
 def adapter_settings(model: nn.Module) -> list[str]:

@@ -61,7 +61,7 @@ def _heading(picture: Picture) -> str:
 
 
 def _map(folded: Sequence[Excerpt | Gap]) -> str:
-    """Return the whole prompt as a bar: a cell a run, as wide as it has tokens."""
+    """Draw the whole prompt as a bar: a cell a run, as wide as it has tokens."""
     cells = []
     for part in folded:
         if isinstance(part, Gap):
@@ -108,7 +108,7 @@ def _gap(gap: Gap) -> str:
 
 
 def _excerpt(excerpt: Excerpt) -> str:
-    """Return its chip stands where its first line with text begins."""
+    """Draw an excerpt; its chip stands where its first line with text begins."""
     run, look = excerpt.run, LOOKS[excerpt.run.source]
     style = (
         f"color:inherit;background:{look.colour}{TINT_ALPHA};border-bottom:2px solid {look.colour};"
@@ -152,7 +152,7 @@ def _gauge(share: float | None) -> str:
 
 
 def _times(picture: Picture) -> str:
-    """Return how the time to the first token was spent, in shades of the text's colour."""
+    """Draw how the time to the first token was spent, in shades of the text's colour."""
     times = list(zip(picture.all_times, _SHADES, strict=False))
     if not times:
         return ""

@@ -36,7 +36,7 @@ def draw(picture: Picture, console: Console, options: ConsoleOptions) -> RenderR
 
 
 def _map(folded: Sequence[Excerpt | Gap], width: int) -> Text:
-    """Return the whole prompt as a bar, each run as wide as it has tokens."""
+    """Draw the whole prompt as a bar, each run as wide as it has tokens."""
     cells: list[tuple[Source, int]] = []
     for part in folded:
         if isinstance(part, Gap):

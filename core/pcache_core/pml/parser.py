@@ -16,7 +16,6 @@ from typing import Literal, cast
 from pcache_core.errors import PMLError
 from pcache_core.pml.check import check_schema
 from pcache_core.pml.grammar import GrammarName, grammar
-from pcache_core.pml.include import SourceFolder
 from pcache_core.pml.markup import Chars, Element, Limits, Markup, read_markup
 from pcache_core.pml.nodes import (
     ROLES,
@@ -36,7 +35,7 @@ from pcache_core.pml.nodes import (
     Turn,
     Union,
 )
-from pcache_core.pml.source import Source, read_source
+from pcache_core.pml.source import Source, SourceFolder, read_source
 
 DEFAULT_LIMITS = Limits()
 SpaceRule = Literal["schema", "prompt", "preserve"]

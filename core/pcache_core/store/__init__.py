@@ -1,5 +1,6 @@
 """Where states are kept between requests."""
 
+from pcache_core.report import StoreStats, Tier
 from pcache_core.store.base import (
     BatchStore,
     Hit,
@@ -7,8 +8,6 @@ from pcache_core.store.base import (
     ModuleStore,
     Opened,
     OpeningStore,
-    StoreStats,
-    Tier,
     get_many,
     open_many,
 )

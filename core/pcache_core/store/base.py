@@ -1,45 +1,22 @@
-"""What the engine asks of a store."""
+"""What the engine asks of a store, and what every store counts."""
 
 from __future__ import annotations
 
+import logging
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from pcache_core.errors import StateMismatchError
 from pcache_core.kv.key import ModuleKey
 from pcache_core.kv.state import KVState, StateSource
+from pcache_core.report import StoreStats, Tier
+from pcache_core.threads import fork_safe
 
-Tier = Literal["memory", "disk", "remote"]
-
-
-@dataclass(frozen=True, slots=True)
-class StoreStats:
-    """A store's contents and its history since it was made.
-
-    states, nbytes: None where counting them would mean asking a server for every key.
-    budget_bytes: None where the store has no limit of its own.
-    damaged: entries that were dropped because they were altered, cut or another model's.
-    failures: calls that failed because the store could not be reached, read or written.
-    load_ms: time spent in look-ups that hit.
-    loaded_nbytes: read by look-ups that hit, as kept; 0 where nothing is read.
-    tiers: of a tiered store, each tier's own.
-    """
-
-    tier: Tier
-    states: int | None
-    nbytes: int | None
-    budget_bytes: int | None
-    hits: int
-    misses: int
-    evictions: int
-    damaged: int = 0
-    failures: int = 0
-    load_ms: float = 0.0
-    tiers: tuple[StoreStats, ...] = ()
-    loaded_nbytes: int = 0
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -105,6 +82,21 @@ class Opened:
     nbytes: int
     settle: Callable[[float, StateMismatchError | None], None]
 
+    def read(self, use: Callable[[StateSource], T]) -> T | None:
+        """Let `use` read the state, once and whole; None if it was damaged, and is dropped."""
+        started = time.perf_counter()
+        result, error = None, None
+        try:
+            result = use(self.rows)
+        except StateMismatchError as mismatch:
+            error = mismatch
+        self.settle(ms_since(started), error)
+        return result
+
+    def whole(self) -> KVState | None:
+        """Read it into memory; None if it was damaged, and is dropped."""
+        return self.read(lambda rows: rows.whole())
+
 
 @runtime_checkable
 class OpeningStore(ModuleStore, Protocol):
@@ -122,13 +114,13 @@ class OpeningReads(ABC):
 
     def get(self, key: ModuleKey) -> Hit | None:
         """Return the state if it is there and whole; it counts as used."""
-        return read(self.open_many([key])[0])
+        return _hit(self.open_many([key])[0])
 
     def get_many(self, keys: Sequence[ModuleKey]) -> list[Hit | None]:
         """Return what `get` does for each key; the store is asked for all of them at once."""
         unique = list(dict.fromkeys(keys))
         opened = dict(zip(unique, self.open_many(unique), strict=True))
-        return [read(opened[key]) for key in keys]
+        return [_hit(opened[key]) for key in keys]
 
     @abstractmethod
     def open_many(self, keys: Sequence[ModuleKey]) -> list[Opened | None]:
@@ -151,22 +143,13 @@ def open_many(store: ModuleStore, keys: Sequence[ModuleKey]) -> list[Opened | No
     return [None if hit is None else opened(key, hit) for key, hit in hits]
 
 
-def read(opened: Opened | None) -> Hit | None:
-    """Read an opened state all at once; None if there is none, or it is damaged."""
-    if opened is None:
-        return None
-    started = time.perf_counter()
-    try:
-        state = opened.rows.whole()
-    except StateMismatchError as error:
-        opened.settle(milliseconds_since(started), error)
-        return None
-    opened.settle(milliseconds_since(started), None)
-    return Hit(state, opened.tier)
+def _hit(opened: Opened | None) -> Hit | None:
+    state = None if opened is None else opened.whole()
+    return None if opened is None or state is None else Hit(state, opened.tier)
 
 
-def milliseconds_since(started: float) -> float:
-    """started: of `time.perf_counter`."""
+def ms_since(started: float) -> float:
+    """Return the milliseconds since `started`, by `time.perf_counter`."""
     return (time.perf_counter() - started) * 1000
 
 
@@ -175,3 +158,71 @@ def get_many(store: ModuleStore, keys: Sequence[ModuleKey]) -> list[Hit | None]:
     if isinstance(store, BatchStore):
         return store.get_many(keys)
     return [store.get(key) for key in keys]
+
+
+logger = logging.getLogger(__name__)
+
+
+class Counters:
+    """Counts of one store. Thread-safe."""
+
+    def __init__(self, tier: Tier, budget_bytes: int | None) -> None:
+        self._lock = fork_safe(threading.Lock())
+        self._counted = StoreStats(tier, None, None, budget_bytes, 0, 0, 0)
+
+    def add(self, **more: float) -> None:
+        """Count something. more: by the names of `StoreStats`."""
+        with self._lock:
+            sums: dict[str, Any] = {n: getattr(self._counted, n) + more[n] for n in more}
+            self._counted = replace(self._counted, **sums)
+
+    def stats(self, states: int | None, nbytes: int | None) -> StoreStats:
+        """Return everything counted so far, beside what the store holds now."""
+        with self._lock:
+            return replace(self._counted, states=states, nbytes=nbytes)
+
+
+class Outage:
+    """Says once that a store stopped working, and once that it works again. Thread-safe.
+
+    what: the store and what it was doing, for the message.
+    retry_s: after a failure, `is_over` is False for so long: a dead server costs one time-out in
+        each such while, not one a request.
+    """
+
+    def __init__(self, what: str, counters: Counters, *, retry_s: float = 0.0) -> None:
+        self._what = what
+        self._counters = counters
+        self._retry_s = retry_s
+        self._retry_at = 0.0
+        self._is_out = False
+        self._lock = fork_safe(threading.Lock())
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it is time to try (again)."""
+        return not self._is_out or time.monotonic() >= self._retry_at
+
+    def failed(self, error: BaseException) -> None:
+        """Note a failure; the first since the store last worked is a warning."""
+        self._counters.add(failures=1)
+        with self._lock:
+            self._retry_at = time.monotonic() + self._retry_s
+            is_new, self._is_out = not self._is_out, True
+        if is_new:
+            logger.warning(
+                "%s failed (%s: %s); requests go on without it, and this is said once until it "
+                "works again",
+                self._what,
+                type(error).__name__,
+                error,
+            )
+
+    def worked(self) -> None:
+        """Note a success; the first after a failure is reported."""
+        if not self._is_out:
+            return
+        with self._lock:
+            was_out, self._is_out = self._is_out, False
+        if was_out:
+            logger.info("%s works again", self._what)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import stat
 import tempfile
@@ -15,14 +14,12 @@ from pathlib import Path
 from pcache_core.errors import OptionError, StateMismatchError, StoreError
 from pcache_core.kv.key import ModuleKey
 from pcache_core.kv.state import KVState
+from pcache_core.params import StorageDtype
+from pcache_core.report import StoreStats
 from pcache_core.store import serde
-from pcache_core.store.base import Opened, StoreStats, milliseconds_since
-from pcache_core.store.counters import Outage
+from pcache_core.store.base import Opened, Outage, ms_since
 from pcache_core.store.folder import StateFolder, open_file
 from pcache_core.store.memory import check_budget
-from pcache_core.store.record import StorageDtype
-
-logger = logging.getLogger(__name__)
 
 DEFAULT_DISK_BUDGET_BYTES = 32 * 2**30
 _MOST_OPEN = 64  # states that are asked for together
@@ -83,7 +80,7 @@ class DiskStore(serde.SealedStore):
             started = time.perf_counter()
             for key in some:
                 _read_ahead(self._path(key))
-            told_ms = milliseconds_since(started) / len(some)
+            told_ms = ms_since(started) / len(some)
             found += [self._open(key, told_ms) for key in some]
         return found
 
@@ -91,7 +88,7 @@ class DiskStore(serde.SealedStore):
         started = time.perf_counter()
         try:
             return self._opened(
-                key, partial(open_file, self._path(key)), told_ms + milliseconds_since(started)
+                key, partial(open_file, self._path(key)), told_ms + ms_since(started)
             )
         except OSError as error:
             self._failed(error)

@@ -125,20 +125,19 @@ def clear_states(path: str | Path, selection: Selection) -> Sequence[StoredState
 def find_stored(
     store: ModuleStore, space: KeySpace, texts: Container[tuple[int, ...]] | None = None
 ) -> Iterator[ModuleKey]:
-    """Find the states of these token sequences, or all, in a store's memory and folders.
+    """Find the states of these token sequences, or all, in a store's memory, queue and folders.
 
     They may have been written by any process, after any preamble: they say what they are. Servers
     are not searched. Reads every file's header once.
 
     Raises: StoreError: a folder can't be read.
     """
+    for key in store.held_keys() if isinstance(store, MemoryStore | TieredStore) else ():
+        if key.space == space and (texts is None or key.token_ids in texts):
+            yield key
     if isinstance(store, TieredStore):
         for tier in store.tiers:
             yield from find_stored(tier, space, texts)
-    elif isinstance(store, MemoryStore):
-        for key in store.held_keys():
-            if key.space == space and (texts is None or key.token_ids in texts):
-                yield key
     elif isinstance(store, DiskStore) and store.path.is_dir():  # it may have been removed meanwhile
         for state in stored_states(
             store.path, Selection(model=space.model, namespace=space.namespace)

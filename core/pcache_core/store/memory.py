@@ -8,8 +8,8 @@ from collections import OrderedDict
 from pcache_core.errors import BudgetError
 from pcache_core.kv.key import ModuleKey
 from pcache_core.kv.state import KVState
-from pcache_core.store.base import Hit, StoreStats
-from pcache_core.store.counters import Counters
+from pcache_core.report import StoreStats
+from pcache_core.store.base import Counters, Hit
 from pcache_core.threads import fork_safe
 
 DEFAULT_BUDGET_BYTES = 2 * 2**30

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import logging
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,11 +14,10 @@ from typing import Any, TypeVar
 from pcache_core.errors import DependencyError, OptionError, StateMismatchError, StoreError
 from pcache_core.kv.key import ModuleKey
 from pcache_core.kv.state import KVState
+from pcache_core.params import StorageDtype
 from pcache_core.store import serde
-from pcache_core.store.base import Opened, milliseconds_since
-from pcache_core.store.counters import Outage
+from pcache_core.store.base import Opened, Outage, ms_since
 from pcache_core.store.folder import SUFFIX
-from pcache_core.store.record import StorageDtype
 
 try:
     import fsspec
@@ -28,7 +26,6 @@ except ImportError as error:
         "ObjectStore needs the fsspec package; pip install 'pcache-integrations[fsspec]'"
     ) from error
 
-logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _FIRST_READ_BYTES = 2**20
@@ -84,7 +81,7 @@ class ObjectStore(serde.SealedStore):
         if content is None:
             self._counters.add(misses=1)
             return None
-        return self._opened(key, partial(io.BytesIO, content), milliseconds_since(started))
+        return self._opened(key, partial(io.BytesIO, content), ms_since(started))
 
     def put(self, key: ModuleKey, state: KVState) -> bool:
         """Write the state's object; False if that failed."""
@@ -115,7 +112,7 @@ class ObjectStore(serde.SealedStore):
         return f"{self._root}/{key.digest[:2]}/{self._name(key)}{SUFFIX}"
 
     def _ask(self, question: Callable[[], T]) -> T | None:
-        """Return the answer; None if there is no such object, or the storage can't be reached."""
+        """Ask the storage; None if there is no such object, or the storage can't be reached."""
         if not self._storage.is_over:
             return None
         answer = None

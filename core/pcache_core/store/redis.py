@@ -7,7 +7,6 @@ written last, so a state is seen whole or not at all; chunks whose writer was in
 from __future__ import annotations
 
 import io
-import logging
 import math
 import re
 import secrets
@@ -24,10 +23,9 @@ from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 from pcache_core.errors import DependencyError, OptionError, StateMismatchError, StoreError
 from pcache_core.kv.key import ModuleKey
 from pcache_core.kv.state import KVState
+from pcache_core.params import StorageDtype
 from pcache_core.store import serde
-from pcache_core.store.base import Opened, milliseconds_since
-from pcache_core.store.counters import Outage
-from pcache_core.store.record import StorageDtype
+from pcache_core.store.base import Opened, Outage, ms_since
 
 try:
     import redis
@@ -38,7 +36,6 @@ except ImportError as error:
         "RedisStore needs the redis package; pip install 'pcache-integrations[redis]'"
     ) from error
 
-logger = logging.getLogger(__name__)
 T = TypeVar("T")
 _Answers = list[bytes | None]
 
@@ -119,7 +116,7 @@ class RedisStore(serde.SealedStore):
         by_name = {self._name(key): key for key in keys}
         started = time.perf_counter()
         contents = (self._ask(lambda: self._contents(list(by_name))) or {}) if keys else {}
-        elapsed_ms = milliseconds_since(started)
+        elapsed_ms = ms_since(started)
         total = sum(map(len, contents.values()))
         return [
             self._found(key, contents.get(name), elapsed_ms / max(total, 1))
@@ -164,7 +161,7 @@ class RedisStore(serde.SealedStore):
         return f"pcache:{super()._name(key)}"
 
     def _ask(self, question: Callable[[], T]) -> T | None:
-        """Return the server's answer; None while it can't be reached."""
+        """Ask the server; None while it can't be reached."""
         if not self._server.is_over:
             return None
         try:

@@ -6,7 +6,7 @@ import hashlib
 import hmac
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import Protocol
+from typing import TYPE_CHECKING, TypeAlias
 
 import xxhash
 
@@ -16,14 +16,8 @@ SEAL_BYTES: Mapping[str, int] = MappingProxyType({"xxh3-128": 16, "hmac-sha256":
 _MIN_KEY_BYTES = 16
 
 
-class Hash(Protocol):
-    """Takes bytes one after another."""
-
-    def update(self, data: memoryview, /) -> None:
-        """Add bytes."""
-
-    def digest(self) -> bytes:
-        """Return the hash of all that was added."""
+if TYPE_CHECKING:
+    Hash: TypeAlias = xxhash.xxh3_128 | hmac.HMAC
 
 
 class Seal:

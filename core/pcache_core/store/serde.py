@@ -22,7 +22,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import cast
 
 import torch
@@ -30,10 +30,17 @@ import torch
 from pcache_core.errors import StateMismatchError
 from pcache_core.kv.key import ModuleKey
 from pcache_core.kv.state import Block, KVState, Part, Stack, layer_blocks
-from pcache_core.store import packing
-from pcache_core.store.base import Opened, OpeningReads, StoreStats, Tier
-from pcache_core.store.counters import Counters
-from pcache_core.store.record import Record, StorageDtype
+from pcache_core.params import StorageDtype, check_storage_dtype
+from pcache_core.report import StoreStats, Tier
+from pcache_core.store.base import Counters, Opened, OpeningReads
+from pcache_core.store.record import (
+    DTYPE_CODES,
+    Field,
+    Record,
+    pack,
+    stored_fields,
+    unpack,
+)
 from pcache_core.store.seal import SEAL_BYTES, Seal
 
 logger = logging.getLogger(__name__)
@@ -54,7 +61,7 @@ class Layout:
 
     record: Record
     header: bytes
-    offsets: dict[str, tuple[packing.Field, int]]
+    offsets: dict[str, tuple[Field, int]]
     nbytes: int
 
 
@@ -70,7 +77,7 @@ def encode(
         raise StateMismatchError("the state to be stored is empty or of other tokens than its key")
     state.check(state.stacks, state.keys[0].dtype)
     layout = layout_of(Record.of(key, state, storage, seal.name, created))
-    packed = packing.pack(state, layout.record)
+    packed = pack(state, layout.record)
     buffers = [memoryview(layout.header)]
     buffers += [_bytes_of(packed[name]) for name in layout.offsets if name != _SEAL]
     return [*buffers, memoryview(seal.of(buffers))]
@@ -155,7 +162,7 @@ class SealedState:
         with self._reading() as (layout, fill):
             raw = _new(layout.nbytes - len(layout.header) - self._seal.nbytes)
             fill(raw)
-        return packing.unpack(layout.record, lambda name: _tensor(raw, layout, name))
+        return unpack(layout.record, lambda name: _tensor(raw, layout, name))
 
     @contextmanager
     def _reading(self) -> Iterator[tuple[Layout, _Fill]]:
@@ -210,7 +217,7 @@ class SealedStore(OpeningReads):
         storage_dtype: StorageDtype,
         hmac_key: bytes | None,
     ) -> None:
-        self.storage_dtype = packing.check_storage_dtype(storage_dtype)
+        self.storage_dtype = check_storage_dtype(storage_dtype)
         self._seal = Seal(hmac_key)
         self._tier: Tier = tier
         self._counters = Counters(tier, budget_bytes)
@@ -266,15 +273,6 @@ class SealedStore(OpeningReads):
         self.delete(key)
 
 
-def decode(raw: torch.Tensor | bytes, key: ModuleKey, seal: Seal) -> KVState:
-    """Return the state that is stored in `raw`: its bytes, or [bytes] uint8.
-
-    Raises: StateMismatchError: damaged, of another key, or sealed otherwise.
-    """
-    content = raw.numpy().data if isinstance(raw, torch.Tensor) else raw
-    return SealedState(partial(io.BytesIO, content), key, seal).whole()
-
-
 def read_header(file: io.RawIOBase | io.BytesIO) -> bytes:
     """Read a file's header, from its first byte to its first tensor's.
 
@@ -305,7 +303,7 @@ def _new(nbytes: int) -> torch.Tensor:
     return torch.empty(nbytes, dtype=torch.uint8)
 
 
-def _pieces(field: packing.Field) -> Iterator[slice]:
+def _pieces(field: Field) -> Iterator[slice]:
     return layer_blocks(torch.empty(()).expand(field.shape))
 
 
@@ -316,7 +314,7 @@ def _tensor(raw: torch.Tensor, layout: Layout, name: str) -> torch.Tensor:
     return _shaped(raw[start : start + field.nbytes], field)
 
 
-def _shaped(raw: torch.Tensor, field: packing.Field) -> torch.Tensor:
+def _shaped(raw: torch.Tensor, field: Field) -> torch.Tensor:
     return raw.view(field.dtype).reshape(field.shape)
 
 
@@ -373,14 +371,14 @@ _parse_again = lru_cache(maxsize=256)(_parse_header)
 
 def layout_of(record: Record) -> Layout:
     """Lay out a state's tensors: the header that describes them, and where each begins."""
-    seal = packing.Field(_SEAL, torch.uint8, (SEAL_BYTES[record.seal],))
+    seal = Field(_SEAL, torch.uint8, (SEAL_BYTES[record.seal],))
     table: dict[str, object] = {"__metadata__": record.metadata()}
-    starts: dict[str, tuple[packing.Field, int]] = {}
+    starts: dict[str, tuple[Field, int]] = {}
     end = 0
-    for field in (*packing.fields(record), seal):
+    for field in (*stored_fields(record), seal):
         starts[field.name] = (field, end)
         table[field.name] = {
-            "dtype": packing.DTYPE_CODES[field.dtype],
+            "dtype": DTYPE_CODES[field.dtype],
             "shape": field.shape,
             "data_offsets": (end, end + field.nbytes),
         }

@@ -137,7 +137,7 @@ def _kind(rng: random.Random, spec: WorldSpec) -> Kind:
 
 
 def _subject(rng: random.Random, cast: Cast, kind: Kind, linked: list[str]) -> str:
-    """Return a new name; mostly one that a person's employer or home has, so that facts chain."""
+    """Draw a new name; mostly one that a person's employer or home has, so that facts chain."""
     if kind == "person":
         return cast.person()
     if linked and rng.random() < 0.9:

@@ -113,7 +113,7 @@ def _absent(rng: random.Random, context: Context) -> list[Question]:
             kind = context.subjects[subject]
         else:
             kind = rng.choice(("person", "person", "company", "city"))
-            subject = _stranger(rng, context, kind)
+            subject = _stranger(context, kind)
         missing = [name for name in OF_KIND[kind] if (subject, name) not in told]
         present = [name for name in missing if _choices(context, ATTRIBUTES[name])]
         if present and rng.random() < 0.6:
@@ -125,7 +125,7 @@ def _absent(rng: random.Random, context: Context) -> list[Question]:
     return list(asked.values())
 
 
-def _stranger(rng: random.Random, context: Context, kind: Kind) -> str:
+def _stranger(context: Context, kind: Kind) -> str:
     if kind == "person":
         return context.cast.person()
     return context.cast.fresh(names.COMPANIES if kind == "company" else names.CITIES)
