@@ -19,7 +19,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 from unittest import mock
@@ -142,19 +142,39 @@ def next_logits(model: PreTrainedModel, rows: Rows) -> torch.Tensor:
     return computed_logits(model, rows)[-1]
 
 
-def attention_paid(model: PreTrainedModel, rows: Rows, last: int) -> dict[int, float]:
-    """How much the `last` computed tokens attend to each place, added up over heads and tokens.
+def asking(rows: Rows) -> tuple[dict[int, float], dict[int, float]]:
+    """Weights of the places that ask the question that ends a prompt, and of those before them.
 
-    By the model's own eager attention in the upper half of its layers. Places of rows that the last
-    one may not see are left out.
+    The last twelve behind its modules ask, the first three there are what they are compared with.
+    """
+    last_module = max(row.place for row in rows if row.role == "module")
+    behind = [row.place for row in rows if row.role == "computed" and row.place > last_module]
+    reference, asked = behind[:3], behind[3:][-12:]
+    return dict.fromkeys(asked, 1 / len(asked)), dict.fromkeys(reference, 1 / 3)
+
+
+def attention_paid(
+    model: PreTrainedModel, rows: Rows, weights: Mapping[int, float]
+) -> dict[int, float]:
+    """How much the computed tokens at some places attend to each place, added up over heads.
+
+    By the model's own eager attention, in the third quarter of the layers that see all tokens.
+    Places of rows that the last one may not see are left out.
     """
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")
     attentions = _forward(model, rows, output_attentions=True).attentions
     model.set_attn_implementation(before)
-    upper = attentions[len(attentions) // 2 :]
-    watched = [i for i, row in enumerate(rows) if row.role == "computed"][-last:]
-    paid = sum(layer[0, :, watched, : len(rows)].double().sum((0, 1)) for layer in upper)
+    kinds = getattr(model.config, "layer_types", None) or ["full"] * len(attentions)
+    seeing = [layer for layer, kind in enumerate(kinds) if "sliding" not in kind]
+    layers = seeing or list(range(len(attentions)))
+    first = len(layers) // 2
+    paid = torch.zeros(len(rows), dtype=torch.double)
+    for layer in layers[first : max(first + 1, 3 * len(layers) // 4)]:
+        heads = attentions[layer][0, :, :, : len(rows)].double().sum(0)
+        for index, row in enumerate(rows):
+            if row.role == "computed" and row.place in weights:
+                paid += weights[row.place] * heads[index]
     seen = _visible(rows)[-1].tolist()
     return {row.place: float(paid[i]) for i, row in enumerate(rows) if seen[i]}
 

@@ -221,8 +221,8 @@ class PromptCacheEngine(Engine):
 
         Documents that were encoded before are not read again, and a prompt finds those that are
         encoded here. More than the model's context holds are ranked in parts.
-        Returns: of each document its share, from 0 to 1, of the attention that the question's last
-            tokens pay to the whole prompt. Parts compare roughly: documents of a smaller or weaker
+        Returns: of each document its share, from 0 to 1, of the question's attention to the whole
+            prompt, see `SegmentReport`. Parts compare roughly: documents of a smaller or weaker
             part get a little more.
         Raises: PromptError: no question, or something else than texts. ModelError: the model's
             attention can't be observed. ContextLengthError: a document is longer than the context.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 
 import torch
 
@@ -14,8 +16,10 @@ from pcache_core.lm import Batch, CausalLM
 from pcache_core.plan import PrefillPlan
 from pcache_core.prompt import Piece
 from pcache_core.report import Report, SegmentReport, Source
-from pcache_core.request import WATCHED_TOKENS
 from pcache_core.store.base import ms_since
+
+_LAST_TOKENS = 3
+_ASKING_TOKENS, _REFERENCE_TOKENS, _REFERENCE_WEIGHT = 12, 3, 0.5
 
 
 def prefill(
@@ -36,12 +40,13 @@ def prefill(
     repaired: list[int] = []
     if plan.repaired and not lm.watches:
         repaired = _first_rows(plan)
-    watch = lm.watches and plan.request.observes
-    logits, attention = _compute(lm, sequence, plan.missing, repaired, watch=watch)
+    observes = lm.watches and plan.request.observes
+    watched = _watched(plan) if observes else {}
+    logits, attention = _compute(lm, sequence, plan.missing, repaired, watched)
     report.prefill_ms = ms_since(started)
     if plan.repaired and lm.watches:
         started = time.perf_counter()
-        repaired = most_attended(plan.stale, attention, plan.repaired)
+        repaired = most_attended(plan.stale, attention[0], plan.repaired)
         after = [row for row in plan.missing if row > repaired[0]]
         logits, _ = _compute(lm, sequence, after, repaired)
         report.repair_ms = ms_since(started)
@@ -50,8 +55,10 @@ def prefill(
             sequence.labels[row] = REPAIRED
         sequence.repair, sequence.repaired_for = plan.request.repair, len(sequence.token_ids)
         _describe_repair(report, plan, repaired)
-    if watch:
-        _describe_attention(report, plan, attention)
+    if observes:
+        if sequence.attention.shape[-1] != len(sequence.token_ids):  # unless it is the same prompt
+            sequence.attention = attention[1:]
+        _describe_attention(report, plan, sequence.attention)
     sequence.is_filled = True
     return logits, report
 
@@ -61,12 +68,11 @@ def _compute(
     sequence: KVSequence,
     missing: Sequence[int],
     repaired: Sequence[int],
-    *,
-    watch: bool = False,
+    watched: Mapping[int, tuple[float, ...]] = MappingProxyType({}),
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute rows; return logits of the last, [vocab], and attention to rows, [rows].
+    """Compute rows; return logits of the last, [vocab], and attention to rows, [3, rows].
 
-    The attention is that of the prompt's last tokens; empty unless `watch`.
+    watched: whose attention it is, see `Batch`; it is empty where this is.
     """
     if sequence.stock is not None:
         return sequence.stock(sequence.token_ids), torch.empty(0)
@@ -77,10 +83,36 @@ def _compute(
         [sequence.token_ids[row] for row in rows],
         rows,
         [sequence.positions[row] for row in rows],
-        range(max(0, len(rows) - WATCHED_TOKENS), len(rows)) if watch else None,
+        watched,
     )
     logits = lm.forward(batch)[-1]
     return logits, batch.attention
+
+
+def _watched(plan: PrefillPlan) -> dict[int, tuple[float, ...]]:
+    """Weigh the tokens whose attention is read, by index in `missing`.
+
+    Three means: of the last tokens, of those that ask, of those that they are compared with.
+
+    The answer is read from the prompt's last few, which choose what is repaired.
+
+    What answers the question shows in the last ones from the question on, less the first ones
+    behind the documents: these don't know yet what is asked, so that what a model attends to
+    whatever the question is (the last document above all) cancels out. In-context re-ranking takes
+    a second forward with an empty question for that (arXiv 2410.02642).
+    """
+    behind, asked = (bisect_left(plan.missing, row) for row in plan.request.tokens.question)
+    end = len(plan.missing)
+    last = range(max(0, end - _LAST_TOKENS), end)
+    asking = range(max(asked, behind + _REFERENCE_TOKENS, end - _ASKING_TOKENS), end)
+    reference = range(behind, behind + _REFERENCE_TOKENS)
+    if not asking:  # so few that there is nothing to compare with
+        asking, reference = last, range(0)
+    parts = (last, asking, reference)
+    return {
+        index: tuple(1 / len(part) if index in part else 0.0 for part in parts)
+        for index in {*last, *asking, *reference}
+    }
 
 
 def _first_rows(plan: PrefillPlan) -> list[int]:
@@ -154,12 +186,21 @@ def _describe_repair(report: Report, plan: PrefillPlan, rows: Sequence[int]) -> 
 def _describe_attention(report: Report, plan: PrefillPlan, attention: torch.Tensor) -> None:
     """Write into a report how much of the question's attention each segment gets.
 
-    attention: [rows of the prompt].
+    attention: [2, rows of the prompt]: of the tokens that ask, and of those before them. These
+        count at most as much as attends to the documents at all.
     """
-    shares = (attention / attention.sum()).tolist()
+    pieces = plan.request.tokens.pieces
+    asking, reference = (
+        [sum(by_row[piece.start : piece.stop]) for piece in pieces] for by_row in attention.tolist()
+    )
+    documents = [i for i, piece in enumerate(pieces) if piece.segment.kind == "document"]
+    most, compared = (sum(paid[i] for i in documents) for paid in (asking, reference))
+    weight = _REFERENCE_WEIGHT * (min(1.0, most / compared) if compared else 1.0)
+    shares = [max(0.0, a - weight * r) for a, r in zip(asking, reference, strict=True)]
+    whole = sum(shares) or 1.0
     report.segments = tuple(
-        replace(segment, attention=sum(shares[piece.start : piece.stop]))
-        for segment, piece in zip(report.segments, plan.request.tokens.pieces, strict=True)
+        replace(segment, attention=share / whole)
+        for segment, share in zip(report.segments, shares, strict=True)
     )
 
 

@@ -8,6 +8,8 @@ from typing import Literal, get_args
 
 from pcache_core.errors import PromptError
 
+_LEAD_TOKENS = 32
+
 SegmentKind = Literal["literal", "document", "argument", "text"]
 SEGMENT_KINDS: tuple[SegmentKind, ...] = get_args(SegmentKind)
 
@@ -241,6 +243,24 @@ class TokenisedPrompt:
     def end(self) -> int:
         """One after the largest position."""
         return max(self.positions, default=-1) + 1
+
+    @property
+    def question(self) -> tuple[int, int]:
+        """Where the words before the question begin, and where it does itself, as rows.
+
+        The question is the last filled-in or free text behind all documents and modules, and what
+        follows it; without such text, all that stands behind them.
+        """
+        modules = {index for unit in self.units or () for index in unit.segments}
+        behind, asked = 0, None
+        for index, piece in reversed(list(enumerate(self.pieces))):
+            if piece.segment.kind == "document" or index in modules:
+                behind = piece.stop
+                break
+            if asked is None and piece.segment.kind != "literal" and piece.segment.text.strip():
+                asked = piece.start
+        asked = behind if asked is None else asked
+        return max(behind, asked - _LEAD_TOKENS), asked
 
 
 def tokenise(

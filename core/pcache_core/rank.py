@@ -52,17 +52,12 @@ def scores_of(reports: Iterable[Report], num_documents: int) -> list[float]:
 
 
 def _prompt(lm: CausalLM, question: str, documents: Sequence[tuple[int, str]]) -> Prompt:
-    """End in the question itself, as its last tokens are those that are observed.
-
-    After a chat template's ending or "Answer:", a chat model's last tokens ask for nothing: of 40
-    questions, SmolLM2-135M then found the document of 5 and 6 instead of 32. A completion model
-    asks where its answer is to begin.
-    """
+    """End in the question itself; a completion model asks where its answer is to begin."""
     segments = [Segment(_INSTRUCTION, "literal")]
     for index, document in documents:
         segments.append(Segment(document, "document", str(index)))
         segments.append(Segment(_SEPARATOR, "literal"))
-    segments.append(Segment(f"Question: {question}", "argument"))
+    segments += [Segment("Question:", "literal"), Segment(f" {question}", "argument")]
     ending = [] if lm.text.marks_roles() else [Segment("\nAnswer:", "literal")]
     return Prompt([*segments, *ending])
 

@@ -29,8 +29,9 @@ class SegmentReport:
     repaired_tokens: how many of them were reused and then computed again.
     preamble_tokens: how many of its preamble's first ids its state was encoded after; 0 if it has
         no state.
-    attention: its share of the attention that the question's last tokens pay to the whole prompt,
-        in the upper half of the layers; None where that was not observed.
+    attention: its share of the attention that the question pays, less half of what the first
+        tokens behind the documents pay, which don't know yet what is asked; None where that was not
+        observed.
     """
 
     kind: str
@@ -110,7 +111,7 @@ class Report:
             for segment in self.segments
             if segment.kind == "document" and segment.attention is not None
         ]
-        total = sum(attention for _, attention in found)
+        total = _attention_to_documents(self.segments)
         shares = [DocumentShare(name, attention / total) for name, attention in found if total]
         return tuple(sorted(shares, key=lambda document: -document.share))
 
@@ -150,6 +151,10 @@ class Report:
         )
 
 
+def _attention_to_documents(segments: Sequence[SegmentReport]) -> float:
+    return sum(segment.attention or 0 for segment in segments if segment.kind == "document")
+
+
 def _runs(segments: Sequence[SegmentReport]) -> tuple[Run, ...]:
     """Neighbours of one source are drawn as one; but documents and modules stay apart."""
     groups: list[list[SegmentReport]] = []
@@ -158,7 +163,8 @@ def _runs(segments: Sequence[SegmentReport]) -> tuple[Run, ...]:
             groups[-1].append(segment)
         else:
             groups.append([segment])
-    return tuple(_run(group) for group in groups)
+    total = _attention_to_documents(segments)
+    return tuple(_run(group, total) for group in groups)
 
 
 def _belongs(segment: SegmentReport, group: Sequence[SegmentReport]) -> bool:
@@ -172,15 +178,19 @@ def _belongs(segment: SegmentReport, group: Sequence[SegmentReport]) -> bool:
     return text is None or text.name == segment.name
 
 
-def _run(group: Sequence[SegmentReport]) -> Run:
-    name = next((segment.name for segment in group if segment.name), group[0].kind)
+def _run(group: Sequence[SegmentReport], attention: float) -> Run:
+    """attention: of the question to all documents; 0 if it was not observed."""
+    first = group[0]
+    name = next((segment.name for segment in group if segment.name), first.kind)
+    is_weighed = attention and first.kind == "document"
     return Run(
         label=_cut(name, _LABEL_CHARS),
-        source=group[0].source,
+        source=first.source,
         text="".join(segment.text for segment in group),
         num_tokens=sum(segment.num_tokens for segment in group),
         repaired_tokens=sum(segment.repaired_tokens for segment in group),
         title="\n".join(_first_few([_title(segment) for segment in group])),
+        share=(first.attention or 0) / attention if is_weighed else None,
     )
 
 

@@ -11,9 +11,6 @@ from pcache_core.lm import CausalLM
 from pcache_core.params import REPAIR, ReuseMode, SamplingParams
 from pcache_core.prompt import Prompt, TokenisedPrompt
 
-WATCHED_TOKENS = 3
-"""The answer begins after the last token; what it is read from, the last few look for."""
-
 _USUAL_ANSWER_TOKENS = 512
 
 
@@ -44,7 +41,8 @@ class Request:
     @property
     def fresh_rows(self) -> int:
         """How many of the last rows are computed in any case: for logits, and to be observed."""
-        return WATCHED_TOKENS if self.params.sources else 1
+        behind, _ = self.tokens.question
+        return max(1, len(self.tokens.token_ids) - behind) if self.params.sources else 1
 
     @property
     def capacity(self) -> int:

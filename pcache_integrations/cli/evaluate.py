@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 from pcache_core.errors import OptionError
 from pcache_core.params import DEFAULT_MODEL, REUSE_MODES, check_reuse, check_storage_dtype
@@ -25,8 +25,10 @@ from pcache_integrations.cli.options import (
 
 if TYPE_CHECKING:
     from pcache_core.evaluation.data import QuestionSet
+    from pcache_core.evaluation.prompts import Layout
 
 _QUESTIONS = 400  # one question is a quarter of a point
+_RANKED_DOCUMENTS = 32
 _WIDTH_OF_A_FILE = 120  # columns of output that is not a terminal
 
 
@@ -105,16 +107,36 @@ def evaluate(  # noqa: PLR0913 (each is an option of the command)
     show: Annotated[
         int, typer.Option(min=0, help="Print the answers to this many questions, too.")
     ] = 0,
+    rank: Annotated[
+        bool,
+        typer.Option(
+            "--rank",
+            help="Instead of the modes, compare rankings of the documents, by the question's "
+            "attention and by BM25: 32 documents unless --documents or --data says otherwise.",
+        ),
+    ] = False,
+    keep: Annotated[
+        int, typer.Option(min=1, help="With --rank: answer from this many of the best.")
+    ] = 8,
     as_json: AsJson = False,
 ) -> None:
-    """Compare the reuse modes on one question set: accuracy, agreement with off, speed.
+    """Compare the reuse modes, or rankings of documents, on one question set.
 
     Interrupted by ctrl-C, it prints what the questions until then gave.
     """
     from pcache_core.evaluation.curve import check_plot, plot, sweep
     from pcache_core.evaluation.evaluate import evaluate as ask
+    from pcache_core.evaluation.rank import evaluate_ranking
     from pcache_integrations._engines import load_lm
 
+    if rank:
+        unused = {"modes": modes, "warm": warm, "curve": curve, "show": show}
+        unused["storage-dtype"] = storage_dtype
+        options = ", ".join(f"--{name}" for name, value in unused.items() if value)
+        if options:
+            raise OptionError(f"--rank compares rankings, not modes; leave out {options}")
+        if data is None and documents is None:
+            documents = _RANKED_DOCUMENTS
     names = REUSE_MODES if modes is None else modes.split(",")
     chosen = [check_reuse(name.strip()) for name in names]
     world = {"documents": documents, "hops": hops, "split": split, "absent": absent, "seed": seed}
@@ -126,27 +148,37 @@ def evaluate(  # noqa: PLR0913 (each is an option of the command)
         check_plot(curve)
     model = model or (TOY if given.keys() - {"documents"} else DEFAULT_MODEL)
     asked = _questions(model, data, given, questions)
+    lm = load_lm(model, dtype, device, trust_remote_code=trust_remote_code)
+    layout: Layout | None = None if chat is None else "chat" if chat else "completion"
+    if rank:
+        ranked = evaluate_ranking(lm, asked, keep=keep, layout=layout, max_tokens=max_tokens)
+        _print(ranked, ranked.as_json() if as_json else None)
+        return
     result = ask(
-        load_lm(model, dtype, device, trust_remote_code=trust_remote_code),
+        lm,
         asked,
         modes=chosen,
         sweep=() if curve is None else sweep(),
-        layout=None if chat is None else "chat" if chat else "completion",
+        layout=layout,
         max_tokens=max_tokens,
         storage_dtype=storage,
         warm=warm,
     )
-    if as_json:
-        print(json.dumps(result.as_json(show), indent=2))
-    else:
-        console = Console(width=None if sys.stdout.isatty() else _WIDTH_OF_A_FILE)
-        if show:
-            console.print(result.transcript(show))
-        console.print(result)
+    if show and not as_json:
+        _print(result.transcript(show), None)
+    _print(result, result.as_json(show) if as_json else None)
     if curve is not None:
         plot(result, curve)
     if result.unasked:
         raise typer.Exit(INTERRUPTED)
+
+
+def _print(table: RenderableType, figures: dict[str, Any] | None) -> None:
+    """figures: what is printed as JSON instead of the table; None for the table."""
+    if figures is not None:
+        print(json.dumps(figures, indent=2))
+    else:
+        Console(width=None if sys.stdout.isatty() else _WIDTH_OF_A_FILE).print(table)
 
 
 def _questions(

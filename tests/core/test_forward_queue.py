@@ -135,7 +135,8 @@ def test_a_batch_in_parts_gives_the_logits_and_attention_of_the_whole(
     lm = tiny_lm(name, seed=3)
     count = 200
     token_ids, rows = ids(4, count), range(count)
-    watched = range(count - 70, count)  # begins in the part before the last
+    # In two parts, for two sums.
+    watched = {count - 70: (1.0, 0.0), count - 65: (-0.5, 1.0), count - 1: (2.0, 0.0)}
     at_once = Batch.of_rows(lm.new_buffers(count), token_ids, rows, rows, watched)
     lm.forward(at_once)
     in_parts = Batch.of_rows(lm.new_buffers(count), token_ids, rows, rows, watched)

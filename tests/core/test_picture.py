@@ -188,6 +188,23 @@ class TestText:
         assert "\x1b[31m\u202e" not in file.getvalue()
         assert "[bold]red[/bold]" in without_colours
 
+    def test_documents_are_shown_with_their_share_of_the_attention_to_documents(self) -> None:
+        documents = [
+            SegmentReport("document", name, SENTENCE, 9, "memory", attention=attention)
+            for name, attention in (("d1", 0.375), ("d2", 0.125))
+        ]
+        asked = SegmentReport("text", None, "When?", 2, "computed", attention=0.5)
+        report = report_of(*documents, asked)
+        html = report._repr_html_()
+        assert re.findall(r"width:(\d+%);background:currentColor", html) == ["100%", "75%", "25%"]
+        assert re.findall(r"</span>(\d+%) ", html) == ["100%", "75%", "25%"]
+        assert re.findall(r"(█+)(░+)  (\d+%) (d\d)", str(report)) == [
+            ("█" * 8, "░" * 2, "75%", "d1"),
+            ("█" * 2, "░" * 8, "25%", "d2"),
+        ]
+        unread = report_of(SegmentReport("document", "d", SENTENCE, 9, "memory"), asked)
+        assert "attention" not in unread._repr_html_() + str(unread)
+
     def test_times_are_shown_with_what_no_part_accounts_for(self) -> None:
         figures = {"ttft_ms": 20.0, "load_ms": 4.0, "prefill_ms": 11.5}
         report = report_of(SegmentReport("text", None, "Hi", 1, "computed"), **figures)
@@ -304,7 +321,7 @@ class TestBrowser:
         text = f"Answer:\n\n{SENTENCE}\nWhen?"
         report = report_of(
             SegmentReport("literal", None, "Answer:\n\n", 3, "prefix"),
-            SegmentReport("document", "d", SENTENCE, 9, "memory"),
+            SegmentReport("document", "d", SENTENCE, 9, "memory", attention=0.2),
             SegmentReport("text", None, "\nWhen?", 2, "computed"),
         )
         select = (

@@ -130,12 +130,14 @@ def test_any_budget_on_any_prompt_gives_the_logits_of_one_masked_forward(
 def test_watched_attention_is_the_models_own(subject: Subject) -> None:
     rows = oracle.without_modules(subject.rows(SECOND))
     ids, places = oracle.token_ids(rows), range(len(rows))
-    batch = Batch.of_rows(subject.lm.new_buffers(len(ids)), ids, places, places, places[-5:])
+    batch = Batch.of_rows(
+        subject.lm.new_buffers(len(ids)), ids, places, places, dict.fromkeys(places[-5:], (1.0,))
+    )
     subject.lm.forward(batch)
-    paid = oracle.attention_paid(subject.twin(), rows, 5)
+    paid = oracle.attention_paid(subject.twin(), rows, dict.fromkeys(places[-5:], 1.0))
     expected = torch.tensor([paid[place] for place in places])
     # Up to scale: DiffLlama attends twice with the same weights.
-    shares = batch.attention / batch.attention.sum()
+    shares = batch.attention[0] / batch.attention.sum()
     torch.testing.assert_close(shares, expected / expected.sum(), rtol=1e-3, atol=1e-6)
     assert shares.max() > 3 * shares.min()
 
@@ -150,7 +152,8 @@ def test_the_question_chooses_what_it_attends_to_most_and_what_follows(
     chosen = engine.prefill(prompt, "balanced", 0.2).report.repaired_rows
     rows = subject.rows(prompt)
     stale = {row.place for row in rows if row.role == "module"}
-    paid = oracle.attention_paid(subject.twin(), rows, 3)
+    last = [row.place for row in rows if row.role == "computed"][-3:]
+    paid = oracle.attention_paid(subject.twin(), rows, dict.fromkeys(last, 1.0))
     best: dict[int, None] = {}
     for place in sorted(stale, key=lambda place: -paid[place]):
         best.update(dict.fromkeys(p for p in (place, place + 1) if p in stale))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import pytest
 
@@ -36,17 +37,28 @@ def trained() -> PromptCacheEngine:
 
 
 def test_a_segments_attention_is_the_models_own(subject: Subject) -> None:
-    engine = subject.engine()
-    assert engine.prefill(SECOND).report.documents == ()
-    engine.clear()
-    report = engine.prefill(SECOND, sources=True).report
-    paid = oracle.attention_paid(subject.twin(), subject.rows(SECOND), 3)
-    whole, place = sum(paid.values()), len(subject.lm.text.bos_ids)
-    for segment in report.segments:
-        expected = sum(paid[p] for p in range(place, place + segment.num_tokens)) / whole
-        assert segment.attention == pytest.approx(expected, rel=1e-3, abs=1e-6)
-        place += segment.num_tokens
+    assert subject.engine().prefill(SECOND).report.documents == ()
+    report = _assert_attention(subject, SECOND, oracle.asking(subject.rows(SECOND)))
     _assert_shares(report)
+
+
+def _assert_attention(
+    subject: Subject, prompt: Prompt, weights: tuple[dict[int, float], dict[int, float]]
+) -> Report:
+    report, rows = subject.engine().prefill(prompt, sources=True).report, subject.rows(prompt)
+    paid = []
+    for each in weights:
+        by_place = oracle.attention_paid(subject.twin(), rows, each)
+        places = iter(range(len(subject.lm.text.bos_ids), rows[-1].place + 1))
+        paid.append(
+            [sum(by_place[next(places)] for _ in range(s.num_tokens)) for s in report.segments]
+        )
+    documents = [i for i, s in enumerate(report.segments) if s.kind == "document"]
+    ratio = sum(paid[0][i] for i in documents) / sum(paid[1][i] for i in documents)
+    expected = [max(0.0, a - 0.5 * min(1.0, ratio) * r) for a, r in zip(*paid, strict=True)]
+    shares = [segment.attention for segment in report.segments]
+    assert shares == pytest.approx([own / sum(expected) for own in expected], rel=1e-3, abs=1e-5)
+    return report
 
 
 @pytest.mark.parametrize("mode", ["balanced", "high"])
@@ -72,6 +84,33 @@ def _assert_shares(report: Report) -> None:
     attention = {s.name: s.attention for s in report.segments if s.kind == "document"}
     ordered = sorted(attention, key=lambda name: -(attention[name] or 0))
     assert [document.name for document in report.documents] == ordered
+
+
+def test_a_templates_text_before_the_question_does_not_ask(subject: Subject) -> None:
+    segments = [
+        Segment("\n--\nSay: ", "literal"),
+        Segment("Who?", "argument"),
+        Segment("\nA:", "literal"),
+    ]
+    prompt = Prompt([*SECOND.segments[:-1], *segments])
+    rows = subject.rows(prompt)
+    behind = max(row.place for row in rows if row.role == "module") + 1
+    asked = range(behind + subject.lm.count_tokens(segments[0].text), rows[-1].place + 1)
+    reference = dict.fromkeys(range(behind, behind + 3), 1 / 3)
+    _assert_attention(subject, prompt, (dict.fromkeys(asked, 1 / len(asked)), reference))
+
+
+@pytest.mark.parametrize("mode", ["balanced", "high"])
+def test_the_same_prompt_again_has_the_same_sources(
+    trained: PromptCacheEngine, mode: Literal["balanced", "high"]
+) -> None:
+    documents = [Segment(text + "\n\n", "document", text[:4]) for text in DOCUMENTS * 3]
+    prompt = Prompt([Segment(OPENING, "literal"), *documents, Segment(QUESTIONS[1], "argument")])
+    first, again = (trained.prefill(prompt, mode, 8).report for _ in range(2))
+    assert again.computed_tokens == 1
+    assert again.documents == first.documents
+    other = Prompt([*prompt.segments[:-1], Segment(QUESTIONS[0], "argument")])
+    assert trained.prefill(other, mode, 8).report.documents != first.documents
 
 
 @pytest.mark.parametrize("index", range(3))

@@ -54,6 +54,50 @@ def test_answers_are_shown_when_asked_for() -> None:
     assert set(shown["answers"]) == {"off", "fast"}
 
 
+def test_rankings_are_compared_and_answered_from() -> None:
+    asked = ("--rank", "--documents", "6", "--keep", "2", "--questions", "8", "--max-tokens", "8")
+    figures = json.loads(run(*asked, "--seed", "1", "--json"))
+    by_name = {row["ranking"]: row for row in figures["rows"]}
+    assert list(by_name) == ["attention", "BM25", "all documents"]
+    assert [row["documents"] for row in figures["rows"]] == [2, 2, 6]
+    for name in ("attention", "BM25"):
+        assert 1 >= by_name[name]["among_three"] >= by_name[name]["first"] > 0.5
+        assert by_name[name]["rank_p50_ms"] > 0
+    assert by_name["all documents"]["first"] is None
+    assert figures["questions"] == 8
+
+
+def test_a_ranking_is_judged_by_the_documents_that_hold_the_answer(tmp_path: Path) -> None:
+    told = "The tower of Primmouth was built in 1868 by Edgar Holm."
+    others = [f"Firm number {number} sells lamps in the town of Widheim." for number in range(5)]
+    asked = {"question": "Who built the tower of Primmouth?", "contexts": [*others, told]}
+    file = tmp_path / "questions.jsonl"
+    answers = (["Edgar Holm"], ["Nobody"])
+    file.write_text("".join(json.dumps({**asked, "answers": each}) + "\n" for each in answers))
+    figures = json.loads(
+        run("--rank", "--data", str(file), "--model", TOY, "--keep", "1", "--json")
+    )
+    assert (figures["questions"], figures["left_out"]) == (1, 1)
+    assert [row["first"] for row in figures["rows"]][1:] == [1, None]
+    lines = run("--rank", "--data", str(file), "--model", TOY, "--keep", "1").splitlines()
+    assert [line.split()[1:4] for line in lines if line.startswith("BM25")] == [
+        ["1", "100.0", "100.0"]
+    ]
+    assert lines[-1].startswith("1 questions left out")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--modes", "fast", "--warm"), "leave out --modes, --warm"),
+        (("--absent",), "no document of the tiny world, absent, 32 documents holds the answer"),
+    ],
+)
+def test_what_rankings_have_no_use_for_is_refused(options: tuple[str, ...], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        run("--rank", "--questions", "2", *options)
+
+
 @pytest.mark.usefixtures("real_lm")
 def test_the_corpus_is_asked_of_a_real_model() -> None:
     figures = json.loads(

@@ -183,6 +183,7 @@ class KVSequence:
         it came from: `COMPUTED`, `REPAIRED`, or the digest of the state it was filled from.
     repair, repaired_for: the budget of the repair that made repaired rows, and the length of the
         prompt whose question chose them.
+    attention: [2, rows] of the last prompt's question, see `prefill`; empty where it was not read.
     uses: digests of the states that the request may use.
     lender: states on loan by their digests, which other running requests use as well; None where
         nothing is shared. A request that is alone with a state copies it into its buffers, where
@@ -201,6 +202,7 @@ class KVSequence:
     labels: list[str] = field(default_factory=list)
     repair: float | None = None
     repaired_for: int = 0
+    attention: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     uses: frozenset[str] = frozenset()
     lender: WeakValueDictionary[str, KVState] | None = None
     is_filled: bool = True
@@ -246,6 +248,8 @@ class KVSequence:
         """Forget all but the first rows."""
         del self.token_ids[rows:], self.positions[rows:], self.labels[rows:]
         self.buffers.shorten(rows)
+        if rows < self.attention.shape[-1] - 1:
+            self.attention = torch.empty(0)
         if REPAIRED not in self.labels:
             self.repair, self.repaired_for = None, 0
 
@@ -255,3 +259,4 @@ class KVSequence:
         self.token_ids, self.labels = other.token_ids[:rows], other.labels[:rows]
         self.positions = other.positions[:rows]
         self.repair, self.repaired_for = other.repair, other.repaired_for
+        self.attention = other.attention

@@ -30,11 +30,20 @@ class AttentionLayers:
 
     windows: by layer, how many positions back it sees; None for all.
     rotations: of each caching layer's keys; None unless states may serve from where they lie.
+    watched: layers that show what a question looks for: the third quarter of those that see the
+        whole prompt. Below, tokens look at their neighbours, above at what they are about to say.
     """
 
     windows: dict[int, int | None]
     rotations: Rotations | None = None
     scratch: kernels.Scratch = field(default_factory=kernels.Scratch)
+    watched: frozenset[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        seeing = [layer for layer, window in self.windows.items() if window is None]
+        layers = seeing or list(self.windows)
+        half = len(layers) // 2
+        self.watched = frozenset(layers[half : max(half + 1, 3 * len(layers) // 4)])
 
 
 def slot_attention(  # noqa: PLR0913 (transformers' signature)
@@ -66,8 +75,7 @@ def slot_attention(  # noqa: PLR0913 (transformers' signature)
     if query.shape[0] != 1 or rows is None:
         raise UnsupportedAttentionError("keys are not the buffers' rows")
     layer, windows = _layer_index(module), pcache_layers.windows
-    # What a question looks for shows in the upper half; below, tokens look at their neighbours.
-    is_upper = layer >= len(windows) // 2
+    is_watched = layer in pcache_layers.watched
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     kind = _Kind(windows[layer], scale, softcap, s_aux, pcache_layers.scratch)
     outputs, lses = [], []
@@ -75,7 +83,7 @@ def slot_attention(  # noqa: PLR0913 (transformers' signature)
         pcache_batch.parts, pcache_batch.starts, rows, strict=False
     ):
         own = query[:, :, start : start + batch.num_tokens]
-        watches = is_upper and batch.watched is not None
+        watches = is_watched and batch.watched
         for span in batch.spans:
             queries = own[:, :, span.start : span.stop]
             seen = _visible(keys, span), _visible(values, span)
@@ -91,7 +99,7 @@ def slot_attention(  # noqa: PLR0913 (transformers' signature)
         rotation = pcache_layers.rotations[layer]
         shared = pcache_batch.shared.at(layer, rotation, query, scale)
         output, lse = shared.attend(output, torch.cat(lses, dim=2))
-        if is_upper:
+        if is_watched:
             shared.watch(rows, lse)
     return output.transpose(1, 2), None  # [1, tokens, heads, value dim]
 
@@ -210,16 +218,16 @@ def _weights(
 
 def _watch(batch: Batch, span: Span, query: torch.Tensor, key: torch.Tensor, kind: _Kind) -> None:
     """Add what the watched tokens of a span attend to."""
-    assert batch.watched is not None
-    start, stop = max(batch.watched.start, span.start), min(batch.watched.stop, span.stop)
-    if start >= stop:
+    tokens, weights = batch.watched_in(range(span.start, span.stop))
+    if not tokens:
         return
-    watched = slice(start - span.start, stop - span.start)
+    own = [token - span.start for token in tokens]
     bias = batch.bias(span, kind.window, 1, torch.float32)
     if bias is not None:
-        bias = bias[watched].repeat(query.shape[1] // key.shape[1], 1)
-    seen = _weights(query[:, :, watched] * kind.scale, key, bias, kind).sum((0, 1, 2))
+        bias = bias[own].repeat(query.shape[1] // key.shape[1], 1)
+    paid = _weights(query[:, :, own] * kind.scale, key, bias, kind)
+    seen = weights @ paid.reshape(-1, len(own), paid.shape[-1]).sum(0)
     at = 0
     for first, last in span.visible:
-        batch.attention[first:last] += seen[at : at + last - first]
+        batch.attention[:, first:last] += seen[:, at : at + last - first]
         at += last - first

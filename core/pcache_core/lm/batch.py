@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from types import MappingProxyType
 
 import torch
 
@@ -68,10 +69,10 @@ class Batch:
     places: rows of the prompt that the tokens stand in, where states are on loan, so that these
         are not the rows of the buffers.
     end: one after the largest position.
-    watched: tokens whose attention is added up, as a range of the batch; None for none.
+    watched: tokens whose attention is added up, by their index in the batch: a weight for each sum.
     num_logits: of how many of its last tokens a forward gives the logits.
-    attention: [rows of the prompt] fp32, how much the watched tokens attended to each, over the
-        upper half of the layers.
+    attention: [sums, rows of the prompt] fp32, how much the watched tokens attended to each, over
+        heads and the layers that show it.
     """
 
     __slots__ = (
@@ -99,7 +100,7 @@ class Batch:
         rows: Sequence[int],
         positions: Sequence[int],
         spans: Sequence[Span],
-        watched: range | None = None,
+        watched: Mapping[int, Sequence[float]] = MappingProxyType({}),
     ) -> None:
         device = buffers.positions.device
         self.buffers = buffers
@@ -113,8 +114,8 @@ class Batch:
         )
         self.num_rows = max(span.visible[-1][1] for span in self.spans)
         self.watched = watched
+        self.attention = self._no_attention(self.num_rows)
         self.num_logits = 1
-        self.attention = torch.zeros(self.num_rows if watched else 0, device=device)
         self.end = max(positions) + 1
         self.places: tuple[int, ...] = ()
         self._first_rows = {span: rows[span.start] for span in self.spans}
@@ -129,7 +130,7 @@ class Batch:
         input_ids: Sequence[int],
         rows: Sequence[int],
         positions: Sequence[int],
-        watched: range | None = None,
+        watched: Mapping[int, Sequence[float]] = MappingProxyType({}),
         *,
         num_logits: int = 1,
     ) -> Batch:
@@ -143,7 +144,7 @@ class Batch:
         batch.num_logits = num_logits
         if buffers.loans:
             batch.places = tuple(rows)
-            batch.attention = torch.zeros(rows[-1] + 1 if watched else 0, device=batch.rows.device)
+            batch.attention = batch._no_attention(rows[-1] + 1)
         return batch
 
     @property
@@ -198,11 +199,20 @@ class Batch:
             for span in self._uncut
             if span.start < stop and start < span.stop
         ]
-        watched = self.watched or range(0)
-        watched = range(max(watched.start, start) - start, min(watched.stop, stop) - start)
-        part = Batch(self.buffers, ids, rows, positions, spans, watched or None)
+        watched = {i - start: weight for i, weight in self.watched.items() if start <= i < stop}
+        part = Batch(self.buffers, ids, rows, positions, spans, watched)
         part.places = self.places[start:stop]
         return part
+
+    def watched_in(self, tokens: range) -> tuple[list[int], torch.Tensor]:
+        """Return the watched ones of these tokens, and their weights, [sums, tokens]."""
+        found = [index for index in self.watched if index in tokens]
+        weights = list(zip(*(self.watched[index] for index in found), strict=True))
+        return found, torch.tensor(weights, device=self.rows.device)
+
+    def _no_attention(self, rows: int) -> torch.Tensor:
+        sums = len(next(iter(self.watched.values()), ()))
+        return torch.zeros(sums, rows if sums else 0, device=self.rows.device)
 
     def bias(
         self, span: Span, window: int | None, group: int, dtype: torch.dtype, first: int = 0

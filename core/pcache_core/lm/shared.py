@@ -165,35 +165,32 @@ class _SharedLayer:
         rows: of each batch's buffers. lse: as `attend` gave it, over all that a query sees.
         """
         for (batch, start), (keys, _) in zip(self._parts, rows, strict=True):
-            if batch.watched is None or not batch.places:
-                continue
-            for span in batch.spans:
-                first = max(batch.watched.start, span.start)
-                last = min(batch.watched.stop, span.stop)
-                if first < last:
-                    self._watch_span(batch, span, range(start + first, start + last), keys, lse)
+            for span in batch.spans if batch.watched and batch.places else ():
+                self._watch_span(batch, span, start, keys, lse)
 
     def _watch_span(
-        self, batch: Batch, span: Span, tokens: range, keys: torch.Tensor, lse: torch.Tensor
+        self, batch: Batch, span: Span, start: int, keys: torch.Tensor, lse: torch.Tensor
     ) -> None:
-        """Add what these tokens of a span attend to."""
-        query = self._query[:, :, tokens.start : tokens.stop]
-        total = lse[:, :, tokens.start : tokens.stop]
+        """Add what the watched tokens of a span attend to. start: of the batch in the forward."""
+        tokens, weights = batch.watched_in(range(span.start, span.stop))
+        if not tokens:
+            return
+        at_all = [start + token for token in tokens]
         stop = span.visible[-1][1]
         bias = batch.bias(span, None, 1, torch.float32)
         if bias is not None:
-            bias = bias[-len(tokens) :]  # what is watched are the last tokens
-        places = batch.buffers.own_rows(len(batch.attention))[:stop].to(keys.device)
-        batch.attention[places] += self._paid(query, keys[:, :, :stop], bias, total)
+            bias = bias[[token - span.start for token in tokens]]
+        places = batch.buffers.own_rows(batch.attention.shape[1])[:stop].to(keys.device)
+        query, total = self._query[:, :, at_all], lse[:, :, at_all]
+        batch.attention[:, places] += weights @ self._paid(query, keys[:, :, :stop], bias, total)
         for group, user, at in self._users():
-            both = range(max(tokens.start, user.tokens.start), min(tokens.stop, user.tokens.stop))
+            both = [number for number, token in enumerate(at_all) if token in user.tokens]
             if both:
-                first = at + both.start - user.tokens.start
-                seen = slice(first, first + len(both))
+                seen = [at + at_all[number] - user.tokens.start for number in both]
                 bias = group.bias[seen] if group.bias.numel() else None
-                total = lse[:, :, both.start : both.stop]
-                paid = self._paid(group.queries[:, :, seen], group.keys, bias, total)
-                batch.attention[user.loan.start : user.loan.stop] += paid
+                paid = self._paid(group.queries[:, :, seen], group.keys, bias, total[:, :, both])
+                lent = slice(user.loan.start, user.loan.stop)
+                batch.attention[:, lent] += weights[:, both] @ paid
 
     def _users(self) -> Iterator[tuple[_Group, _User, int]]:
         """Everyone in every group, and where in the group's queries their own begin."""
@@ -210,10 +207,10 @@ class _SharedLayer:
         bias: torch.Tensor | None,
         total: torch.Tensor,
     ) -> torch.Tensor:
-        """Attention to each row, summed over heads and tokens: [rows] fp32."""
+        """Attention of each token to each row, summed over heads: [tokens, rows] fp32."""
         kv_heads = key.shape[1]
         scores = torch.matmul(fold(query, kv_heads) * self._scale, key.transpose(-1, -2)).float()
         if bias is not None:
             scores += bias.repeat(query.shape[1] // kv_heads, 1)
-        total = total.reshape(1, kv_heads, -1, 1)
-        return (scores - total).exp().sum((0, 1, 2))
+        paid = (scores - total.reshape(1, kv_heads, -1, 1)).exp()
+        return paid.reshape(-1, query.shape[2], paid.shape[-1]).sum(0)

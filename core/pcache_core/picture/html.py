@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from html import escape
 
 from pcache_core.picture.fold import Excerpt, Gap, fold
-from pcache_core.picture.model import Picture, Time
+from pcache_core.picture.model import SHARE_MEANS, Picture, Time
 from pcache_core.picture.palette import LOOKS, ON_COLOUR, Source
 
 TINT_ALPHA = "26"
@@ -32,6 +32,10 @@ _CHIP = (
     f"color:{ON_COLOUR};border-radius:4px;padding:1px 6px;margin:0 5px 0 2px;max-width:100%;"
     "font:11px/1.4 system-ui,sans-serif;white-space:nowrap;user-select:none;box-sizing:border-box;"
     "display:inline-block;vertical-align:middle;overflow:hidden;text-overflow:ellipsis;background:"
+)
+_GAUGE = (
+    f"display:inline-block;vertical-align:middle;width:72px;height:8px;border:1px solid {_LINE};"
+    "border-radius:4px;overflow:hidden;margin-right:4px"
 )
 _BAR = "display:flex;gap:1px;border-radius:4px;overflow:hidden;height:"
 _LEGEND = "display:flex;flex-wrap:wrap;gap:2px 16px;font-size:12px;margin-top:6px"
@@ -89,6 +93,8 @@ def _legend(folded: Sequence[Excerpt | Gap]) -> str:
         for source, look in LOOKS.items()
         if source in present
     )
+    if any(isinstance(part, Excerpt) and part.run.share is not None for part in folded):
+        entries += f" <span>{_gauge(1)} {SHARE_MEANS}</span>"
     return f'<div style="{_LEGEND}">{entries}</div>'
 
 
@@ -124,8 +130,24 @@ def _excerpt(excerpt: Excerpt) -> str:
     again = f" {LOOKS['repaired'].symbol} {run.repaired_tokens:,}" if run.repaired_tokens else ""
     label = escape(f"{look.symbol} {run.label} · {run.num_tokens:,}{again}")
     return (
-        f'{above}<b style="{_CHIP}{look.colour}" {title}>{label} </b>'
+        f'{above}<b style="{_CHIP}{look.colour}" {title}>{label} </b>{_gauge(run.share)}'
         f"{mark}{escape(text)}{cut}{escape(excerpt.tail)}</mark>"
+    )
+
+
+def _gauge(share: float | None) -> str:
+    """Return a document's share of the question's attention, as a bar and in figures."""
+    if share is None:
+        return ""
+    percent = f"{100 * share:.0f}%"
+    bar = f'<span style="display:block;height:100%;width:{percent};background:currentColor"></span>'
+    style = (
+        f"font:11px/1.4 system-ui,sans-serif;opacity:{QUIET_OPACITY};margin-right:6px;"
+        "user-select:none"
+    )
+    return (
+        f'<span style="{style}" title="{SHARE_MEANS}">'
+        f'<span aria-hidden="true" style="{_GAUGE}">{bar}</span>{percent} </span>'
     )
 
 

@@ -6,12 +6,15 @@ from dataclasses import dataclass
 
 from pcache_core.picture.palette import Source
 
+SHARE_MEANS = "of the question's attention to the documents"
+
 
 @dataclass(frozen=True, slots=True)
 class Run:
     """A stretch of the prompt that is drawn as one.
 
     label: what it is called. title: one line for each of its segments, with all there is to say.
+    share: a document's share of the question's attention to all documents; None if unknown.
     """
 
     label: str
@@ -20,6 +23,7 @@ class Run:
     num_tokens: int
     repaired_tokens: int
     title: str
+    share: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,11 +8,12 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
 from pcache_core.picture.fold import Excerpt, Gap, fold
-from pcache_core.picture.model import Picture, Run
+from pcache_core.picture.model import SHARE_MEANS, Picture, Run
 from pcache_core.picture.palette import LOOKS, ON_COLOUR, Source
 
 _SHADES = "█▓▒░·"
 _LONGEST_BAR = 100
+_GAUGE = 10
 
 
 def draw(picture: Picture, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -27,6 +28,8 @@ def draw(picture: Picture, console: Console, options: ConsoleOptions) -> RenderR
         elif not part.is_blank:
             yield from _excerpt(part, console, options.max_width)
     yield Text(f"\n{picture.label}", style="bold")
+    if any(run.share is not None for run in picture.runs):
+        yield Text(f"bars and percentages: shares {SHARE_MEANS}")
     yield from _times(picture, width)
     if picture.fallback is not None:
         yield Text(f"fallback: {picture.fallback}", style="bold")
@@ -74,11 +77,17 @@ def _chip(run: Run) -> Text:
     plural = "" if run.num_tokens == 1 else "s"
     return Text.assemble(
         (f" {look.symbol} {run.source} ", f"{ON_COLOUR} on {look.colour}"),
+        "" if run.share is None else _gauge(run.share),
         (f" {run.label}", "bold"),
         f"  {run.num_tokens:,} token{plural}{repaired}",
         no_wrap=True,
         overflow="ellipsis",
     )
+
+
+def _gauge(share: float) -> str:
+    filled = round(_GAUGE * share)
+    return f" {'█' * filled}{'░' * (_GAUGE - filled)} {share:4.0%}"
 
 
 def _times(picture: Picture, width: int) -> Iterator[Text]:
