@@ -158,7 +158,8 @@ def attention_paid(
 ) -> dict[int, float]:
     """How much the computed tokens at some places attend to each place, added up over heads.
 
-    By the model's own eager attention, in the third quarter of the layers that see all tokens.
+    By the model's own eager attention, in the third quarter of the layers that see all tokens, or
+    of all if none of the upper half does.
     Places of rows that the last one may not see are left out.
     """
     before = model.config._attn_implementation
@@ -167,10 +168,11 @@ def attention_paid(
     model.set_attn_implementation(before)
     kinds = getattr(model.config, "layer_types", None) or ["full"] * len(attentions)
     seeing = [layer for layer, kind in enumerate(kinds) if "sliding" not in kind]
-    layers = seeing or list(range(len(attentions)))
-    first = len(layers) // 2
+    if not any(layer >= len(attentions) // 2 for layer in seeing):
+        seeing = list(range(len(attentions)))
+    first = len(seeing) // 2
     paid = torch.zeros(len(rows), dtype=torch.double)
-    for layer in layers[first : max(first + 1, 3 * len(layers) // 4)]:
+    for layer in seeing[first : max(first + 1, 3 * len(seeing) // 4)]:
         heads = attentions[layer][0, :, :, : len(rows)].double().sum(0)
         for index, row in enumerate(rows):
             if row.role == "computed" and row.place in weights:

@@ -31,7 +31,8 @@ class AttentionLayers:
     windows: by layer, how many positions back it sees; None for all.
     rotations: of each caching layer's keys; None unless states may serve from where they lie.
     watched: layers that show what a question looks for: the third quarter of those that see the
-        whole prompt. Below, tokens look at their neighbours, above at what they are about to say.
+        whole prompt, or of all if none in the upper half does. Below, tokens look at their
+        neighbours, above at what they are about to say.
     """
 
     windows: dict[int, int | None]
@@ -41,7 +42,8 @@ class AttentionLayers:
 
     def __post_init__(self) -> None:
         seeing = [layer for layer, window in self.windows.items() if window is None]
-        layers = seeing or list(self.windows)
+        is_seen_late = bool(seeing) and seeing[-1] >= len(self.windows) // 2
+        layers = seeing if is_seen_late else list(self.windows)
         half = len(layers) // 2
         self.watched = frozenset(layers[half : max(half + 1, 3 * len(layers) // 4)])
 
