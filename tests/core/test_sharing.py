@@ -249,7 +249,7 @@ def error(found: torch.Tensor, right: torch.Tensor) -> float:
 @pytest.mark.parametrize(("tokens", "rows"), [(1, 40), (24, 300), (40, 1100)])
 # 20: what all keys have in common is larger than they are, as where they have a bias.
 @pytest.mark.parametrize("common", [0, 20])
-def test_kernels_are_about_as_exact_as_the_flash_kernel(
+def test_kernels_are_as_exact_as_the_flash_kernel(
     dtype: torch.dtype, tokens: int, rows: int, common: int
 ) -> None:
     torch.manual_seed(0)
@@ -269,9 +269,7 @@ def test_kernels_are_about_as_exact_as_the_flash_kernel(
     outputs, lses = (torch.stack([part[which][0] for part in parts]) for which in (0, 1))
     assert error(merge(outputs, lses)[None], right) < 1.5 * error(flash, right)
     found = attend_by_matmul(query, key, value, bias, 0.31, Scratch())
-    # It rounds scores to the dtype, here of a standard deviation of 4.6; the flash kernel does not.
-    # Beside the rounding of what a real model attends to that is little: see below.
-    assert error(found, right) < 3.5 * error(flash, right)
+    assert error(found, right) < 1.5 * error(flash, right)
 
 
 @pytest.mark.usefixtures("real_lm")  # or why there is none
@@ -342,4 +340,4 @@ def test_a_bias_of_the_rows_that_not_all_see_says_the_same(
     assert last.shape[1] == 40
     right = softmax_attention(query, key, value, bias, 0.31)
     found = attend_by_matmul(query, key, value, last, 0.31, Scratch())
-    assert error(found, right) < 3.5 * error(attend(query, key, value, bias, 0.31), right)
+    assert error(found, right) < 1.5 * error(attend(query, key, value, bias, 0.31), right)

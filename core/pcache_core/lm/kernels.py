@@ -4,10 +4,9 @@ Shapes: query [1, heads, tokens, dim]; key, value [1, kv heads, rows, dim]. Grou
 folded into query rows, so keys and values are never copied per head.
 
 Which form when is measured, not guessed: `benchmarks/attention.py` prints the table. In
-bfloat16 on a CPU two matrix products with a softmax between them take half to three quarters of
-the flash kernel's time, once there are scores enough to pay for the calls; elsewhere the flash
-kernel is faster. Their scores are rounded to bfloat16, relative to about the largest of each query,
-so that those that matter are close to zero and lose next to nothing.
+bfloat16 on a CPU two matrix products with a softmax between them are faster than the flash kernel,
+once there are scores enough to pay for the calls; elsewhere the flash kernel is. Scores are computed
+and kept in fp32, as that kernel does: rounded to bfloat16, large ones would lose too much.
 """
 
 from __future__ import annotations
@@ -15,23 +14,24 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-_FEWEST_SCORES = 2**17  # of a key and value head
+_FEWEST_SCORES = 2**18  # of a key and value head
 _SCORES_AT_ONCE = 2**20  # fit the cache
-_SAMPLED_KEYS = 32
 
 
 class Scratch:
     """Memory for scores, kept between forwards: fresh memory costs more than the work in it."""
 
     def __init__(self) -> None:
-        self._memory = torch.empty(0)
+        self._scores = torch.empty(0)
+        self._weights = torch.empty(0)
 
-    def scores(self, rows: int, keys: int, dtype: torch.dtype) -> torch.Tensor:
-        """Return an uninitialised tensor, [rows, keys]."""
+    def scores(self, rows: int, keys: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return two uninitialised tensors, [rows, keys], of fp32 and of `dtype`."""
         count = rows * keys
-        if self._memory.numel() < count or self._memory.dtype != dtype:
-            self._memory = torch.empty(max(count, _SCORES_AT_ONCE), dtype=dtype)
-        return self._memory[:count].view(rows, keys)
+        if self._scores.numel() < count or self._weights.dtype != dtype:
+            self._scores = torch.empty(max(count, _SCORES_AT_ONCE))
+            self._weights = torch.empty(max(count, _SCORES_AT_ONCE), dtype=dtype)
+        return self._scores[:count].view(rows, keys), self._weights[:count].view(rows, keys)
 
 
 def fold(query: torch.Tensor, kv_heads: int) -> torch.Tensor:
@@ -66,21 +66,18 @@ def attend_by_matmul(
     kv_heads, rows = key.shape[1], key.shape[2]
     queries = fold(query, kv_heads)[0]  # [kv heads, group * tokens, dim]
     output = queries.new_empty(*queries.shape[:2], value.shape[-1])
-    # What all keys have in common makes scores large and cancels in the softmax.
-    sample = key[0, :, :: -(-rows // _SAMPLED_KEYS)].transpose(1, 2)
-    largest = torch.matmul(queries, sample).amax(-1, keepdim=True)
     at_once = max(1, _SCORES_AT_ONCE // rows)
     for head in range(kv_heads):
-        keys = key[0, head].t()  # a product over all heads would copy them
+        keys = key[0, head].float().t()
         for start in range(0, queries.shape[1], at_once):
             part = slice(start, start + at_once)
-            own = queries[head, part]
-            scores = scratch.scores(len(own), rows, query.dtype)
-            torch.addmm(largest[head, part], own, keys, beta=-scale, alpha=scale, out=scores)
+            own = queries[head, part].float()
+            scores, weights = scratch.scores(len(own), rows, query.dtype)
+            torch.addmm(scores, own, keys, beta=0, alpha=scale, out=scores)
             if bias is not None:
                 scores[:, rows - bias.shape[1] :] += bias[part]
-            torch.softmax(scores, dim=-1, out=scores)
-            torch.mm(scores, value[0, head], out=output[head, part])
+            weights.copy_(torch.softmax(scores, dim=-1, out=scores))
+            torch.mm(weights, value[0, head], out=output[head, part])
     return output.reshape(*query.shape[:3], value.shape[-1])
 
 
