@@ -5,8 +5,8 @@ folded into query rows, so keys and values are never copied per head.
 
 Which form when is measured, not guessed: `benchmarks/attention.py` prints the table. In
 bfloat16 on a CPU two matrix products with a softmax between them are faster than the flash kernel,
-once there are scores enough to pay for the calls; elsewhere the flash kernel is. Scores are computed
-and kept in fp32, as that kernel does: rounded to bfloat16, large ones would lose too much.
+once there are scores enough to pay for the calls; elsewhere the flash kernel is. Scores are
+computed and kept in fp32, as that kernel does: rounded, large ones would lose too much.
 """
 
 from __future__ import annotations
