@@ -56,8 +56,9 @@ def prefill(
         sequence.repair, sequence.repaired_for = plan.request.repair, len(sequence.token_ids)
         _describe_repair(report, plan, repaired)
     if observes:
-        if sequence.attention.shape[-1] != len(sequence.token_ids):  # unless it is the same prompt
-            sequence.attention = attention[1:]
+        is_same_prompt = sequence.attention.shape[-1] == len(sequence.token_ids)
+        if not is_same_prompt or sequence.asked != sequence.token_ids[-1]:
+            sequence.attention, sequence.asked = attention[1:], sequence.token_ids[-1]
         _describe_attention(report, plan, sequence.attention)
     sequence.is_filled = True
     return logits, report

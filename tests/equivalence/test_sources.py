@@ -57,7 +57,7 @@ def _assert_attention(
     ratio = sum(paid[0][i] for i in documents) / sum(paid[1][i] for i in documents)
     expected = [max(0.0, a - 0.5 * min(1.0, ratio) * r) for a, r in zip(*paid, strict=True)]
     shares = [segment.attention for segment in report.segments]
-    assert shares == pytest.approx([own / sum(expected) for own in expected], rel=1e-3, abs=1e-5)
+    assert shares == pytest.approx([own / sum(expected) for own in expected], rel=1e-3, abs=1e-6)
     return report
 
 
@@ -111,6 +111,10 @@ def test_the_same_prompt_again_has_the_same_sources(
     assert again.documents == first.documents
     other = Prompt([*prompt.segments[:-1], Segment(QUESTIONS[0], "argument")])
     assert trained.prefill(other, mode, 8).report.documents != first.documents
+    text = prompt.segments[-1].text
+    trained.prefill(prompt, mode, 8)
+    differs = Prompt([*prompt.segments[:-1], Segment(text[:-1] + "!", "argument")])
+    assert trained.prefill(differs, mode, 8).report.documents != first.documents
 
 
 @pytest.mark.parametrize("index", range(3))

@@ -184,6 +184,7 @@ class KVSequence:
     repair, repaired_for: the budget of the repair that made repaired rows, and the length of the
         prompt whose question chose them.
     attention: [2, rows] of the last prompt's question, see `prefill`; empty where it was not read.
+    asked: that prompt's last token.
     uses: digests of the states that the request may use.
     lender: states on loan by their digests, which other running requests use as well; None where
         nothing is shared. A request that is alone with a state copies it into its buffers, where
@@ -203,6 +204,7 @@ class KVSequence:
     repair: float | None = None
     repaired_for: int = 0
     attention: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    asked: int = -1
     uses: frozenset[str] = frozenset()
     lender: WeakValueDictionary[str, KVState] | None = None
     is_filled: bool = True
@@ -259,4 +261,4 @@ class KVSequence:
         self.token_ids, self.labels = other.token_ids[:rows], other.labels[:rows]
         self.positions = other.positions[:rows]
         self.repair, self.repaired_for = other.repair, other.repaired_for
-        self.attention = other.attention
+        self.attention, self.asked = other.attention, other.asked
