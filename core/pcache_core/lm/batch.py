@@ -12,7 +12,6 @@ import torch
 
 from pcache_core.kv.key import RowRange
 from pcache_core.kv.sequence import KVBuffers, Loan
-from pcache_core.lm.kernels import multiplies
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,22 +27,20 @@ class Span:
     visible: tuple[RowRange, ...]
 
 
-_BLOCK_TOKENS = 128
+_BLOCK_TOKENS = 256
 _SCATTERED_TOKENS = 32  # of a block whose rows are not consecutive
 _LEAST_TOKENS = 64  # of a part; fewer cost nearly as much, and other kernels compute them
 # Larger ones are made again for each layer instead of held all at once.
 _LARGEST_KEPT_BIAS = 2**22
 
 
-def _blocks(span: Span, rows: Sequence[int], *, cuts_causal: bool) -> Iterator[Span]:
+def _blocks(span: Span, rows: Sequence[int]) -> Iterator[Span]:
     """Cut a long span, so that its first tokens don't attend to rows that are hidden anyway.
 
-    A span of exactly the rows it sees stays whole unless `cuts_causal`: a causal kernel skips the
-    hidden half itself.
+    A span of exactly the rows it sees stays whole: a causal kernel skips the hidden half itself.
     """
     start, tokens = span.start, span.stop - span.start
-    is_causal = tokens == sum(stop - start for start, stop in span.visible)
-    if is_causal and not cuts_causal:
+    if tokens == sum(stop - start for start, stop in span.visible):
         yield span
         return
     while start < span.stop:
@@ -108,10 +105,7 @@ class Batch:
         self.rows = torch.tensor(rows, dtype=torch.long, device=device)
         self.positions = torch.tensor(positions, dtype=torch.long, device=device)
         self._uncut = tuple(spans)
-        cuts = multiplies(buffers.keys[0])
-        self.spans = tuple(
-            block for span in spans for block in _blocks(span, rows, cuts_causal=cuts)
-        )
+        self.spans = tuple(block for span in spans for block in _blocks(span, rows))
         self.num_rows = max(span.visible[-1][1] for span in self.spans)
         self.watched = watched
         self.attention = self._no_attention(self.num_rows)

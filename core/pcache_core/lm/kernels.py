@@ -5,8 +5,8 @@ folded into query rows, so keys and values are never copied per head.
 
 Which form when is measured, not guessed: `benchmarks/attention.py` prints the table. In
 bfloat16 on a CPU two matrix products with a softmax between them are faster than the flash kernel,
-once there are scores enough to pay for the calls; elsewhere the flash kernel is. Scores are
-computed and kept in fp32, as that kernel does: rounded, large ones would lose too much.
+where there are scores enough to pay for the calls and not too many for the cache; elsewhere the
+flash kernel is. Scores stay in fp32, as that kernel has them: rounded, they would lose too much.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-_FEWEST_SCORES = 2**18  # of a key and value head
+_SCORES_OF_A_HEAD = range(2**18, 2**21)  # of keys and values
 _SCORES_AT_ONCE = 2**20  # fit the cache
 
 
@@ -40,15 +40,12 @@ def fold(query: torch.Tensor, kv_heads: int) -> torch.Tensor:
     return query.reshape(1, kv_heads, heads // kv_heads * tokens, dim)
 
 
-def multiplies(rows: torch.Tensor) -> bool:
-    """Return whether `attend_by_matmul` is the faster form for such rows, if they are many."""
-    return rows.dtype == torch.bfloat16 and rows.device.type == "cpu"
-
-
 def prefers_matmul(query: torch.Tensor, key: torch.Tensor) -> bool:
     """Return whether `attend_by_matmul` is the faster form for these shapes."""
     scores = query.shape[1] // key.shape[1] * query.shape[2] * key.shape[2]
-    return multiplies(query) and scores >= _FEWEST_SCORES
+    return (
+        query.dtype == torch.bfloat16 and query.device.type == "cpu" and scores in _SCORES_OF_A_HEAD
+    )
 
 
 def attend_by_matmul(
